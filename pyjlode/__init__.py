@@ -1,0 +1,21 @@
+"""Solve and differentiate `h' = f(t, h)` from PyTorch."""
+
+from . import errors
+from .gradients import GRADIENTS
+from .methods import METHODS
+from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, solve
+from .solution import Solution, Stats
+
+__version__ = "0.1.0"
+__all__ = [
+    "GRADIENTS",
+    "METHODS",
+    "Solution",
+    "Stats",
+    "errors",
+    "odeint",
+    "odeint_adjoint",
+    "odeint_dense",
+    "odeint_event",
+    "solve",
+]

@@ -1,0 +1,263 @@
+"""The front door's reading of arguments: everything that a user can get wrong is found here, before an engine
+starts."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import methods
+from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, NonFiniteState
+from .methods import Method
+from .problem import Callbacks, Layout, Norm, SolverOptions, max_rms_norm, rms_norm
+
+FLOATS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+_COMMON = {"norm", "max_num_steps", "dtype"}
+_BY_KIND: dict[str, set[str]] = {
+    "adaptive": {"first_step", "safety", "ifactor", "dfactor", "min_step", "max_step", "step_t", "jump_t"},
+    "fixed": {"step_size", "grid_constructor", "interp", "perturb"},
+    "implicit": {"step_size", "grid_constructor", "interp", "perturb", "max_iters"},
+    "adams": {"step_size", "grid_constructor", "interp", "perturb", "max_iters", "max_order"},
+    "scipy": {"solver", "first_step", "min_step", "max_step"},
+}
+_KNOWN = sorted({field.name for field in fields(SolverOptions)} | {"dtype"})
+_warned: set[str] = set()
+
+
+def warn_once(key: str, message: str) -> None:
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(message, stacklevel=4)
+
+
+def state(h0: Any) -> tuple[Layout, Tensor]:
+    """Check `h0` and lay it flat: the layout and the flat real vector, shape (n,)."""
+    leaves = pytree.tree_leaves(h0)
+    if not leaves:
+        raise BadShape("h0 holds no tensors.")
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise BadDtype(
+                f"h0 must be a tensor or a pytree of tensors; it holds a {type(leaf).__name__}: {leaf!r:.80}."
+            )
+        if leaf.dtype not in FLOATS:
+            hint = "cast it first: h0.to(torch.float32)"
+            raise BadDtype(
+                f"h0 has dtype {leaf.dtype}; a state must be float32, float64, complex64 or complex128 ({hint})."
+            )
+        if leaf.device != leaves[0].device:
+            raise BadShape(f"the tensors of h0 lie on different devices, {leaves[0].device} and {leaf.device}.")
+    layout = Layout(h0)
+    y0 = layout.flatten(h0)
+    if not bool(torch.isfinite(y0).all()):
+        bad = int((~torch.isfinite(y0)).sum())
+        raise NonFiniteState(f"h0 holds NaN or infinity ({bad} of {y0.numel()} numbers).", t=math.nan, dt=0.0)
+    return layout, y0
+
+
+def times(t: Any, *, name: str = "t") -> tuple[Tensor, list[float]]:
+    """Check the output times: the tensor of shape (T,), and its values."""
+    if not isinstance(t, Tensor):
+        try:
+            t = torch.as_tensor(t, dtype=torch.float64)
+        except (TypeError, ValueError) as error:
+            raise BadTime(f"{name} must be a 1-D tensor of times; got a {type(t).__name__}.") from error
+    if not t.is_floating_point():
+        raise BadDtype(f"{name} has dtype {t.dtype}; times must be floating point (t.double()).")
+    if t.ndim != 1:
+        raise BadTime(f"{name} must be one-dimensional; it has shape {tuple(t.shape)}.")
+    values = t.detach().to(torch.float64).tolist()
+    if not values:
+        raise BadTime(f"{name} is empty; its first element is the time of h0.")
+    if not all(map(math.isfinite, values)):
+        raise BadTime(f"{name} holds NaN or infinity.")
+    steps = [b - a for a, b in zip(values, values[1:])]
+    if 0.0 in steps:
+        raise BadTime(f"{name} repeats {values[steps.index(0.0)]:.9g}; it must be strictly increasing or decreasing.")
+    if steps and not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
+        turn = next(i for i, s in enumerate(steps) if (s > 0) != (steps[0] > 0))
+        raise BadTime(
+            f"{name} must be strictly increasing or strictly decreasing; it turns at index {turn} "
+            f"({values[turn]:.6g} then {values[turn + 1]:.6g})."
+        )
+    return t, values
+
+
+def method_of(method: Any) -> Method:
+    if method is not None and not isinstance(method, str):
+        raise BadOption(f"method must be a name or None; got {method!r}.")
+    return methods.find(method)
+
+
+def tolerance(tol: Any, name: str, layout: Layout) -> float | Tensor:
+    """`rtol` or `atol`: a number; or a tensor of the state's shape, or a pytree with a number or tensor for each
+    leaf."""
+    if isinstance(tol, (int, float)) or (isinstance(tol, Tensor) and tol.ndim == 0):
+        value = float(tol)
+        if not (math.isfinite(value) and value >= 0):
+            raise BadTolerance(f"{name} must be finite and not negative; got {value!r}.")
+        return value
+    parts = list(pytree.tree_leaves(tol))
+    if len(parts) != len(layout.shapes):
+        raise BadTolerance(
+            f"{name} has {len(parts)} parts, the state has {len(layout.shapes)}; give one number, or one for each "
+            f"tensor."
+        )
+    rows = []
+    for part, shape, is_complex in zip(parts, layout.shapes, layout.complex):
+        try:
+            part = torch.as_tensor(part).detach().to(layout.device, layout.dtype).expand(shape)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise BadTolerance(f"{name} does not broadcast to the state's shape {tuple(shape)}.") from error
+        part = part.reshape(-1)
+        rows.append(part.repeat_interleave(2) if is_complex else part)
+    flat = torch.cat(rows)
+    if not bool((torch.isfinite(flat) & (flat >= 0)).all()):
+        raise BadTolerance(f"{name} must be finite and not negative in every element.")
+    return flat
+
+
+def tolerances(rtol: Any, atol: Any, layout: Layout, method: Method) -> tuple[float | Tensor, float | Tensor]:
+    """Check both; a zero `atol` becomes the smallest normal number, so that a state of zero is within tolerance of
+    itself."""
+    rel, absolute = tolerance(rtol, "rtol", layout), tolerance(atol, "atol", layout)
+    total = torch.as_tensor(rel) + torch.as_tensor(absolute)
+    if total.numel() and float(total.min()) <= 0:
+        raise BadTolerance("rtol and atol are both zero; no step can meet that. Give at least one of them.")
+    tiny = torch.finfo(layout.dtype).tiny
+    absolute = absolute.clamp_min(tiny) if isinstance(absolute, Tensor) else max(absolute, tiny)
+    eps = torch.finfo(layout.dtype).eps
+    smallest = float(rel.min()) if isinstance(rel, Tensor) and rel.numel() else rel
+    if method.adaptive and not isinstance(smallest, Tensor) and smallest < eps:
+        warn_once(
+            f"rtol {layout.dtype}",
+            f"rtol={smallest:g} is below what {layout.dtype} resolves ({eps:.2g}): steps get small without getting "
+            f"better. "
+            "Pass rtol=1e-5 or so, or solve in float64. (This warning is shown once.)",
+        )
+    return rel, absolute
+
+
+def options(given: Any, method: Method, h0: Any, f: Any, layout: Layout) -> SolverOptions:
+    """Translate the options dictionary, once.
+
+    `dtype` (of time, in torchdiffeq) is accepted and changes nothing: time is float64 on the host always, at no cost.
+    """
+    given = dict(given or {})
+    for name in given:
+        if name not in _KNOWN:
+            raise BadOption(methods.unknown(name, "option", _KNOWN))
+    unused = set(given) - _COMMON - _BY_KIND[method.kind]
+    if unused:
+        warnings.warn(f"{method.name} makes no use of the options {sorted(unused)}.", stacklevel=4)
+    read: dict[str, Any] = {name: given[name] for name in given if name not in unused and name != "dtype"}
+    read = {name: value for name, value in read.items() if value is not None}
+
+    for name in ("first_step", "step_size", "max_step", "ifactor", "safety"):
+        if name in read:
+            read[name] = _number(name, read[name], positive=True)
+    for name in ("min_step", "dfactor"):
+        if name in read:
+            read[name] = _number(name, read[name], positive=False)
+    for name in ("max_num_steps", "max_order", "max_iters"):
+        if name in read:
+            if int(read[name]) < 1:
+                raise BadOption(f"options[{name!r}] must be a positive integer; got {read[name]!r}.")
+            read[name] = int(read[name])
+    for name in ("step_t", "jump_t"):
+        if name in read:
+            read[name] = tuple(float(x) for x in torch.as_tensor(read[name]).reshape(-1).tolist())
+    twice = set(read.get("step_t", ())) & set(read.get("jump_t", ()))
+    if twice:
+        raise BadOption(f"step_t and jump_t have the times {sorted(twice)} in common; a jump is a step's end already.")
+    if read.get("max_order", 1) > 12:
+        raise BadOption(f"options['max_order'] must be at most 12; got {read['max_order']}.")
+    if read.get("interp", "linear") not in ("linear", "cubic"):
+        raise BadOption(f"options['interp'] must be 'linear' or 'cubic'; got {read['interp']!r}.")
+    if "step_size" in read and "grid_constructor" in read:
+        raise BadOption("options['step_size'] and options['grid_constructor'] both make the grid; give one of them.")
+    if "grid_constructor" in read:
+        make = read["grid_constructor"]
+        read["grid_constructor"] = lambda t: make(f, h0, t)
+    if "norm" in read:
+        read["norm"] = user_norm(read["norm"], layout)
+    return SolverOptions(**read)
+
+
+def _number(name: str, value: Any, *, positive: bool) -> float:
+    number = float(value)
+    if math.isnan(number) or number < 0 or (positive and number == 0):
+        raise BadOption(
+            f"options[{name!r}] must be a {'positive' if positive else 'non-negative'} number; got {value!r}."
+        )
+    return number
+
+
+def user_norm(norm: Any, layout: Layout) -> Norm:
+    if not callable(norm):
+        raise BadOption(f"options['norm'] must be a function of the state; got {norm!r}.")
+    return lambda flat: float(norm(layout.unflatten(flat)))
+
+
+def default_norm(layout: Layout) -> Norm:
+    """Root mean square; over several tensors the largest of theirs, as in torchdiffeq."""
+    if len(layout.sizes) == 1:
+        return rms_norm
+    return lambda flat: max_rms_norm(flat.split(layout.sizes))
+
+
+def callbacks(f: Any, method: Method, layout: Layout, like: Tensor, suffix: str = "") -> Callbacks:
+    """The callbacks that `f` carries as attributes, taking `(t0, y0, dt)` as tensors in the user's own structure."""
+    supported = {"adaptive": 3, "scipy": 0}.get(method.kind, 1)
+    found: list[Callable[..., None] | None] = []
+    for i, name in enumerate(("callback_step", "callback_accept_step", "callback_reject_step")):
+        call = getattr(f, name + suffix, None)
+        if call is not None and i >= supported:
+            warnings.warn(f"{method.name} does not call {name + suffix}.", stacklevel=4)
+            call = None
+        found.append(call and _as_tensors(call, like))
+    made = Callbacks(*found)
+    return made if suffix else made.on(layout.unflatten)
+
+
+def _as_tensors(call: Callable[..., None], like: Tensor) -> Callable[[float, Any, float], None]:
+    def wrapped(t0: float, y0: Any, dt: float) -> None:
+        call(torch.tensor(t0, dtype=like.dtype, device=like.device), y0, like.new_tensor(dt))
+
+    return wrapped
+
+
+def check_output(out: Any, layout: Layout, autocast: bool) -> None:
+    """What f returned for h0: structure, shape, dtype and device must be those of h0."""
+    if layout.spec.is_leaf():
+        if not isinstance(out, Tensor):
+            raise BadShape(
+                f"f must return a tensor of shape {tuple(layout.shapes[0])} like h0; got a {type(out).__name__}."
+            )
+        leaves: Sequence[Any] = [out]
+    else:
+        leaves = pytree.tree_leaves(out)
+        if len(leaves) != len(layout.shapes):
+            raise BadShape(
+                f"f must return {len(layout.shapes)} tensors, one for each of h0; it returned {len(leaves)}."
+            )
+    for i, (leaf, shape, dtype) in enumerate(zip(leaves, layout.shapes, layout.dtypes)):
+        which = "f" if len(leaves) == 1 else f"tensor {i} of what f returned"
+        if not isinstance(leaf, Tensor):
+            raise BadShape(f"{which} is a {type(leaf).__name__}, not a tensor.")
+        if leaf.shape != shape:
+            raise BadShape(
+                f"{which} has shape {tuple(leaf.shape)}; dh/dt must have the shape {tuple(shape)} that h0 has there."
+            )
+        if leaf.device != layout.device:
+            raise BadShape(f"{which} lies on {leaf.device}; h0 lies on {layout.device}.")
+        if leaf.dtype != dtype and not autocast:
+            raise BadDtype(f"{which} has dtype {leaf.dtype}; h0 has {dtype} there. Cast one to the other.")

@@ -1,0 +1,73 @@
+"""Every exception that a user of PyJLODE can meet; each says what happened, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class PyJLODEError(Exception):
+    """Base class of all errors that PyJLODE raises on purpose."""
+
+
+class BadShape(PyJLODEError, ValueError):
+    """The state, or what `f` returned for it, has the wrong structure, shape or device."""
+
+
+class BadDtype(PyJLODEError, TypeError):
+    """The state, `t`, or what `f` returned has a dtype that cannot be integrated."""
+
+
+class BadTime(PyJLODEError, ValueError):
+    """`t` is empty, repeated, not monotone, not finite or not one-dimensional."""
+
+
+class BadTolerance(PyJLODEError, ValueError):
+    """`rtol` or `atol` is negative, not finite, both zero, or does not match the state."""
+
+
+class BadOption(PyJLODEError, ValueError):
+    """An entry of `options`, or a combination of arguments, that the chosen method cannot follow."""
+
+
+class UnknownMethod(PyJLODEError, ValueError):
+    """No solver or gradient method has this name; the message lists the near ones."""
+
+
+class EngineUnavailable(PyJLODEError, RuntimeError):
+    """The engine that was asked for is not there; the message says how to get it."""
+
+
+class SolveError(PyJLODEError, RuntimeError):
+    """A solve was started and could not be finished.
+
+    Attributes:
+        t: time at which it stopped (in the units of the user's `t`).
+        dt: step size that was tried there, signed like the direction of integration.
+    """
+
+    def __init__(self, message: str, *, t: float, dt: float) -> None:
+        super().__init__(message)
+        self.t = t
+        self.dt = dt
+
+
+class StepSizeTooSmall(SolveError):
+    """The step size that the tolerance asks for is below the resolution of floating-point time."""
+
+
+class NonFiniteState(SolveError):
+    """NaN or infinity in `h0`, in what `f` returned, or in the state that a step produced."""
+
+
+class MaxStepsReached(SolveError):
+    """`max_num_steps` steps did not reach the end of the time span."""
+
+
+class EventNotFound(SolveError):
+    """Time ran to infinity, or out of steps, before `event_fn` crossed zero."""
+
+
+class NotConverged(SolveError):
+    """The nonlinear equations of an implicit step were not solved in `max_iters` iterations."""
+
+
+class GradientUnavailable(PyJLODEError, RuntimeError):
+    """The gradient asked for cannot be had this way; the message names the way that has it."""

@@ -1,0 +1,129 @@
+"""The one autograd Function: the forward pass is a solve, the backward pass asks the same engine for its product."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import BadOption, GradientUnavailable
+from .methods import unknown
+from .problem import ODEProblem
+from .solution import Stats
+
+# Name -> what it is, for the documentation and for the error on an unknown name.
+GRADIENTS: dict[str, str] = {
+    "discrete": "replays each accepted step backward: the exact gradient of the numbers that came out",
+    "backsolve": "solves h backward beside the adjoint: O(1) memory in the number of steps",
+    "interpolating": "solves the adjoint along the dense output of the forward solve",
+    "quadrature": "solves the adjoint, then integrates over time for the parameters by adaptive quadrature",
+    "gauss": "as interpolating, with the parameters' integral by Gauss quadrature in each step: no state of their size",
+    "forward": "solves the sensitivities beside the state: for few parameters and few states",
+}
+
+
+class Engine(Protocol):
+    """What an engine offers; `pyjlode.native.engine` is one."""
+
+    NAME: str
+    RECOMMENDED: str
+
+    def solve(self, p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = False) -> Any: ...
+
+    def solve_for_vjp(self, p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = False) -> Any: ...
+
+    def vjp(self, memory: Any, g: Tensor) -> Any: ...
+
+
+def find(adjoint: bool | str, engine: Engine, p: ODEProblem) -> str | None:
+    """The name of the gradient method that `adjoint` asks for; None is differentiation through the solver.
+
+    Raises:
+        BadOption: no such gradient method; the message lists the near names.
+    """
+    if adjoint is False:
+        return None
+    if adjoint is True:
+        return "interpolating" if p.method.kind == "scipy" else engine.RECOMMENDED
+    if adjoint not in GRADIENTS:
+        raise BadOption(unknown(adjoint, "gradient method (adjoint=)", list(GRADIENTS)))
+    return adjoint
+
+
+class _Solve(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        engine: Engine,
+        p: ODEProblem,
+        stats: Stats,
+        gradient: str,
+        dense: bool,
+        out: list[Any],
+        y0: Tensor,
+        t: Tensor,
+        *params: Tensor,
+    ) -> Tensor:
+        p = replace(p, y0=y0.detach(), t=t.detach().requires_grad_(ctx.needs_input_grad[7]))
+        memory = engine.solve_for_vjp(p, stats, gradient, dense=dense)
+        ctx.engine, ctx.memory, ctx.stats, ctx.nfe = engine, memory, stats, p.f
+        # Autograd's own check that nothing which the backward pass reads was changed in place in between. The output
+        # goes
+        # this way too: kept in `memory` it would hold itself alive.
+        record, ys = memory.record, memory.record.ys
+        ctx.save_for_backward(y0, t, ys if gradient != "discrete" else None, *params)
+        out.append(record)
+        memory.record = replace(record, ys=None)
+        return ys
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise GradientUnavailable(
+                f"adjoint={ctx.memory.gradient!r} gives first derivatives only, and create_graph=True asks for more. "
+                f"Solve "
+                "with adjoint=False, which can be differentiated again."
+            )
+        _, t, ys, *_ = ctx.saved_tensors
+        start, before = time.perf_counter(), ctx.nfe.nfe
+        memory = replace(ctx.memory, record=replace(ctx.memory.record, ys=ys))
+        grads = ctx.engine.vjp(memory, g)
+        ctx.stats.nfe_backward += ctx.nfe.nfe - before
+        ctx.stats.wall_backward += time.perf_counter() - start
+        grad_t = grads.t if grads.t is None else grads.t.to(t)
+        return None, None, None, None, None, None, grads.y0, grad_t, *grads.params
+
+
+class _Undifferentiable(torch.autograd.Function):
+    """Passes states on; its backward pass says why there is none."""
+
+    @staticmethod
+    def forward(ctx: Any, ys: Tensor, *inputs: Tensor) -> Tensor:  # type: ignore[override]
+        return ys.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        raise GradientUnavailable(
+            "adjoint=False differentiates through the solver's operations, and scipy_solver's are not PyTorch's. Use "
+            "adjoint=True (which is 'interpolating' for it) or adjoint='backsolve'."
+        )
+
+
+def solve(engine: Engine, p: ODEProblem, stats: Stats, gradient: str | None, needed: bool, dense: bool) -> Any:
+    """Solve `p` so that its result carries the gradient asked for; returns the engine's record.
+
+    Args:
+        gradient: name of the gradient method; None differentiates through the solver.
+        needed: whether anything requires grad at all.
+    """
+    if not needed or gradient is None:
+        record = engine.solve(p, stats, recorded=needed, dense=dense)
+        if needed and p.method.kind == "scipy":
+            record.ys = _Undifferentiable.apply(record.ys, p.y0, *p.params)
+        return record
+    out: list[Any] = []
+    ys = _Solve.apply(engine, p, stats, gradient, dense, out, p.y0, p.t, *p.params)
+    return replace(out[0], ys=ys)

@@ -1,0 +1,118 @@
+"""The one table of solvers: name, order, kind and implementation of each."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+from . import errors
+from .native import tableaus as tb
+
+Kind = Literal["adaptive", "fixed", "implicit", "adams", "scipy"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        name: what the user writes in `method=`.
+        order: order of convergence of the state at the end of a step.
+        kind: `adaptive` (explicit Runge-Kutta with error control), `fixed` (explicit Runge-Kutta), `implicit`
+            (Runge-Kutta whose stages need a nonlinear solve, fixed steps), `adams` (linear multistep, fixed steps) or
+            `scipy` (`scipy.integrate.solve_ivp`).
+        tableau: coefficients of the native engine; None where a method has none.
+        pi: (beta1, beta2) of the step-size controller, see `native/controller.py`; unused by fixed steps.
+        about: one line for the table in the documentation.
+    """
+
+    name: str
+    order: int
+    kind: Kind
+    about: str
+    tableau: tb.ExplicitTableau | tb.ImplicitTableau | None = None
+    pi: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def adaptive(self) -> bool:
+        return self.kind in ("adaptive", "scipy")
+
+    @property
+    def stiff(self) -> bool:
+        """True where stiffness does not limit the step size (A-stable)."""
+        return self.kind == "implicit"
+
+
+def _pi42(k: int) -> tuple[float, float]:
+    """Söderlind's PI.4.2 (Digital filters in adaptive time-stepping, ACM TOMS 29, 2003, table III), error order k."""
+    return 3 / (5 * k), 1 / (5 * k)
+
+
+def _adaptive(name: str, tableau: tb.ExplicitTableau, pi: tuple[float, float], about: str) -> Method:
+    return Method(name, tableau.order, "adaptive", about, tableau, pi)
+
+
+def _fixed(name: str, tableau: tb.ExplicitTableau, about: str) -> Method:
+    return Method(name, tableau.order, "fixed", about, tableau)
+
+
+def _implicit(name: str, tableau: tb.ImplicitTableau, about: str) -> Method:
+    return Method(name, tableau.order, "implicit", about, tableau)
+
+
+_ROWS = [
+    # Hairer, Nørsett & Wanner II.4 and IV.2: beta = 0.04 for DOPRI5, 0 for DOP853.
+    _adaptive("dopri5", tb.DOPRI5, (0.2 - 0.75 * 0.04, 0.04), "Dormand & Prince 5(4), the default"),
+    _adaptive("tsit5", tb.TSIT5, _pi42(5), "Tsitouras 5(4)"),
+    _adaptive("dopri8", tb.DOPRI8, (1 / 8, 0.0), "Dormand & Prince 8(5,3) as in Hairer's DOP853"),
+    _adaptive("bosh3", tb.BOSH3, _pi42(3), "Bogacki & Shampine 3(2)"),
+    _adaptive("fehlberg2", tb.FEHLBERG2, _pi42(2), "Fehlberg 2(1)"),
+    _adaptive("adaptive_heun", tb.ADAPTIVE_HEUN, _pi42(2), "Heun 2(1)"),
+    _adaptive("vern7", tb.VERN7, _pi42(7), "Verner's efficient 7(6)"),
+    _adaptive("vern9", tb.VERN9, _pi42(9), "Verner's efficient 9(8)"),
+    _fixed("euler", tb.EULER, "Euler"),
+    _fixed("midpoint", tb.MIDPOINT, "explicit midpoint"),
+    _fixed("heun2", tb.HEUN2, "Heun, order 2 (explicit trapezoid)"),
+    _fixed("heun3", tb.HEUN3, "Heun, order 3"),
+    _fixed("rk4", tb.RK4, "Kutta's 3/8 rule"),
+    Method("explicit_adams", 12, "adams", "Adams-Bashforth, order up to `max_order`"),
+    Method("implicit_adams", 12, "adams", "Adams-Bashforth-Moulton, order up to `max_order`"),
+    _implicit("implicit_euler", tb.IMPLICIT_EULER, "implicit Euler"),
+    _implicit("implicit_midpoint", tb.IMPLICIT_MIDPOINT, "implicit midpoint (symplectic)"),
+    _implicit("trapezoid", tb.TRAPEZOID, "trapezoidal rule"),
+    _implicit("radauIIA3", tb.RADAU_IIA3, "Radau IIA, 2 stages (L-stable)"),
+    _implicit("radauIIA5", tb.RADAU_IIA5, "Radau IIA, 3 stages (L-stable)"),
+    _implicit("gl4", tb.GAUSS_LEGENDRE4, "Gauss-Legendre, 2 stages (symplectic)"),
+    _implicit("gl6", tb.GAUSS_LEGENDRE6, "Gauss-Legendre, 3 stages (symplectic)"),
+    _implicit("sdirk2", tb.SDIRK2, "SDIRK, 2 stages (L-stable)"),
+    _implicit("trbdf2", tb.TRBDF2, "trapezoid then BDF2, one step (L-stable)"),
+    Method("scipy_solver", 0, "scipy", "any method of `scipy.integrate.solve_ivp`, named by options['solver']"),
+]
+
+METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
+ALIASES = {"fixed_adams": "implicit_adams"}
+DEFAULT = "dopri5"
+
+
+def find(name: str | None) -> Method:
+    """The row of the table for `name` (None is the default).
+
+    Raises:
+        UnknownMethod: no such row; the message lists the near names.
+    """
+    if name is None:
+        name = DEFAULT
+    key = ALIASES.get(name, name)
+    if key not in METHODS:
+        raise errors.UnknownMethod(unknown(name, "method", [*METHODS, *ALIASES]))
+    return METHODS[key]
+
+
+def unknown(name: object, what: str, names: list[str]) -> str:
+    """Message for a name that is not among `names`: the near ones first, else all."""
+    lowered = {n.lower(): n for n in names}
+    near = [lowered[n] for n in difflib.get_close_matches(str(name).lower(), list(lowered), n=4, cutoff=0.5)]
+    if near:
+        return f"unknown {what} {name!r}; did you mean {' or '.join(map(repr, near))}?"
+    return f"unknown {what} {name!r}; there are {', '.join(map(repr, names))}."

@@ -1,0 +1,1 @@
+"""The native engine: everything in PyTorch, nothing but torch needed."""

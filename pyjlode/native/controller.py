@@ -1,0 +1,54 @@
+"""Step-size control: the first step, and the next one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..problem import ODEProblem, SolverOptions
+
+
+@torch.no_grad()
+def initial_step(p: ODEProblem, f0: Tensor, order: int, limit: float) -> float:
+    """Size of the first step: Hairer, Nørsett & Wanner, Solving ODEs I, II.4, "Starting Step Size".
+
+    Args:
+        f0: f(t0, y0), shape (n,).
+        order: of the local error of the method.
+        limit: no longer than this (the time span, `max_step`).
+    """
+    scale = p.atol + p.y0.abs() * p.rtol
+    d0, d1 = p.norm(p.y0 / scale), p.norm(f0 / scale)
+    h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+    h0 = min(h0, limit)
+    dt = math.copysign(h0, p.direction)
+    f1 = p.f(p.time(p.times[0] + dt), p.y0 + dt * f0)
+    d2 = p.norm((f1 - f0) / scale) / h0
+    if not math.isfinite(d2):  # the trial step already left the domain of f
+        return h0 * 1e-3
+    d = max(d1, d2)
+    h1 = max(1e-6, h0 * 1e-3) if d <= 1e-15 else (0.01 / d) ** (1 / order)
+    return min(100 * h0, h1, limit)
+
+
+def next_factor(
+    err: float, previous: float, accepted: bool, order: int, pi: tuple[float, float], o: SolverOptions
+) -> float:
+    """Factor from this step size to the next: PI control after an accepted step, I control after a rejected one.
+
+    Gustafsson, Control theoretic techniques for stepsize selection in explicit Runge-Kutta methods, ACM TOMS 17 (1991);
+    Söderlind, Digital filters in adaptive time-stepping, ACM TOMS 29 (2003).
+
+    Args:
+        err: norm of the error over the tolerance, of this step; not negative, may be infinite or NaN.
+        previous: the same of the last accepted step.
+        order: of the local error.
+        pi: (beta1, beta2).
+    """
+    if err == 0:
+        return o.ifactor
+    if not accepted:
+        return max(o.dfactor, min(1.0, o.safety * err ** (-1 / order))) if math.isfinite(err) else o.dfactor
+    return min(o.ifactor, max(o.dfactor, o.safety * err ** -pi[0] * previous ** pi[1]))

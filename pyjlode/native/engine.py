@@ -1,0 +1,65 @@
+"""The front of the native engine: what `gradients.py` and the front door call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import BadOption
+from ..problem import ODEProblem
+from ..solution import Stats
+from . import loop, scipy_ivp, sensitivity
+from .loop import Record
+from .sensitivity import Gradients
+
+NAME = "torch"
+
+# What `adjoint=True` means here. The replay is exact, and needs neither a second solve nor a choice of tolerances.
+RECOMMENDED = "discrete"
+
+
+@dataclass
+class Memory:
+    """What a forward solve keeps for its vector-Jacobian product."""
+
+    problem: ODEProblem
+    record: Record
+    gradient: str
+    sensitivities: Tensor | None = None
+
+
+def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = False) -> Record:
+    """Solve `p`; with `recorded`, under autograd."""
+    if p.method.kind == "scipy":
+        return scipy_ivp.solve(p, stats, dense=dense)
+    return loop.solve(p, stats, recorded=recorded, dense=dense)
+
+
+def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = False) -> Memory:
+    """Solve `p` and keep what `vjp` needs for the gradient method named."""
+    kept = dense or gradient in ("interpolating", "quadrature", "gauss")
+    if p.method.kind == "scipy":
+        if gradient not in ("backsolve", "interpolating"):
+            raise BadOption(
+                f"adjoint={gradient!r} follows the steps of the solver, which scipy_solver keeps to itself; use "
+                "adjoint='backsolve' or 'interpolating'."
+            )
+        return Memory(p, scipy_ivp.solve(p, stats, dense=kept), gradient)
+    if gradient == "forward":
+        record, S = sensitivity.solve_forward(p, stats, dense=dense)
+        return Memory(p, record, gradient, S)
+    return Memory(p, loop.solve(p, stats, steps=gradient == "discrete", dense=kept), gradient)
+
+
+def vjp(memory: Memory, g: Tensor) -> Gradients:
+    """Gradients of a loss with cotangents g (T, n) of the states at the output times."""
+    p, record = memory.problem, memory.record
+    with torch.no_grad():
+        if memory.gradient == "discrete":
+            return sensitivity.discrete(p, record, g)
+        if memory.gradient == "forward":
+            assert memory.sensitivities is not None
+            return sensitivity.contract(p, record, memory.sensitivities, g)
+        return sensitivity.continuous(p, record, g, memory.gradient)

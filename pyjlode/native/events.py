@@ -1,0 +1,90 @@
+"""Finding the first zero crossing of an event function along the dense output."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+
+from ..errors import NonFiniteState
+from ..problem import ODEProblem
+from .step import Step
+
+# The event function is looked at this many times within a step, so that a crossing there and back is not stepped over.
+_LOOKS = 4
+
+
+class EventFinder:
+    """Watches the event functions of a problem from step to step.
+
+    All functions are taken times their sign at the start, so that the first one to cross is the first zero of their
+    minimum. A function that is zero at the start gets the sign that it takes next: leaving zero is not crossing it.
+    """
+
+    def __init__(self, p: ODEProblem) -> None:
+        assert p.event_fn is not None
+        self.p, self.event_fn = p, p.event_fn
+        self.signs: list[float] = []
+        self.margin(p.times[0], p.y0)
+
+    @torch.no_grad()
+    def margin(self, t: float, y: torch.Tensor) -> float:
+        """Smallest event function, positive before the crossing."""
+        values = self.event_fn(self.p.time(t), y).detach().reshape(-1).tolist()
+        if any(map(math.isnan, values)):
+            raise NonFiniteState(f"event_fn returned NaN at t={t:.6g}.", t=t, dt=0.0)
+        self.signs = self.signs or [0.0] * len(values)
+        self.signs = [s or float((v > 0) - (v < 0)) for s, v in zip(self.signs, values)]
+        return min(s * v if s else math.inf for s, v in zip(self.signs, values))
+
+    def look(self, step: Step) -> float | None:
+        """Time of the first crossing within the step, or None."""
+        t0, t1 = step.interval.t0, step.interval.t1
+        times = [t0 + (t1 - t0) * i / _LOOKS for i in range(1, _LOOKS)]
+        with torch.no_grad():
+            states = [*step.interpolate(times), step.y1]
+        before, good = t0, math.inf
+        for t, y in zip([*times, t1], states):
+            margin = self.margin(t, y)
+            if margin <= 0:
+                return self.crossing(step, before, t, good if math.isfinite(good) else None, margin)
+            before, good = t, margin
+        return None
+
+    @torch.no_grad()
+    def crossing(self, step: Step, a: float, b: float, ga: float | None, gb: float) -> float:
+        """Zero of the margin between a (positive) and b (not positive): Illinois regula falsi, guarded by bisection.
+
+        Returns the last time before the crossing that floating point tells from it, so that a solve restarted there is
+        on the near side.
+        """
+
+        def margin(t: float) -> float:
+            return self.margin(t, step.interpolate([t])[0])
+
+        if gb == 0:
+            return b
+        if ga is None:
+            ga = margin(a)
+            if ga <= 0:  # it left zero on this side already
+                return a
+        wa = wb = 1.0
+        for i in range(200):
+            if abs(b - a) <= 2 * sys.float_info.epsilon * max(abs(a), abs(b)):
+                break
+            x = (wb * gb * a - wa * ga * b) / (wb * gb - wa * ga)
+            if i % 4 == 3 or not min(a, b) < x < max(a, b):
+                x = a + (b - a) / 2
+                if x in (a, b):
+                    break
+            g = margin(x)
+            if g == 0:
+                return x
+            if g > 0:
+                a, ga, wa = x, g, 1.0
+                wb /= 2
+            else:
+                b, gb, wb = x, g, 1.0
+                wa /= 2
+        return a

@@ -1,0 +1,388 @@
+"""The integration loop: methods make steps, and here they meet outputs, events and callbacks."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import BadOption, EventNotFound, MaxStepsReached, NonFiniteState, StepSizeTooSmall
+from ..problem import ODEProblem
+from ..solution import Stats
+from . import controller, interpolation
+from .events import EventFinder
+from .explicit import ExplicitRK, ExplicitStep
+from .implicit import ImplicitRK
+from .interpolation import DenseOutput
+from .multistep import Adams, AdamsStep, Past
+from .step import Interval, Step, fraction
+
+OnStep = Callable[[Step], None]
+
+
+class Kept(NamedTuple):
+    """What is needed to take a step again: for a multistep method its past, and the slope that it adds to it."""
+
+    interval: Interval
+    y: Tensor
+    past: Past | None = None
+    slope: Tensor | None = None
+
+
+def kept(step: Step) -> Kept:
+    if isinstance(step, AdamsStep):
+        return Kept(step.interval, step.y, step.before, step.f0)
+    return Kept(step.interval, step.y)
+
+
+@dataclass
+class Record:
+    """What a solve leaves behind.
+
+    Attributes:
+        ys: (T, n) states at the output times; with an event, at the start and at the event.
+        kept: the accepted steps, where they were to be kept.
+        dense: the dense output, (M,) times -> (M, n), where it was to be kept.
+        event_t: time of the event.
+        next_dt: size of the step that would come next (adaptive methods).
+        last: the step that the event lies in.
+    """
+
+    ys: Tensor
+    kept: list[Kept]
+    dense: Any = None
+    event_t: float | None = None
+    next_dt: float | None = None
+    last: Step | None = None
+
+
+def solve(
+    p: ODEProblem,
+    stats: Stats,
+    *,
+    recorded: bool = False,
+    steps: bool = False,
+    dense: bool = False,
+    on_step: OnStep | None = None,
+) -> Record:
+    """Integrate `p` over its times, or until its event.
+
+    Args:
+        recorded: let autograd record every operation; otherwise none is, and buffers are used again.
+        steps: keep what is needed to take the steps again.
+        dense: keep the dense output.
+        on_step: called with each accepted step while its data are alive.
+    """
+    with torch.set_grad_enabled(recorded):
+        record = _solve(p, stats, recorded, steps, dense, on_step)
+    if not bool(torch.isfinite(record.ys).all()):
+        raise _non_finite_output(p, record.ys)
+    return record
+
+
+def _solve(
+    p: ODEProblem, stats: Stats, recorded: bool, keep_steps: bool, keep_dense: bool, on_step: OnStep | None
+) -> Record:
+    sign, times = p.direction, p.times
+    # Where the user's t requires grad, steps carry their times as tensors with a graph back to it.
+    tracked = p.t.requires_grad and (recorded or keep_steps)
+    ordered = [sign * t for t in times]
+    finder = EventFinder(p) if p.event_fn is not None else None
+    record = Record(p.y0, [])
+    if p.method.kind == "adaptive":
+        steps = adaptive_steps(
+            p, stats, record, recorded, tracked, keep_dense, sign * math.inf if finder else times[-1]
+        )
+    else:
+        steps = fixed_steps(p, stats, recorded, tracked, keep_dense)
+    blocks, dense = [p.y0[None]], []
+    i = 1  # next output
+    for step in steps:
+        interval = step.interval
+        if keep_dense:
+            dense.append(step)
+        if keep_steps:
+            record.kept.append(kept(step))
+        if on_step:
+            on_step(step)
+
+        if finder:
+            record.event_t = finder.look(step)
+            if record.event_t is not None:
+                blocks.append(output(p, step, [record.event_t]))
+                record.last = step
+                break
+            continue
+
+        j = bisect.bisect_right(ordered, sign * interval.t1, i)
+        if j > i:
+            at_end = times[j - 1] == interval.t1 and is_node(p, j - 1, tracked)
+            inside = slice(i, j - at_end)
+            if inside.stop > inside.start:
+                wanted = p.t[inside] if tracked else times[inside]
+                blocks.append(output(p, step, wanted))
+            if at_end:
+                blocks.append(step.y1[None])
+            i = j
+    record.ys = torch.cat(blocks)
+    record.dense = DenseOutput(dense) if dense else None
+    return record
+
+
+def is_node(p: ODEProblem, i: int, tracked: bool) -> bool:
+    """Whether a step that ends at the value of output time i is one that ends at that time by design.
+
+    The difference is the derivative in time: the state at a node that moves with `t[i]`, or the dense output as `t[i]`
+    moves past a node that does not.
+    """
+    return not tracked or i == len(p.times) - 1 or (p.method.kind != "adaptive" and p.options.step_size is None)
+
+
+def output(p: ODEProblem, step: Step, times: list[float] | Tensor) -> Tensor:
+    """States at M times within a step, as `interp` has them between the points of a fixed grid: (M, n)."""
+    if p.method.kind != "adaptive" and p.options.interp == "linear":
+        return interpolation.linear(fraction(step.interval, times), step.y, step.y1)
+    return step.interpolate(times)
+
+
+def stepper(p: ODEProblem, *, recorded: bool) -> Callable[[Interval, Tensor, Past | None], Step]:
+    """The step function of the problem's method: (interval, y, past) -> step."""
+    if p.method.kind == "implicit":
+        implicit = ImplicitRK(p, recorded=recorded)
+        return lambda interval, y, past: implicit.step(interval, y)
+    if p.method.kind == "adams":
+        return Adams(p, recorded=recorded).step
+    rk = ExplicitRK(p, recorded=recorded)
+    return lambda interval, y, past: rk.step(interval, y, None)
+
+
+def adaptive_steps(
+    p: ODEProblem, stats: Stats, record: Record, recorded: bool, tracked: bool, keep: bool, end: float
+) -> Iterator[ExplicitStep]:
+    """Accepted steps of an embedded pair, from `p.times[0]` to `end` (infinite: for ever)."""
+    o, sign = p.options, p.direction
+    tab = p.method.tableau
+    rk = ExplicitRK(p, recorded=recorded, keep=keep)
+    order = tab.error_order + 1
+    t, y = p.times[0], p.y0
+    if t == end:
+        return
+    with torch.enable_grad():
+        at: float | Tensor = p.t[0].to(torch.float64) if tracked else t
+    stops = _stops(p, end)
+    jumps = set(o.jump_t)
+
+    k0 = p.f0
+    if k0 is None or tracked:
+        k0 = p.f(at.to(y) if isinstance(at, Tensor) else p.time(t), y)
+    if not bool(torch.isfinite(k0).all()):
+        raise NonFiniteState(f"f returned NaN or infinity at the start, t={t:.6g}.", t=t, dt=0.0)
+    limit = min(o.max_step, abs(end - t))
+    dt = min(o.first_step or controller.initial_step(p, k0.detach(), order, limit), limit)
+
+    err, previous, abs_y = 0.0, 1.0, y.detach().abs()
+    after_jump, n = False, 0
+    while t != end:
+        if n == o.max_num_steps:
+            raise _too_many_steps(p, t, dt, end)
+        n += 1
+        dt = min(max(dt, o.min_step), o.max_step)
+        t1 = t + sign * dt
+        stop = stops[0]
+        # A step that would end just short of a stop ends on it: no sliver is left over.
+        if sign * (t1 - stop) >= -1e-10 * dt:
+            t1 = stop
+        if t1 == t:
+            raise _too_small(p, t, sign * dt, err)
+        if math.isinf(t1):
+            raise _no_event(p, t, sign * dt)
+        reach = t1 - t
+        h: float | Tensor = reach
+        if tracked:
+            # Steps chosen by the controller move with t0; the last one ends at the user's own tensor.
+            with torch.enable_grad():
+                h = p.t[-1].to(torch.float64) - at if t1 == end else torch.tensor(reach, dtype=torch.float64)
+        if p.callbacks.step:
+            p.callbacks.step(t, y, reach)
+        step = rk.step(Interval(t, t1, at, h, after_jump, t1 in jumps), y, k0)
+        with torch.no_grad():
+            abs_y1 = step.y1.abs()
+            err = step.error(p.rtol, p.atol, abs_y, abs_y1)
+        accepted = err <= 1 or (abs(reach) <= o.min_step and math.isfinite(err))
+        if accepted:
+            stats.naccept += 1
+            if p.callbacks.accept:
+                p.callbacks.accept(t, y, reach)
+            dt = abs(reach) * controller.next_factor(err, previous, True, order, p.method.pi, o)
+            previous = max(err, 1e-4)
+            record.next_dt = dt
+            yield step
+            t, y, abs_y = t1, step.y1, abs_y1
+            with torch.enable_grad():
+                at = at + h if tracked else t
+            if t == end:
+                return
+            after_jump = t in jumps
+            k0 = None if after_jump else step.f1
+            if t == stop:
+                stops.pop(0)
+        else:
+            stats.nreject += 1
+            if p.callbacks.reject:
+                p.callbacks.reject(t, y, reach)
+            if abs(reach) <= o.min_step:
+                raise _too_small(p, t, reach, err)
+            dt = abs(reach) * controller.next_factor(err, previous, False, order, p.method.pi, o)
+            k0 = step.f0
+
+
+def fixed_steps(p: ODEProblem, stats: Stats, recorded: bool, tracked: bool, keep: bool) -> Iterator[Step]:
+    """Steps of a method without error control, over its grid."""
+    o = p.options
+    implicit = ImplicitRK(p, recorded=recorded) if p.method.kind == "implicit" else None
+    adams = Adams(p, recorded=recorded) if p.method.kind == "adams" else None
+    rk = ExplicitRK(p, recorded=recorded, keep=keep) if p.method.kind == "fixed" else None
+    y, past = p.y0, None
+    f0 = p.f0 if not (tracked or o.perturb) else None
+    for interval in _grid(p, tracked):
+        if p.callbacks.step:
+            p.callbacks.step(interval.t0, y, interval.t1 - interval.t0)
+        if rk:
+            step = rk.step(interval, y, f0)
+        elif implicit:
+            step = implicit.step(interval, y)
+            stats.njac = implicit.njac
+        else:
+            assert adams
+            step = adams.step(interval, y, past)
+            past = step.past
+        stats.naccept += 1
+        yield step
+        y, f0 = step.y1, None
+
+
+def _grid(p: ODEProblem, tracked: bool) -> Iterator[Interval]:
+    o, sign, times = p.options, p.direction, p.times
+    if o.step_size is not None:
+        t0 = times[0]
+        n = math.inf
+        if p.event_fn is None:
+            n = max(1, math.ceil(abs(times[-1] - t0) / o.step_size - 1e-9)) if len(times) > 1 else 0
+        elif o.grid_constructor:
+            raise BadOption("with event_fn a fixed-step method needs options['step_size'], not a grid.")
+        if n > o.max_num_steps and p.event_fn is None:
+            raise _too_many_steps(p, t0, o.step_size, times[-1])
+        i = 0
+        with torch.enable_grad():
+            at: float | Tensor = p.t[0].to(torch.float64) if tracked else t0
+        while i < n:
+            if i == o.max_num_steps:
+                raise _no_event(p, t0 + sign * i * o.step_size, sign * o.step_size)
+            start, stop = t0 + sign * i * o.step_size, t0 + sign * (i + 1) * o.step_size
+            if i + 1 == n:
+                stop = times[-1]
+            h: float | Tensor = stop - start
+            with torch.enable_grad():
+                if tracked:
+                    h = p.t[-1].to(torch.float64) - at if i + 1 == n else torch.tensor(h, dtype=torch.float64)
+            yield Interval(start, stop, at, h, o.perturb, o.perturb)
+            with torch.enable_grad():
+                at = at + h if tracked else stop
+            i += 1
+        return
+    if p.event_fn is not None:
+        raise BadOption(f"{p.method.name} with event_fn needs options={{'step_size': ...}}: it has no grid of its own.")
+    with torch.enable_grad():
+        made = o.grid_constructor(p.t) if o.grid_constructor else p.t
+        grid = made.tolist() if o.grid_constructor else times
+        nodes: Sequence[float | Tensor] = made.to(torch.float64).unbind() if tracked else grid
+    if o.grid_constructor:
+        steps = [sign * (b - a) for a, b in zip(grid, grid[1:])]
+        if not grid or grid[0] != times[0] or grid[-1] != times[-1] or not all(s > 0 for s in steps):
+            raise BadOption(
+                "options['grid_constructor'] must return times that run strictly from t[0] to t[-1]; it returned "
+                f"{len(grid)} times{f' from {grid[0]:.6g} to {grid[-1]:.6g}' if grid else ''}."
+            )
+    for a, b, at, to in zip(grid, grid[1:], nodes, nodes[1:]):
+        with torch.enable_grad():
+            h = to - at
+        yield Interval(a, b, at, h, o.perturb, o.perturb)
+
+
+def _stops(p: ODEProblem, end: float) -> list[float]:
+    """Times that a step must end at, in the order of integration; the last is `end`."""
+    sign, t0 = p.direction, p.times[0]
+    inside = {t for t in (*p.options.step_t, *p.options.jump_t) if sign * t0 < sign * t < sign * end}
+    return [*sorted(inside, key=lambda t: sign * t), end]
+
+
+_STIFF = "method='radauIIA5' or 'trbdf2' with options={'step_size': ...}"
+
+
+def _too_small(p: ODEProblem, t: float, dt: float, err: float) -> StepSizeTooSmall | NonFiniteState:
+    if not math.isfinite(err):
+        return NonFiniteState(
+            f"f or the state is NaN or infinite just after t={t:.9g}, however small the step (last tried: dt={dt:.3g}). "
+            f""
+            "f leaves its domain there, or the solution blows up at that time.",
+            t=t,
+            dt=dt,
+        )
+    return StepSizeTooSmall(
+        f"{p.method.name}: at t={t:.9g} the tolerance (rtol, atol) asks for steps below dt={dt:.3g}, which no longer "
+        f"moves t or is at min_step. The problem is stiff, f jumps there, or the solution blows up. If it is stiff use "
+        f"an "
+        f"implicit method: {_STIFF}. If f jumps at known times, list them in options['jump_t'].",
+        t=t,
+        dt=dt,
+    )
+
+
+def _too_many_steps(p: ODEProblem, t: float, dt: float, end: float) -> MaxStepsReached | EventNotFound:
+    if math.isinf(end):
+        return _no_event(p, t, dt)
+    return MaxStepsReached(
+        f"{p.method.name}: max_num_steps={p.options.max_num_steps} steps did not reach t={end:.6g}; the solve is at "
+        f"t={t:.6g} with dt={dt:.3g}. If steps are this small because the problem is stiff, use {_STIFF}; otherwise "
+        "loosen rtol and atol or raise options['max_num_steps'].",
+        t=t,
+        dt=dt,
+    )
+
+
+def _no_event(p: ODEProblem, t: float, dt: float) -> EventNotFound:
+    return EventNotFound(
+        f"event_fn did not cross zero up to t={t:.6g} (dt={dt:.3g}); the solve ends here. Check its sign and the "
+        f"direction "
+        "of time (t[1] against t[0], or reverse_time), or raise options['max_num_steps'].",
+        t=t,
+        dt=dt,
+    )
+
+
+def _non_finite_output(p: ODEProblem, ys: Tensor) -> NonFiniteState:
+    """Which output went bad first, and in which step: the solve is repeated, looking at every step."""
+    bad = int((~torch.isfinite(ys).all(1)).nonzero()[0, 0]) if ys.shape[1] else 0
+    times = p.times
+    message = f"the state is NaN or infinite at the output t={times[min(bad, len(times) - 1)]:.6g}"
+    t, dt = times[min(bad, len(times) - 1)], 0.0
+    if p.method.kind not in ("adaptive", "scipy") and bad:
+        again = replace(p, f0=None, callbacks=type(p.callbacks)())
+        with torch.no_grad():
+            for i, step in enumerate(fixed_steps(again, Stats("", "", ""), False, False, True)):
+                if not bool(torch.isfinite(step.y1).all()):
+                    t, dt = step.interval.t0, step.interval.t1 - step.interval.t0
+                    message += f": it went bad in step {i + 1}, from t={t:.6g} with dt={dt:.3g}"
+                    break
+    return NonFiniteState(
+        f"{p.method.name}: {message}. Steps too long for the problem blow up like this; use smaller ones or an adaptive "
+        f""
+        "method, or a domain in which f is finite.",
+        t=t,
+        dt=dt,
+    )

@@ -1,0 +1,518 @@
+"""Vector-Jacobian products of a solve: six ways to the gradient.
+
+Notation: a loss L of the states y_i = y(t_i) with cotangents g_i = dL/dy_i. The adjoint a(t) = dL/dy(t) obeys
+a' = -a df/dy, jumps by g_i at t_i, and dL/dtheta is the integral of a df/dtheta from t_0 to t_N (Chen, Rubanova,
+Bettencourt & Duvenaud 2018, appendix B; Pontryagin et al. 1962).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..problem import Callbacks, Field, Layout, Norm, ODEProblem, max_rms_norm, rms_norm
+from ..solution import Stats
+from . import loop, scipy_ivp
+from .explicit import Buffered, ExplicitRK
+from .interpolation import powers
+from .loop import Kept, Record
+from .multistep import Past
+from .step import Step, numpy_dtype, scaled, stage_times
+from .tableaus import ExplicitTableau, hermite_dense
+
+
+class Gradients(NamedTuple):
+    """dL/dy0 (n,), dL/dt (T,) or None where t wants none, dL/dparam for each parameter or None where f never used
+    it."""
+
+    y0: Tensor
+    t: Tensor | None
+    params: Sequence[Tensor | None]
+
+
+def vjp(
+    p: ODEProblem, t: Tensor, y: Tensor, cotangent: Tensor, wrt: Sequence[Tensor] | None = None
+) -> tuple[Tensor, list[Tensor | None]]:
+    """f and the products of `cotangent` with its Jacobians.
+
+    Args:
+        t: 0-d. y, cotangent: (n,).
+        wrt: what to differentiate by besides y; the parameters if None.
+
+    Returns:
+        f(t, y) without graph, and the products with respect to (y, *wrt); None where f does not depend on one.
+    """
+    wrt = p.params if wrt is None else wrt
+    with torch.enable_grad():
+        y = y.detach().requires_grad_()
+        k = p.f(t, y)
+    return k.detach(), pull_back(p, k, (y, *wrt), cotangent)
+
+
+def pull_back(p: ODEProblem, k: Tensor, inputs: Sequence[Tensor], cotangent: Tensor) -> list[Tensor | None]:
+    """The product of `cotangent` with dk/dinputs; a k without graph depends on nothing."""
+    if not k.requires_grad:
+        return [None] * len(inputs)
+    return list(torch.autograd.grad(k, inputs, cotangent, allow_unused=True, retain_graph=p.retain_graph))
+
+
+class Sum:
+    """Accumulates gradients with respect to a list of tensors."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.total: list[Tensor | None] = [None] * len(params)
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        both = [(total, grad) for total, grad in zip(self.total, grads) if total is not None and grad is not None]
+        if both:
+            torch._foreach_add_(*(list(x) for x in zip(*both)))
+        if len(both) < len(grads):
+            for i, (total, grad) in enumerate(zip(self.total, grads)):
+                if total is None and grad is not None:
+                    self.total[i] = grad.clone()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# discrete: the exact gradient of the numbers that came out
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def discrete(p: ODEProblem, record: Record, g: Tensor) -> Gradients:
+    """Take each accepted step again, last one first, and pull the cotangent back through it.
+
+    Step sizes are held as they were, except where a step starts or ends at a time of the user's. Memory: one state a
+    step.
+    """
+    want_t = p.t.requires_grad
+    explicit = isinstance(p.method.tableau, ExplicitTableau)
+    replay = _ExplicitReplay(p) if explicit and not want_t else _RecordedReplay(p)
+    event = record.event_t is not None
+    times = [p.times[0], record.event_t] if event else p.times
+    sign = p.direction
+    params = Sum(p.params)
+    a = torch.zeros_like(p.y0)
+    i = len(times)  # outputs from i on are done
+    for kept in reversed(record.kept):
+        t0, t1 = kept.interval.t0, kept.interval.t1
+        if i > 1 and times[i - 1] == t1 and not event and loop.is_node(p, i - 1, want_t):
+            i -= 1
+            a = a + g[i]
+        j = i
+        while j > 1 and sign * times[j - 1] > sign * t0:
+            j -= 1
+        inside: list[float] | Tensor = times[j:i]
+        if want_t and not event:
+            with torch.enable_grad():
+                inside = p.t[j:i]
+        a = replay.pull(kept, a, inside, g[j:i], params)
+        i = j
+    t = None
+    if want_t:
+        assert isinstance(replay, _RecordedReplay)
+        t = replay.time_gradient()
+    return Gradients(a + g[0], t, params.total)
+
+
+class _ExplicitReplay:
+    """The adjoint of an explicit Runge-Kutta step, stage by stage (Sanz-Serna, Symplectic Runge-Kutta schemes for
+    adjoint equations, automatic differentiation, optimal control and more, SIAM Review 58, 2016, section 5).
+
+    The stage sums are known linear maps, so only f itself goes through autograd.
+    """
+
+    def __init__(self, p: ODEProblem) -> None:
+        self.p, self.rk = p, ExplicitRK(p)
+        tab, dtype = self.rk.tab, numpy_dtype(p.y0)
+        s, rows = tab.stages, self.rk.rows
+        # All rows of K in one strictly lower triangular matrix: stages, the end point, dense output's own.
+        self.A = np.zeros((rows, rows), dtype)
+        self.A[:s, :s] = tab.A
+        self.A[s, :s] = tab.B
+        self.A[s + 1 :] = tab.A_extra
+        self.B = tab.B.astype(dtype)
+        self.C = np.concatenate([tab.C, [1.0], tab.C_extra])
+        P = tab.P
+        if P is None:
+            straight = np.append(tab.B, 0.0)[:, None]
+            P = straight if p.options.interp == "linear" else hermite_dense(tab.B)
+        self.P = torch.from_numpy(P)
+        self.K = Buffered(rows, p.y0)
+
+    def pull(self, kept: Kept, a: Tensor, times: list[float] | Tensor, g: Tensor, params: Sum) -> Tensor:
+        """Cotangents a (n,) of the end and g (M, n) of outputs within -> (n,) that of the start; adds to `params`."""
+        p, K, y = self.p, self.K, kept.y
+        dt = kept.interval.t1 - kept.interval.t0
+        rows = self.rk.rows if len(times) else self.rk.s
+        A = [row[:i] for i, row in enumerate(scaled(self.A[:rows], dt, y).unbind(0))]
+        t = stage_times(kept.interval, self.C[:rows], y)
+        points, slopes = [], []
+        for i in range(rows):
+            Y = torch.addmv(y, K.head(i), A[i]) if i else y.detach()
+            with torch.enable_grad():
+                k = p.f(t[i], Y.requires_grad_())
+            K.put(i, k.detach())
+            points.append(Y)
+            slopes.append(k)
+        # The end point y + dt B K and the outputs y + w K are linear in the rows of K.
+        k_bar = y.new_zeros(rows, len(y))
+        torch.outer(scaled(self.B, dt, y), a, out=k_bar[: self.rk.s])
+        y_bar = a.clone()
+        if len(times):
+            theta = (torch.as_tensor(times, dtype=torch.float64) - kept.interval.t0) / dt
+            w = (powers(theta, self.P.shape[1]) @ self.P.T * dt).to(y)
+            k_bar.addmm_(w.T, g)
+            y_bar += g.sum(0)
+        for i in reversed(range(rows)):
+            mu, *grads = pull_back(p, slopes[i], (points[i], *p.params), k_bar[i])
+            params.add(grads)
+            if mu is not None:
+                y_bar += mu
+                if i:
+                    k_bar[:i].addr_(A[i], mu)
+        return y_bar
+
+
+class _RecordedReplay:
+    """The adjoint of any step, by autograd through the step as it was taken; with derivatives in time."""
+
+    def __init__(self, p: ODEProblem) -> None:
+        self.p = p
+        self.want_t = p.t.requires_grad
+        self.step = loop.stepper(p, recorded=True)
+        self.history: dict[int, Tensor] = {}  # cotangents of slopes that later Adams steps looked back at
+        self.moved: list[Tensor] = []  # tensors that are functions of the user's t ...
+        self.moved_bar: list[Tensor] = []  # ... and their cotangents
+
+    def pull(self, kept: Kept, a: Tensor, times: list[float] | Tensor, g: Tensor, params: Sum) -> Tensor:
+        """As `_ExplicitReplay.pull`."""
+        p, interval, past = self.p, kept.interval, kept.past
+        y = kept.y.detach().requires_grad_()
+        moving: list[Tensor] = []  # originals of the time-like inputs
+        slopes: list[Tensor] = list(past.slopes) if past else []
+        if self.want_t:
+            moving = [interval.at, interval.dt, *(past.times if past else ())]  # type: ignore[list-item]
+            moving += [times] if isinstance(times, Tensor) and len(times) else []
+        inputs = [x.detach().requires_grad_() for x in moving]
+        if self.want_t:
+            interval = interval._replace(at=inputs[0], dt=inputs[1])
+            times = inputs[-1] if isinstance(times, Tensor) and len(times) else times
+        old = [k.detach().requires_grad_() for k in slopes]
+        if past:
+            past = Past(tuple(inputs[2 : 2 + len(old)]) if self.want_t else past.times, tuple(old))
+        with torch.enable_grad():
+            step = self.step(interval, y, past)
+            outputs, bars = [step.y1], [a]
+            if len(times):
+                outputs.append(loop.output(p, step, times))
+                bars.append(g)
+            if kept.slope is not None and id(kept.slope) in self.history:
+                outputs.append(step.f0)  # type: ignore[attr-defined]
+                bars.append(self.history.pop(id(kept.slope)))
+        pairs = [(o, b) for o, b in zip(outputs, bars) if o.requires_grad]
+        grads = torch.autograd.grad(
+            [o for o, _ in pairs],
+            [y, *p.params, *inputs, *old],
+            [b for _, b in pairs],
+            allow_unused=True,
+            retain_graph=p.retain_graph,
+        )
+        y_bar, rest = grads[0], grads[1:]
+        params.add(rest[: len(p.params)])
+        for tensor, bar in zip(moving, rest[len(p.params) :]):
+            if bar is not None and tensor.requires_grad:
+                self.moved.append(tensor)
+                self.moved_bar.append(bar)
+        for slope, bar in zip(slopes, rest[len(p.params) + len(inputs) :]):
+            if bar is not None:
+                known = self.history.get(id(slope))
+                self.history[id(slope)] = bar if known is None else known + bar
+        assert y_bar is not None
+        return y_bar
+
+    def time_gradient(self) -> Tensor:
+        """dL/dt, shape (T,)."""
+        t = self.p.t
+        if not self.moved:
+            return torch.zeros_like(t)
+        return torch.autograd.grad(self.moved, t, self.moved_bar, retain_graph=True)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# continuous adjoints: differentiate, then discretise
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def continuous(p: ODEProblem, record: Record, g: Tensor, name: str) -> Gradients:
+    """Solve the adjoint equation backward in time, from output to output.
+
+    `backsolve` solves y backward beside it: no memory of the forward solve (Chen et al. 2018).
+    `interpolating` reads y off the forward solve's dense output, the integral over theta being part of the solve.
+    `quadrature` keeps a(t), then integrates a df/dtheta by adaptive Gauss-Kronrod quadrature.
+    `gauss` integrates it by Gauss-Legendre quadrature within each step of a as that step is made.
+    The last three are those of Ma, Dixit, Innes, Guo & Rackauckas, A comparison of automatic differentiation and
+    continuous sensitivity analysis for derivatives of differential equation solutions, 2021.
+    """
+    backward = _Backward(p, record, name)
+    times = p.times if record.event_t is None else [p.times[0], record.event_t]
+    a = torch.zeros_like(p.y0)
+    for i in reversed(range(1, len(times))):
+        a = backward.run(times[i], times[i - 1], a + g[i], record.ys[i])
+    return Gradients(a + g[0], _time_gradient(p, record, g, a), backward.params())
+
+
+def _time_gradient(p: ODEProblem, record: Record, g: Tensor, a: Tensor) -> Tensor | None:
+    """dL/dt_i = g_i f(t_i, y_i), and dL/dt_0 = -a(t_0) f(t_0, y_0) with a before g_0 is added to it."""
+    if not p.t.requires_grad:
+        return None
+    values = [0.0] * len(p.times)
+    with torch.no_grad():
+        for i in range(1, len(p.times) if record.event_t is None else 1):
+            values[i] = float(g[i] @ p.f(p.time(p.times[i]), record.ys[i]))
+        values[0] = -float(a @ p.f(p.time(p.times[0]), p.y0)) if len(p.times) > 1 else 0.0
+    return torch.tensor(values, dtype=torch.float64)
+
+
+class _Backward:
+    """The backward solve of a continuous adjoint, over one interval between outputs after the other."""
+
+    def __init__(self, p: ODEProblem, record: Record, name: str) -> None:
+        assert p.adjoint is not None
+        self.p, self.record, self.name, self.settings = p, record, name, p.adjoint
+        self.n = p.y0.numel()
+        self.layout = Layout(list(p.params))
+        self.total = p.y0.new_zeros(self.layout.size)
+        self.with_y = name == "backsolve"
+        self.with_params = name in ("backsolve", "interpolating")
+        self.first_step = self.settings.options.first_step
+        self.nodes = gauss_legendre(self.settings.method.order // 2 + 1)
+
+    def rhs(self, t: Tensor, z: Tensor) -> Tensor:
+        """z = (y?, a, theta?) -> dz/dt."""
+        n, p = self.n, self.p
+        y = z[:n] if self.with_y else self.record.dense.at(float(t))  # type: ignore[union-attr]
+        a = z[n : 2 * n] if self.with_y else z[:n]
+        k, (mu, *grads) = vjp(p, t, y, a, None if self.with_params else ())
+        parts = [k] if self.with_y else []
+        parts.append(torch.zeros_like(a) if mu is None else -mu)
+        if self.with_params:
+            parts.append(-self.flat(grads))
+        return torch.cat(parts)
+
+    def flat(self, grads: Sequence[Tensor | None]) -> Tensor:
+        filled = [torch.zeros_like(q) if g is None else g for q, g in zip(self.p.params, grads)]
+        return self.layout.flatten_leaves(filled).to(self.p.y0)
+
+    def run(self, t1: float, t0: float, a: Tensor, y: Tensor) -> Tensor:
+        """a(t1) -> a(t0), with the integral over theta added up."""
+        p, s, n = self.p, self.settings, self.n
+        z = torch.cat([*([y] if self.with_y else []), a, *([self.total] if self.with_params else [])])
+        problem = ODEProblem(
+            f=Field(self.rhs),
+            y0=z,
+            t=p.t.detach(),
+            times=[t1, t0],
+            method=s.method,
+            rtol=self.extend(s.rtol),
+            atol=self.extend(s.atol),
+            options=replace(s.options, first_step=self.first_step),
+            norm=self.norm(),
+            callbacks=self.callbacks(),
+        )
+        inline = self.integrate if self.name in ("gauss", "quadrature") and self.layout.size else None
+        if s.method.kind == "scipy":
+            done = scipy_ivp.solve(problem, Stats("", "", ""), dense=False)
+        else:
+            done = loop.solve(problem, Stats("", "", ""), on_step=inline)
+        self.first_step = done.next_dt or self.first_step
+        z = done.ys[-1]
+        if self.with_y:
+            z = z[n:]
+        if self.with_params:
+            self.total = z[n:]
+        return z[:n]
+
+    def integrate(self, step: Step) -> None:
+        """Add the integral of a df/dtheta over one step of a."""
+        t0, t1 = step.interval.t0, step.interval.t1
+        if self.name == "gauss":
+            self.total += self.rule(step, t0, t1, *self.nodes)
+        else:
+            self.total += self.kronrod(step, t0, t1)
+
+    def rule(self, step: Step, t0: float, t1: float, nodes: np.ndarray, weights: np.ndarray) -> Tensor:
+        """Quadrature over [t1, t0] (backward in time, so that the sign is that of the forward integral): (|theta|,)."""
+        return self.samples(step, (t0 + (t1 - t0) * nodes).tolist(), (weights * (t0 - t1))[None])[0]
+
+    def samples(self, step: Step, times: list[float], weights: np.ndarray) -> Tensor:
+        """Weighted sums of a df/dtheta at `times`: weights (r, M) -> (r, |theta|)."""
+        p = self.p
+        with torch.no_grad():
+            a = step.interpolate(times)
+            y = self.record.dense(torch.tensor(times, dtype=torch.float64))  # type: ignore[misc]
+        total = self.total.new_zeros(len(weights), self.layout.size)
+        for i, t in enumerate(times):
+            with torch.enable_grad():
+                k = p.f(p.time(t), y[i].detach())
+            value = self.flat(pull_back(p, k, p.params, a[i]))
+            for row, weight in zip(total, weights[:, i].tolist()):
+                row.add_(value, alpha=weight)
+        return total
+
+    def kronrod(self, step: Step, t0: float, t1: float, depth: int = 0) -> Tensor:
+        """Adaptive 15-point Gauss-Kronrod quadrature (Piessens et al., QUADPACK, 1983) to the adjoint's tolerances."""
+        nodes, weights, embedded = GAUSS_KRONROD
+        pair = np.stack([weights, embedded]) * (t0 - t1)
+        fine, coarse = self.samples(step, (t0 + (t1 - t0) * nodes).tolist(), pair)
+        rtol, atol = (float(torch.as_tensor(x).min()) for x in (self.settings.rtol, self.settings.atol))
+        if depth == 10 or rms_norm((fine - coarse) / (atol + rtol * (self.total + fine).abs())) <= 1:
+            return fine
+        middle = t0 + (t1 - t0) / 2
+        return self.kronrod(step, t0, middle, depth + 1) + self.kronrod(step, middle, t1, depth + 1)
+
+    def extend(self, tol: float | Tensor) -> float | Tensor:
+        """Per-element tolerances of y serve y and a; theta has the tightest of them."""
+        if not isinstance(tol, Tensor):
+            return tol
+        parts = [tol] * (2 if self.with_y else 1)
+        return torch.cat([*parts, tol.min().expand(self.layout.size)]) if self.with_params else torch.cat(parts)
+
+    def norm(self) -> Norm:
+        """Largest of the norms of y, a and each parameter's gradient; without the last as a seminorm (Kidger, Chen &
+        Lyons, "Hey, that's not an ODE": faster ODE adjoints via seminorms, 2021)."""
+        p, s, n = self.p, self.settings, self.n
+        states = 2 if self.with_y else 1
+        shapes = self.layout
+
+        def norm(z: Tensor) -> float:
+            values = [p.norm(part) for part in z[: states * n].split(n)] if n else [0.0]
+            if self.with_params and not s.seminorm:
+                values.append(max_rms_norm(z[states * n :].split(shapes.sizes)))
+            return max(values) if all(v == v for v in values) else float("nan")
+
+        own = s.norm
+        return (lambda z: float(own(self.as_tuple(z)))) if own else norm
+
+    def as_tuple(self, z: Tensor) -> tuple[Tensor, ...]:
+        """The state as torchdiffeq's users know it: (vjp_t, *y, *adj_y, *adj_params). What is not part of this solve
+        is zero (vjp_t, which follows from the adjoint itself; y unless `backsolve`) or missing (the parameters of a
+        quadrature)."""
+        layout, n = self.p.layout, self.n
+        assert layout is not None
+        y, a = (z[:n], z[n : 2 * n]) if self.with_y else (torch.zeros_like(z[:n]), z[:n])
+        params = self.layout.leaves(z[2 * n if self.with_y else n :]) if self.with_params else []
+        return (z.new_zeros(()), *layout.leaves(y), *layout.leaves(a), *params)
+
+    def callbacks(self) -> Callbacks:
+        return self.settings.callbacks.on(self.as_tuple)
+
+    def params(self) -> list[Tensor]:
+        return [g.to(q.device) for g, q in zip(self.layout.leaves(self.total), self.p.params)]
+
+
+def gauss_legendre(m: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights on [0, 1]."""
+    nodes, weights = np.polynomial.legendre.leggauss(m)
+    return (nodes + 1) / 2, weights / 2
+
+
+def _gauss_kronrod() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nodes on [0, 1], weights of the 15-point rule, and of the embedded 7-point Gauss rule (QUADPACK, dqk15)."""
+    outer = [0.991455371120812639206854697526329, 0.864864423359769072789712788640926]
+    outer += [0.586087235467691130294144691693529, 0.207784955007898467600689403773245]
+    kronrod_outer = [0.022935322010529224963732008058970, 0.104790010322250183839876322541518]
+    kronrod_outer += [0.169004726639267902826583426598550, 0.204432940075298892414161999234649]
+    kronrod_inner = [0.063092092629978553290700663189204, 0.140653259715525918745189590510238]
+    kronrod_inner += [0.190350578064785409913256402421014, 0.209482141084727828012999174891714]
+    inner, gauss = np.polynomial.legendre.leggauss(7)
+    nodes = np.concatenate([inner, outer, np.negative(outer)])
+    weights = np.concatenate([[*kronrod_inner[:3], *kronrod_inner[::-1]], kronrod_outer, kronrod_outer])
+    embedded = np.concatenate([gauss, np.zeros(8)])
+    return (nodes + 1) / 2, weights / 2, embedded / 2
+
+
+GAUSS_KRONROD = _gauss_kronrod()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# forward: the sensitivities beside the state
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def solve_forward(p: ODEProblem, stats: Stats, *, dense: bool = False) -> tuple[Record, Tensor]:
+    """Solve y with S = dy/d(y0, theta) (Hairer, Nørsett & Wanner I.14): S' = df/dy S + (0, df/dtheta).
+
+    Returns:
+        The record of y, and S at the outputs: (T, n, n + |theta|).
+    """
+    n, layout = p.y0.numel(), Layout(list(p.params))
+    width = n + layout.size
+
+    def rhs(t: Tensor, z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            y = z[:n].detach().requires_grad_()
+            k = p.f(t, y)
+        J, rows = jacobians(p, k, y, layout)
+        S = J @ z[n:].view(n, width)
+        S[:, n:] += rows
+        return torch.cat([k.detach(), S.reshape(-1)])
+
+    def norm(z: Tensor) -> float:
+        return max(p.norm(z[:n]), rms_norm(z[n:]))
+
+    def extend(tol: float | Tensor) -> float | Tensor:
+        return torch.cat([tol, tol[:, None].expand(n, width).reshape(-1)]) if isinstance(tol, Tensor) else tol
+
+    S0 = torch.eye(n, width, dtype=p.y0.dtype, device=p.y0.device)
+    event = p.event_fn
+    augmented = replace(
+        p,
+        f=Field(rhs),
+        y0=torch.cat([p.y0, S0.reshape(-1)]),
+        f0=None,
+        norm=norm,
+        rtol=extend(p.rtol),
+        atol=extend(p.atol),
+        event_fn=(lambda t, z: event(t, z[:n])) if event else None,
+        callbacks=p.callbacks.on(lambda z: z[:n]),
+    )
+    record = loop.solve(augmented, stats, dense=dense)
+    if record.dense:
+        whole = record.dense
+        record.dense = lambda times: whole(times)[:, :n]
+    S = record.ys[:, n:].reshape(-1, n, width)
+    record.ys = record.ys[:, :n].clone()
+    return record, S
+
+
+def jacobians(p: ODEProblem, k: Tensor, y: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """dk/dy (n, n) and dk/dtheta (n, |theta|)."""
+    n = len(k)
+    inputs = (y, *p.params)
+    if not k.requires_grad or n == 0:
+        return y.new_zeros(n, n), y.new_zeros(n, layout.size)
+    eye = torch.eye(n, dtype=k.dtype, device=k.device)
+    rows: list[Tensor] = []
+    try:
+        batch = torch.autograd.grad(k, inputs, eye, allow_unused=True, is_grads_batched=True, retain_graph=True)
+        J, *rest = (x.new_zeros(n, *x.shape) if b is None else b for x, b in zip(inputs, batch))
+        per_row: list[list[Tensor]] = [[x[i] for x in rest] for i in range(n)]
+    except RuntimeError:  # something in f has no batching rule
+        each = [torch.autograd.grad(k, inputs, e, allow_unused=True, retain_graph=True) for e in eye]
+        full = [[torch.zeros_like(x) if b is None else b for x, b in zip(inputs, grads)] for grads in each]
+        J, per_row = torch.stack([grads[0] for grads in full]), [grads[1:] for grads in full]
+    rows = [layout.flatten_leaves(grads).to(y) for grads in per_row]
+    return J, torch.stack(rows)
+
+
+def contract(p: ODEProblem, record: Record, S: Tensor, g: Tensor) -> Gradients:
+    """The gradients of `forward`, from its sensitivities at the outputs."""
+    n, layout = p.y0.numel(), Layout(list(p.params))
+    flat = torch.einsum("ti,tij->j", g, S)
+    a = torch.einsum("ti,tij->j", g[1:], S[1:, :, :n])
+    t = _time_gradient(p, record, g, a)
+    return Gradients(flat[:n], t, [x.to(q.device) for x, q in zip(layout.leaves(flat[n:]), p.params)])

@@ -1,0 +1,91 @@
+"""What all steps share: the interval of time that a step covers, and the products of its size with a method's
+numbers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+class Interval(NamedTuple):
+    """One step in time, from `t0` to `t1`; time is float64 on the host whatever the state is.
+
+    `at` and `dt` are the same start and (signed) length for arithmetic: Python floats, or 0-d float64 tensors where the
+    solve is recorded and the user's `t` requires grad.
+    """
+
+    t0: float
+    t1: float
+    at: float | Tensor
+    dt: float | Tensor
+    after_jump: bool = False
+    before_jump: bool = False
+
+
+class Step(Protocol):
+    """One accepted step."""
+
+    interval: Interval
+    y: Tensor  # (n,) at t0
+    y1: Tensor  # (n,) at t1
+
+    def interpolate(self, times: list[float] | Tensor) -> Tensor:
+        """Dense output at M times within the step: shape (M, n)."""
+        ...
+
+
+def numpy_dtype(like: Tensor) -> type:
+    return _NUMPY[like.dtype]
+
+
+def scaled(numbers: np.ndarray, dt: float | Tensor, like: Tensor) -> Tensor:
+    """`dt * numbers` in the dtype and on the device of `like`; `numbers` already has that precision."""
+    if isinstance(dt, Tensor):
+        return (torch.from_numpy(numbers).to(dt) * dt).to(like)
+    # NumPy's product of a few numbers takes a tenth of the time of a torch operator's dispatch.
+    product = torch.from_numpy(numbers * dt)
+    return product if like.device.type == "cpu" else product.to(like.device)
+
+
+def stage_times(interval: Interval, C: np.ndarray, like: Tensor) -> tuple[Tensor, ...]:
+    """Times `t0 + C dt` as f sees them: 0-d tensors of the state's dtype and device.
+
+    Next to a jump of f the times at the step's ends move by one rounding unit into the step, so that f answers with the
+    value of this side.
+    """
+    dtype = numpy_dtype(like)
+    if isinstance(interval.dt, Tensor):
+        times = (interval.at + torch.from_numpy(C).to(interval.dt) * interval.dt).to(like)
+        shift = times.new_zeros(len(C))
+        if interval.after_jump or interval.before_jump:
+            shift = torch.from_numpy(_inside(interval, C, dtype)).to(like) - times.detach()
+        return (times + shift).unbind()
+    if interval.after_jump or interval.before_jump:
+        times = torch.from_numpy(_inside(interval, C, dtype))
+    else:
+        times = torch.from_numpy((C * interval.dt + interval.t0).astype(dtype, copy=False))
+    return (times if like.device.type == "cpu" else times.to(like.device)).unbind()
+
+
+def _inside(interval: Interval, C: np.ndarray, dtype: type) -> np.ndarray:
+    first, last = dtype(interval.t0), dtype(interval.t1)
+    times = (C * (interval.t1 - interval.t0) + interval.t0).astype(dtype)
+    if interval.after_jump:
+        times[C == 0] = np.nextafter(first, last)
+    if interval.before_jump:
+        times[C == 1] = np.nextafter(last, first)
+    return times
+
+
+def fraction(interval: Interval, times: list[float] | Tensor) -> Tensor:
+    """Where `times` lie in the step, as float64 fractions of it: shape (M,)."""
+    if not isinstance(times, Tensor):
+        times = torch.tensor(times, dtype=torch.float64)
+    if isinstance(interval.dt, Tensor):
+        times = times.to(interval.dt)
+    return (times.to(torch.float64) - interval.at) / interval.dt

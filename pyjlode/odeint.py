@@ -1,0 +1,444 @@
+"""The front door: `odeint`, `odeint_adjoint`, `odeint_event`, `odeint_dense` and `solve`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import arguments, gradients, parameters
+from .errors import BadOption, BadShape, BadTime, EngineUnavailable, GradientUnavailable
+from .native import engine as native
+from .problem import AdjointSettings, Field, Layout, ODEProblem
+from .solution import Solution, Stats
+
+log = logging.getLogger("pyjlode")
+
+_SETTINGS = ("adjoint_rtol", "adjoint_atol", "adjoint_method", "adjoint_options")
+
+
+def odeint(
+    f: Callable[[Tensor, Any], Any],
+    h0: Any,
+    t: Any,
+    *,
+    adjoint: bool | str = False,
+    method: str | None = None,
+    rtol: Any = 1e-7,
+    atol: Any = 1e-9,
+    engine: str = "auto",
+    options: dict[str, Any] | None = None,
+    event_fn: Callable[[Tensor, Any], Tensor] | None = None,
+    adjoint_rtol: Any = None,
+    adjoint_atol: Any = None,
+    adjoint_method: str | None = None,
+    adjoint_options: dict[str, Any] | None = None,
+    adjoint_params: Iterable[Tensor] | None = None,
+) -> Any:
+    """Solve `dh/dt = f(t, h)`, `h(t[0]) = h0`, and give the states at the times `t`.
+
+    A drop-in for torchdiffeq's function of this name. Differentiable with respect to `h0`, `t` and every tensor that
+    `f` depends on.
+
+    Args:
+        f: `f(t, h) -> dh/dt` with `t` a 0-d tensor of the state's (real) dtype, `h` and the result like `h0`. A
+            module, a function, or any callable.
+        h0: the state at `t[0]`: a tensor of any shape, or a tuple or other pytree of tensors; float32, float64,
+            complex64 or complex128.
+        t: shape (T,), floating point, strictly increasing or strictly decreasing; a tensor, or a sequence of floats.
+        adjoint: how to differentiate. False: through the solver's own operations (any order of derivative). True: the
+            engine's recommended adjoint ("discrete" on the native engine). Or one by name: "discrete", "backsolve",
+            "interpolating", "quadrature", "gauss", "forward"; see `pyjlode.GRADIENTS`. Adjoints give first derivatives.
+        method: name of the solver, see `pyjlode.METHODS`; "dopri5" by default.
+        rtol, atol: the local error is held below `atol + rtol * |h|` in the root mean square over the elements (over
+            several
+            tensors: in each of them). A number, a tensor that broadcasts to `h0`, or a pytree with one for each tensor.
+        engine: "torch" (native), or "auto", which picks it in this version.
+        options: for the solver; torchdiffeq's names, see `pyjlode.problem.SolverOptions`.
+        event_fn: `event_fn(t, h) -> Tensor`; the solve ends where the first of its elements crosses zero. `t` must
+            then have two elements, of which the second gives the direction only.
+        adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: for the backward solve of the continuous adjoints;
+            by default those of the forward one. `adjoint_options={"norm": "seminorm"}` leaves the parameters out of
+            the error norm (Kidger, Chen & Lyons 2021).
+        adjoint_params: the tensors besides `h0` and `t` to differentiate by; by default all that `f` is found to use.
+
+    Returns:
+        The states: the pytree of `h0` with (T, ...) in front of each leaf's shape. With `event_fn`: `(event_t,
+        states)`, with the states at `t[0]` and at the event, both differentiable by the implicit function theorem.
+
+    Raises:
+        BadShape, BadDtype, BadTime, BadTolerance, BadOption, UnknownMethod: an argument is wrong; all are ValueError or
+            TypeError.
+        StepSizeTooSmall, NonFiniteState, MaxStepsReached, NotConverged, EventNotFound: the solve failed; RuntimeError.
+        EngineUnavailable: the engine asked for is not there; RuntimeError.
+        GradientUnavailable: in the backward pass, where this `adjoint` has no such derivative; RuntimeError.
+
+    Source: Chen, Rubanova, Bettencourt & Duvenaud, Neural ordinary differential equations, 2018.
+    """
+    given = (adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options)
+    solution = _solve(
+        f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, given, adjoint_params, dense=False
+    )
+    return solution.h if event_fn is None else (solution.event_t, solution.h)
+
+
+def solve(
+    f: Callable[[Tensor, Any], Any],
+    h0: Any,
+    t: Any,
+    *,
+    adjoint: bool | str = False,
+    method: str | None = None,
+    rtol: Any = 1e-7,
+    atol: Any = 1e-9,
+    engine: str = "auto",
+    options: dict[str, Any] | None = None,
+    event_fn: Callable[[Tensor, Any], Tensor] | None = None,
+    dense: bool = True,
+    adjoint_rtol: Any = None,
+    adjoint_atol: Any = None,
+    adjoint_method: str | None = None,
+    adjoint_options: dict[str, Any] | None = None,
+    adjoint_params: Iterable[Tensor] | None = None,
+) -> Solution:
+    """As `odeint`, but return a `Solution`: states, dense output, and an account of the work.
+
+    Args:
+        dense: keep the dense output for `Solution.interpolate`: the stages of every step. The rest is as in `odeint`.
+
+    Returns:
+        A `Solution` with `t`, `h`, `stats`, `event_t` and `interpolate(t)`.
+
+    Raises:
+        What `odeint` raises.
+    """
+    given = (adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options)
+    return _solve(f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, given, adjoint_params, dense=dense)
+
+
+def odeint_adjoint(
+    f: Callable[[Tensor, Any], Any], h0: Any, t: Any, *, adjoint: bool | str = "backsolve", **kwargs: Any
+) -> Any:
+    """torchdiffeq's function of this name: `odeint` with the O(1)-memory adjoint of Chen et al. 2018.
+
+    `odeint(..., adjoint=True)` is faster, and exact for the numbers that came out.
+
+    Args:
+        f, h0, t, kwargs: as in `odeint`. `f` need not be a module: its tensors are found.
+        adjoint: another gradient method.
+
+    Returns and raises:
+        What `odeint` does.
+    """
+    return odeint(f, h0, t, adjoint=adjoint, **kwargs)
+
+
+def odeint_event(
+    f: Callable[[Tensor, Any], Any],
+    h0: Any,
+    t0: Tensor | float,
+    *,
+    event_fn: Callable[[Tensor, Any], Tensor],
+    reverse_time: bool = False,
+    odeint_interface: Callable[..., Any] = odeint,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Solve until an event: where the first element of `event_fn(t, h)` crosses zero.
+
+    Args:
+        f, h0: as in `odeint`.
+        t0: 0-d, the initial time.
+        event_fn: `event_fn(t, h) -> Tensor` of any shape. An element that is zero at `t0` counts from when it leaves
+            zero.
+        reverse_time: solve towards smaller t.
+        odeint_interface: `odeint` or `odeint_adjoint`.
+        kwargs: for it.
+
+    Returns:
+        `(event_t, states)`: the 0-d time of the event, and the states at `t0` and there, shape (2, ...). Gradients flow
+        through both, and into the parameters of `f` and of `event_fn` (Chen, Amos & Nickel, Learning neural event
+        functions for ordinary differential equations, 2021, theorem 1).
+
+    Raises:
+        EventNotFound: no element crosses zero; and what `odeint` raises.
+    """
+    t0 = torch.as_tensor(t0) if isinstance(t0, Tensor) else torch.tensor(float(t0), dtype=torch.float64)
+    t0 = t0.reshape(-1)
+    t = torch.cat([t0, t0.detach() + (-1.0 if reverse_time else 1.0)])
+    return odeint_interface(f, h0, t, event_fn=event_fn, **kwargs)
+
+
+def odeint_dense(
+    f: Callable[[Tensor, Any], Any], h0: Any, t0: Tensor | float, t1: Tensor | float, **kwargs: Any
+) -> Callable[[Tensor | float], Any]:
+    """Solve from `t0` to `t1` and return the solution as a function of time.
+
+    Args:
+        f, h0, kwargs: as in `odeint`.
+        t0, t1: 0-d, the span.
+
+    Returns:
+        `h(t)` for a time or a tensor of times of shape (M,) within the span; differentiable with `adjoint=False`.
+
+    Raises:
+        What `odeint` raises; `h(t)` raises BadTime outside the span.
+    """
+    ends = [x if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64) for x in (t0, t1)]
+    return solve(f, h0, torch.stack([x.reshape(()).to(ends[0]) for x in ends]), **kwargs).interpolate
+
+
+def _solve(
+    f: Any,
+    h0: Any,
+    t: Any,
+    adjoint: bool | str,
+    method: str | None,
+    rtol: Any,
+    atol: Any,
+    engine: str,
+    options: dict[str, Any] | None,
+    event_fn: Any,
+    adjoint_given: tuple[Any, Any, Any, Any],
+    adjoint_params: Iterable[Tensor] | None,
+    *,
+    dense: bool,
+) -> Solution:
+    start = time.perf_counter()
+    made = _read(f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, adjoint_given, adjoint_params)
+    p, stats = made.problem, made.stats
+    record = gradients.solve(made.engine, p, stats, made.gradient, made.needed, dense)
+    event_t, ys, ts = None, record.ys, p.t
+    if event_fn is not None:
+        event_t, y_event = _through_event(p, record, made)
+        ys = torch.stack([ys[0], y_event])
+        ts = torch.stack([p.t[0], event_t])
+    stats.nfe = p.f.nfe
+    stats.wall = time.perf_counter() - start
+    blind = made.needed and made.gradient is not None
+    interpolant = _interpolant(record, p, made.layout, event_t, blind) if dense else None
+    return Solution(ts, made.layout.unflatten(ys), stats, event_t, interpolant)
+
+
+@dataclass
+class _Made:
+    problem: ODEProblem
+    layout: Layout
+    stats: Stats
+    engine: gradients.Engine
+    gradient: str | None
+    needed: bool
+
+
+def _engine(name: str) -> tuple[gradients.Engine, str]:
+    if name == "auto":
+        return native, "the native engine is the only one in this version"
+    if name == "torch":
+        return native, "asked for by engine='torch'"
+    if name == "julia":
+        raise EngineUnavailable("this version of pyjlode has no Julia engine; use engine='torch' or 'auto'.")
+    raise BadOption(f"engine must be 'auto' or 'torch'; got {name!r}.")
+
+
+def _read(
+    f: Any,
+    h0: Any,
+    t: Any,
+    adjoint: bool | str,
+    method: str | None,
+    rtol: Any,
+    atol: Any,
+    engine: str,
+    options: dict[str, Any] | None,
+    event_fn: Any,
+    adjoint_given: tuple[Any, Any, Any, Any],
+    adjoint_params: Iterable[Tensor] | None,
+) -> _Made:
+    """Check every argument and make the problem of them."""
+    if not callable(f):
+        raise BadShape(f"f must be callable as f(t, h); got a {type(f).__name__}.")
+    chosen, reason = _engine(engine)
+    row = arguments.method_of(method)
+    layout, y0 = arguments.state(h0)
+    t, times = arguments.times(t)
+    if event_fn is not None and len(times) != 2:
+        raise BadTime(f"with event_fn, t must be [t0, t1], t1 giving the direction; got {len(times)} times.")
+    rel, absolute = arguments.tolerances(rtol, atol, layout, row)
+    opts = arguments.options(options, row, h0, f, layout)
+    autocast = torch.is_autocast_enabled(layout.device.type)
+    p = ODEProblem(
+        f=Field(_flat(f, layout, autocast)),
+        y0=y0,
+        t=t,
+        times=times,
+        method=row,
+        rtol=rel,
+        atol=absolute,
+        options=opts,
+        norm=opts.norm or arguments.default_norm(layout),
+        event_fn=event_fn and (lambda t, y: event_fn(t, layout.unflatten(y))),
+        layout=layout,
+        callbacks=arguments.callbacks(f, row, layout, y0),
+    )
+    gradient = gradients.find(adjoint, chosen, p)
+    explicit = None if adjoint_params is None else tuple(q for q in adjoint_params if q.requires_grad)
+
+    # One call of f at the start checks what it returns, shows what it depends on, and is the first slope of the solve.
+    grad = torch.is_grad_enabled()
+    mark = parameters.graph_mark() if grad else 0
+    probe = y0.detach().requires_grad_(grad) if gradient else y0
+    with torch.set_grad_enabled(grad):
+        out = f(p.time(times[0]), layout.unflatten(probe))
+        p.f.nfe += 1
+        arguments.check_output(out, layout, autocast)
+        f0 = layout.flatten(out).to(layout.dtype)
+    needed = grad and (y0.requires_grad or t.requires_grad)
+    if grad:
+        if explicit is not None:
+            p.params = explicit
+            p.retain_graph = parameters.dependencies(f, f0, probe, mark).retain_graph if gradient else False
+        elif gradient:
+            p.params, p.retain_graph = parameters.dependencies(f, f0, probe, mark)
+        else:
+            p.params = tuple(parameters.held(f))
+        needed = needed or bool(p.params) or (f0.requires_grad and gradient is None)
+    p.f0 = f0 if gradient is None else f0.detach()
+    p.adjoint = _adjoint(f, p, gradient, adjoint, rtol, atol, options, adjoint_given, h0, layout)
+
+    stats = Stats(chosen.NAME, reason, row.name)
+    log.info("engine %s (%s), method %s, gradient %s", chosen.NAME, reason, row.name, gradient or "through the solver")
+    return _Made(p, layout, stats, chosen, gradient, needed)
+
+
+def _flat(f: Any, layout: Layout, autocast: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """f on the flat vector."""
+    if autocast:  # f answers in a lower precision than the state's
+        return lambda t, y: layout.flatten(f(t, layout.unflatten(y))).to(layout.dtype)
+    if layout.bare:
+        shape = layout.shapes[0]
+        if len(shape) == 1:
+            return f
+        return lambda t, y: f(t, y.view(shape)).reshape(-1)
+    return lambda t, y: layout.flatten(f(t, layout.unflatten(y)))
+
+
+def _adjoint(
+    f: Any,
+    p: ODEProblem,
+    gradient: str | None,
+    adjoint: bool | str,
+    rtol: Any,
+    atol: Any,
+    options: dict[str, Any] | None,
+    given: tuple[Any, Any, Any, Any],
+    h0: Any,
+    layout: Layout,
+) -> AdjointSettings | None:
+    """Settings of the backward solve: the forward solve's, where nothing else is said."""
+    continuous = gradient in ("backsolve", "interpolating", "quadrature", "gauss")
+    said = [name for name, value in zip(_SETTINGS, given) if value is not None]
+    if said and not continuous:
+        how = f"adjoint={gradient!r}" if gradient else "adjoint=False"
+        if adjoint is True:
+            how = f"adjoint=True (which is {gradient!r})"
+        raise BadOption(
+            f"{', '.join(said)}: these configure a backward solve, and {how} has none. Use adjoint='backsolve', "
+            "'interpolating', 'quadrature' or 'gauss' (odeint_adjoint is 'backsolve')."
+        )
+    if not continuous:
+        return None
+    adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options = given
+    row = arguments.method_of(adjoint_method) if adjoint_method is not None else p.method
+    if row is not p.method and options and adjoint_options is None:
+        raise BadOption(
+            "adjoint_method differs from method, so options do not carry over: give adjoint_options, {} for none."
+        )
+    if adjoint_options is None:
+        # A grid made for the forward times is not one for the backward intervals.
+        adjoint_options = {k: v for k, v in (options or {}).items() if k not in ("norm", "grid_constructor")}
+    adjoint_options = dict(adjoint_options)
+    norm = adjoint_options.pop("norm", None)
+    if norm is not None and norm != "seminorm" and not callable(norm):
+        raise BadOption(f"adjoint_options['norm'] must be 'seminorm' or a function; got {norm!r}.")
+    rel, absolute = arguments.tolerances(
+        rtol if adjoint_rtol is None else adjoint_rtol, atol if adjoint_atol is None else adjoint_atol, layout, row
+    )
+    return AdjointSettings(
+        method=row,
+        rtol=rel,
+        atol=absolute,
+        options=arguments.options(adjoint_options, row, h0, f, layout),
+        seminorm=norm == "seminorm",
+        norm=norm if callable(norm) else None,
+        callbacks=arguments.callbacks(f, row, layout, p.y0, "_adjoint"),
+    )
+
+
+def _through_event(p: ODEProblem, record: Any, made: _Made) -> tuple[Tensor, Tensor]:
+    """Event time (0-d) and state (n,), with gradients by the implicit function theorem.
+
+    The event moves with everything that moves `event_fn(t, y(t))`. Newton's iteration on it, from the event itself and
+    with its slope held, changes no value and makes one more order of derivative exact each time (Chen, Amos & Nickel
+    2021, theorem 1, is the first).
+    """
+    y = record.ys[-1]
+    t = p.t.detach().new_tensor(record.event_t)
+    assert p.event_fn is not None
+    if not made.needed:
+        return t, y
+    recorded = made.gradient is None and p.method.kind != "scipy"
+    with torch.no_grad():
+        slope = p.f(t.to(y), y)
+    at, state = t.to(torch.float64).clone(), y
+    step = record.last if recorded else None
+    for _ in range(2 if recorded else 1):
+        value = p.event_fn(at.to(y), state).reshape(-1)
+        with torch.enable_grad():
+            point, moment = y.detach().requires_grad_(), t.to(y).clone().requires_grad_()
+            c = p.event_fn(moment, point).reshape(-1)
+            which = int(c.detach().abs().argmin())
+            dt, dy = (
+                torch.autograd.grad(c[which], (moment, point), allow_unused=True) if c.requires_grad else (None, None)
+            )
+        rate = (0.0 if dt is None else float(dt)) + (0.0 if dy is None else float(dy @ slope))
+        if rate == 0.0:
+            raise GradientUnavailable(
+                f"event_fn does not change along the solution at the event (t={float(t):.6g}): the event's time has no "
+                "derivative there (it grazes zero, or event_fn is not differentiable)."
+            )
+        residual = value[which].to(torch.float64)
+        at = at - (residual - residual.detach()) / rate
+        state = step.interpolate(at[None])[0] if step is not None else y + slope * (at - at.detach()).to(y)
+    return at.to(t), state
+
+
+def _interpolant(
+    record: Any, p: ODEProblem, layout: Layout, event_t: Tensor | None, blind: bool
+) -> Callable[[Tensor], Any]:
+    t0 = p.times[0]
+    t1 = p.times[-1] if event_t is None else float(event_t)
+    low, high = min(t0, t1), max(t0, t1)
+
+    def interpolate(t: Tensor) -> Any:
+        if not t.is_floating_point():
+            t = t.to(torch.float64)
+        values = t.detach().to(torch.float64).reshape(-1).tolist()
+        slack = 1e-12 * max(abs(low), abs(high))
+        outside = [x for x in values if not low - slack <= x <= high + slack]
+        if outside:
+            raise BadTime(f"t={outside[0]:.9g} is outside the span of the solve, [{low:.9g}, {high:.9g}].")
+        if blind and torch.is_grad_enabled():
+            raise GradientUnavailable(
+                "the dense output of a solve with an adjoint carries no gradient: ask for these times in t, solve with "
+                "adjoint=False, or interpolate under torch.no_grad()."
+            )
+        times = t.reshape(-1)
+        ys = record.ys[:1].expand(len(values), -1) if record.dense is None else record.dense(times)
+        return pytree.tree_map(lambda x: x.reshape(*t.shape, *x.shape[1:]), layout.unflatten(ys))
+
+    return interpolate

@@ -1,0 +1,229 @@
+"""`ODEProblem`: what an engine is given. A vector field over one flat real vector, and times as Python floats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .methods import Method
+
+Norm = Callable[[Tensor], float]
+
+
+class Layout:
+    """How a pytree of tensors lies in one flat real vector, and back.
+
+    Complex leaves are stored as pairs of reals. Leaves of different precision share the widest one while they are flat
+    and get their own back.
+
+    Args:
+        tree: any pytree of floating-point or complex tensors.
+    """
+
+    def __init__(self, tree: Any) -> None:
+        leaves, self.spec = pytree.tree_flatten(tree)
+        self.shapes = [leaf.shape for leaf in leaves]
+        self.dtypes = [leaf.dtype for leaf in leaves]
+        self.complex = [leaf.is_complex() for leaf in leaves]
+        self.sizes = [leaf.numel() * (2 if leaf.is_complex() else 1) for leaf in leaves]
+        self.size = sum(self.sizes)
+        self.device = leaves[0].device if leaves else torch.device("cpu")
+        self.dtype = torch.float32
+        for leaf in leaves:
+            self.dtype = torch.promote_types(self.dtype, leaf.real.dtype)
+        # A bare real tensor, by far the most common state, passes through as a view.
+        self.bare = self.spec.is_leaf() and not any(self.complex)
+
+    def flatten(self, tree: Any) -> Tensor:
+        """Pytree with leaves of shape (*shape,) -> Tensor of shape (size,)."""
+        if self.bare:
+            return tree.reshape(-1)
+        return self.flatten_leaves(pytree.tree_leaves(tree))
+
+    def flatten_leaves(self, leaves: Sequence[Tensor]) -> Tensor:
+        """Leaves in the order of the tree -> Tensor of shape (size,)."""
+        parts = [torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf for leaf in leaves]
+        flat = [part.reshape(-1).to(device=self.device, dtype=self.dtype) for part in parts]
+        return torch.cat(flat) if flat else torch.zeros(0, dtype=self.dtype, device=self.device)
+
+    def leaves(self, flat: Tensor) -> list[Tensor]:
+        """Tensor of shape (*lead, size) -> list of leaves of shape (*lead, *shape)."""
+        lead = flat.shape[:-1]
+        leaves = []
+        for part, shape, dtype, is_complex in zip(flat.split(self.sizes, -1), self.shapes, self.dtypes, self.complex):
+            if is_complex:
+                pair = part.reshape(*lead, *shape, 2)
+                part = torch.complex(pair[..., 0], pair[..., 1])
+            leaves.append(part.reshape(*lead, *shape).to(dtype))
+        return leaves
+
+    def unflatten(self, flat: Tensor) -> Any:
+        """Tensor of shape (*lead, size) -> pytree with leaves of shape (*lead, *shape)."""
+        if self.bare:
+            return flat.view(*flat.shape[:-1], *self.shapes[0])
+        return pytree.tree_unflatten(self.leaves(flat), self.spec)
+
+
+class Field:
+    """The vector field on the flat state; counts its calls.
+
+    Args:
+        f: `f(t, y)` with `t` a 0-d tensor and `y` of shape (n,); returns shape (n,).
+    """
+
+    def __init__(self, f: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.f = f
+        self.nfe = 0
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        self.nfe += 1
+        return self.f(t, y)
+
+
+def rms_norm(y: Tensor) -> float:
+    """Root mean square of a tensor of any shape; 0 for an empty one."""
+    n = y.numel()
+    return float(torch.linalg.vector_norm(y)) / math.sqrt(n) if n else 0.0
+
+
+def max_rms_norm(leaves: Sequence[Tensor]) -> float:
+    """Largest root mean square among tensors; 0 for none."""
+    # One kernel for all leaves and one synchronisation: this runs in every step of an adjoint solve.
+    kept = [leaf for leaf in leaves if leaf.numel()]
+    if not kept:
+        return 0.0
+    norms = torch.stack(list(torch._foreach_norm(kept))).tolist()
+    values = [norm / math.sqrt(leaf.numel()) for norm, leaf in zip(norms, kept)]
+    # max() skips a NaN that does not come first; the step must see it.
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """The user's `options` dictionary, read once; the names are torchdiffeq's.
+
+    Attributes:
+        first_step: size of the first step; None selects it (Hairer, Nørsett & Wanner II.4).
+        safety, ifactor, dfactor: a new step is the old one times `safety * err**(-1/order)`, at most `ifactor` and at
+            least `dfactor`.
+        min_step: steps of this size are accepted whatever their error.
+        max_step: no step is longer.
+        max_num_steps: accepted and rejected steps together.
+        step_t: times that a step ends at (kinks of f).
+        jump_t: times that a step ends at and where f is evaluated anew (jumps of f).
+        norm: on the error divided by the tolerance; takes the state as the user wrote it.
+        step_size, grid_constructor: grid of the fixed-step methods; neither means `t` itself.
+        interp: "linear" or "cubic" output between the points of a fixed grid.
+        perturb: evaluate f just inside each fixed step, for a field that jumps at grid points.
+        max_order: highest order of the Adams methods; None is 5 for the explicit one, whose stability shrinks by half
+            with each order, and 12 for the implicit one.
+        max_iters: iterations of the implicit methods within a step.
+        solver: name of the `scipy.integrate.solve_ivp` method.
+    """
+
+    first_step: float | None = None
+    safety: float = 0.9
+    ifactor: float = 10.0
+    dfactor: float = 0.2
+    min_step: float = 0.0
+    max_step: float = math.inf
+    max_num_steps: int = 1_000_000
+    step_t: tuple[float, ...] = ()
+    jump_t: tuple[float, ...] = ()
+    norm: Norm | None = None
+    step_size: float | None = None
+    grid_constructor: Callable[[Tensor], Tensor] | None = None
+    interp: str = "linear"
+    perturb: bool = False
+    max_order: int | None = None
+    max_iters: int | None = None
+    solver: str = "LSODA"
+
+
+Callback = Callable[[float, Any, float], None]
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """The user's `callback_step`, `callback_accept_step` and `callback_reject_step`, as `(t0, y0, dt)` with floats."""
+
+    step: Callback | None = None
+    accept: Callback | None = None
+    reject: Callback | None = None
+
+    def on(self, view: Callable[[Tensor], Any]) -> Callbacks:
+        """The same callbacks for a solve whose state becomes `y0` by `view`."""
+
+        def wrap(call: Callback | None) -> Callback | None:
+            return call and (lambda t0, y0, dt: call(t0, view(y0), dt))
+
+        return Callbacks(wrap(self.step), wrap(self.accept), wrap(self.reject))
+
+
+@dataclass
+class AdjointSettings:
+    """How the backward solve of a continuous adjoint runs.
+
+    Attributes:
+        seminorm: leave the parameters' part out of the error norm (Kidger, Chen & Lyons 2021).
+        norm: on `(t, y, adj_y, *adj_params)`; the user's own.
+    """
+
+    method: Method
+    rtol: float | Tensor
+    atol: float | Tensor
+    options: SolverOptions
+    seminorm: bool = False
+    norm: Callable[[tuple[Tensor, ...]], Any] | None = None
+    callbacks: Callbacks = field(default_factory=Callbacks)
+
+
+@dataclass
+class ODEProblem:
+    """`y' = f(t, y)` on a flat real vector, checked and ready for an engine.
+
+    Attributes:
+        f: the vector field.
+        y0: shape (n,), float32 or float64.
+        t: the user's output times, shape (T,), with its graph if it requires grad.
+        times: the same as Python floats, strictly monotone. With `event_fn`, `times[1]` gives the direction only.
+        f0: `f(t0, y0)`, shape (n,), without graph, where the front door has it already.
+        norm: of the error over tolerance, on a flat vector.
+        rtol, atol: floats or tensors of shape (n,).
+        event_fn: `(t: 0-d, y: (n,)) -> Tensor`; the solve ends where the first of its elements crosses zero.
+        params: tensors requiring grad, other than `y0` and `t`, that f depends on.
+        retain_graph: f runs through a graph made outside of it, which a backward pass through f must leave alive.
+        layout: how the user's state lies in `y0`.
+    """
+
+    f: Field
+    y0: Tensor
+    t: Tensor
+    times: list[float]
+    method: Method
+    rtol: float | Tensor
+    atol: float | Tensor
+    options: SolverOptions
+    norm: Norm = rms_norm
+    f0: Tensor | None = None
+    event_fn: Callable[[Tensor, Tensor], Tensor] | None = None
+    params: tuple[Tensor, ...] = ()
+    retain_graph: bool = False
+    layout: Layout | None = None
+    adjoint: AdjointSettings | None = None
+    callbacks: Callbacks = field(default_factory=Callbacks)
+
+    @property
+    def direction(self) -> float:
+        """+1 forward in time, -1 backward."""
+        return 1.0 if len(self.times) < 2 or self.times[1] > self.times[0] else -1.0
+
+    def time(self, t: float) -> Tensor:
+        """`t` as f sees it: a 0-d tensor of the state's dtype and device."""
+        return torch.tensor(t, dtype=self.y0.dtype, device=self.y0.device)
