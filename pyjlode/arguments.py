@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from . import methods
 from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, NonFiniteState
 from .methods import Method
-from .problem import Callbacks, Layout, Norm, SolverOptions, max_rms_norm, rms_norm
+from .problem import Callbacks, Layout, Norm, SolverOptions, is_finite, max_rms_norm, rms_norm
 
 FLOATS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
@@ -57,7 +57,7 @@ def state(h0: Any) -> tuple[Layout, Tensor]:
             raise BadShape(f"the tensors of h0 lie on different devices, {leaves[0].device} and {leaf.device}.")
     layout = Layout(h0)
     y0 = layout.flatten(h0)
-    if not bool(torch.isfinite(y0).all()):
+    if not is_finite(y0.detach()):
         bad = int((~torch.isfinite(y0)).sum())
         raise NonFiniteState(f"h0 holds NaN or infinity ({bad} of {y0.numel()} numbers).", t=math.nan, dt=0.0)
     return layout, y0
@@ -129,8 +129,8 @@ def tolerances(rtol: Any, atol: Any, layout: Layout, method: Method) -> tuple[fl
     """Check both; a zero `atol` becomes the smallest normal number, so that a state of zero is within tolerance of
     itself."""
     rel, absolute = tolerance(rtol, "rtol", layout), tolerance(atol, "atol", layout)
-    total = torch.as_tensor(rel) + torch.as_tensor(absolute)
-    if total.numel() and float(total.min()) <= 0:
+    total = rel + absolute
+    if total.numel() and float(total.min()) <= 0 if isinstance(total, Tensor) else total <= 0:
         raise BadTolerance("rtol and atol are both zero; no step can meet that. Give at least one of them.")
     tiny = torch.finfo(layout.dtype).tiny
     absolute = absolute.clamp_min(tiny) if isinstance(absolute, Tensor) else max(absolute, tiny)

@@ -55,7 +55,7 @@ def find(adjoint: bool | str, engine: Engine, p: ODEProblem) -> str | None:
 
 class _Solve(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         engine: Engine,
         p: ODEProblem,
@@ -80,7 +80,7 @@ class _Solve(torch.autograd.Function):
         return ys
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise GradientUnavailable(
                 f"adjoint={ctx.memory.gradient!r} gives first derivatives only, and create_graph=True asks for more. "
@@ -101,11 +101,11 @@ class _Undifferentiable(torch.autograd.Function):
     """Passes states on; its backward pass says why there is none."""
 
     @staticmethod
-    def forward(ctx: Any, ys: Tensor, *inputs: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, ys: Tensor, *inputs: Tensor) -> Tensor:
         return ys.clone()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         raise GradientUnavailable(
             "adjoint=False differentiates through the solver's operations, and scipy_solver's are not PyTorch's. Use "
             "adjoint=True (which is 'interpolating' for it) or adjoint='backsolve'."

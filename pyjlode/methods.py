@@ -44,9 +44,14 @@ class Method:
         return self.kind == "implicit"
 
 
+def _hairer(k: int) -> tuple[float, float]:
+    """The PI controller of DOPRI5 (Hairer & Wanner, Solving ODEs II, IV.2: beta = 0.2 / k), for error order k."""
+    return 0.85 / k, 0.2 / k
+
+
 def _pi42(k: int) -> tuple[float, float]:
-    """Söderlind's PI.4.2 (Digital filters in adaptive time-stepping, ACM TOMS 29, 2003, table III), error order k."""
-    return 3 / (5 * k), 1 / (5 * k)
+    """PI.4.2 (Söderlind, Digital filters in adaptive time-stepping, ACM TOMS 29, 2003), for error order k."""
+    return 0.6 / k, 0.2 / k
 
 
 def _adaptive(name: str, tableau: tb.ExplicitTableau, pi: tuple[float, float], about: str) -> Method:
@@ -62,13 +67,12 @@ def _implicit(name: str, tableau: tb.ImplicitTableau, about: str) -> Method:
 
 
 _ROWS = [
-    # Hairer, Nørsett & Wanner II.4 and IV.2: beta = 0.04 for DOPRI5, 0 for DOP853.
-    _adaptive("dopri5", tb.DOPRI5, (0.2 - 0.75 * 0.04, 0.04), "Dormand & Prince 5(4), the default"),
-    _adaptive("tsit5", tb.TSIT5, _pi42(5), "Tsitouras 5(4)"),
-    _adaptive("dopri8", tb.DOPRI8, (1 / 8, 0.0), "Dormand & Prince 8(5,3) as in Hairer's DOP853"),
-    _adaptive("bosh3", tb.BOSH3, _pi42(3), "Bogacki & Shampine 3(2)"),
-    _adaptive("fehlberg2", tb.FEHLBERG2, _pi42(2), "Fehlberg 2(1)"),
-    _adaptive("adaptive_heun", tb.ADAPTIVE_HEUN, _pi42(2), "Heun 2(1)"),
+    _adaptive("dopri5", tb.DOPRI5, _hairer(5), "Dormand & Prince 5(4), the default"),
+    _adaptive("tsit5", tb.TSIT5, _hairer(5), "Tsitouras 5(4)"),
+    _adaptive("dopri8", tb.DOPRI8, _pi42(8), "Dormand & Prince 8(5,3) as in Hairer's DOP853"),
+    _adaptive("bosh3", tb.BOSH3, _hairer(3), "Bogacki & Shampine 3(2)"),
+    _adaptive("fehlberg2", tb.FEHLBERG2, _hairer(2), "Fehlberg 2(1)"),
+    _adaptive("adaptive_heun", tb.ADAPTIVE_HEUN, _hairer(2), "Heun 2(1)"),
     _adaptive("vern7", tb.VERN7, _pi42(7), "Verner's efficient 7(6)"),
     _adaptive("vern9", tb.VERN9, _pi42(9), "Verner's efficient 9(8)"),
     _fixed("euler", tb.EULER, "Euler"),

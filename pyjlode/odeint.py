@@ -272,7 +272,7 @@ def _read(
     opts = arguments.options(options, row, h0, f, layout)
     autocast = torch.is_autocast_enabled(layout.device.type)
     p = ODEProblem(
-        f=Field(_flat(f, layout, autocast)),
+        f=_flat(f, layout, autocast),
         y0=y0,
         t=t,
         times=times,
@@ -315,16 +315,14 @@ def _read(
     return _Made(p, layout, stats, chosen, gradient, needed)
 
 
-def _flat(f: Any, layout: Layout, autocast: bool) -> Callable[[Tensor, Tensor], Tensor]:
+def _flat(f: Any, layout: Layout, autocast: bool) -> Field:
     """f on the flat vector."""
     if autocast:  # f answers in a lower precision than the state's
-        return lambda t, y: layout.flatten(f(t, layout.unflatten(y))).to(layout.dtype)
+        return Field(lambda t, y: layout.flatten(f(t, layout.unflatten(y))).to(layout.dtype))
     if layout.bare:
         shape = layout.shapes[0]
-        if len(shape) == 1:
-            return f
-        return lambda t, y: f(t, y.view(shape)).reshape(-1)
-    return lambda t, y: layout.flatten(f(t, layout.unflatten(y)))
+        return Field(f, None if len(shape) == 1 else shape)
+    return Field(lambda t, y: layout.flatten(f(t, layout.unflatten(y))))
 
 
 def _adjoint(

@@ -84,7 +84,7 @@ def graph_mark() -> int:
     with torch.enable_grad():
         node = torch.zeros((), requires_grad=True).view(()).grad_fn
     assert node is not None
-    return node._sequence_nr()  # type: ignore[attr-defined]
+    return node._sequence_nr()
 
 
 def dependencies(func: Any, output: Tensor, probe: Tensor, mark: int) -> Dependencies:

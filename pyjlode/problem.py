@@ -74,22 +74,31 @@ class Field:
     """The vector field on the flat state; counts its calls.
 
     Args:
-        f: `f(t, y)` with `t` a 0-d tensor and `y` of shape (n,); returns shape (n,).
+        f: `f(t, y)` with `t` a 0-d tensor and `y` of shape (n,), or of `shape`; returns its like.
+        shape: of the user's state, where it is one real tensor of several dimensions. This is done here and not in one
+            more function around `f` because it is the innermost call of every solve.
     """
 
-    def __init__(self, f: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.f = f
+    def __init__(self, f: Callable[[Tensor, Tensor], Tensor], shape: torch.Size | None = None) -> None:
+        self.f, self.shape = f, shape
         self.nfe = 0
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         self.nfe += 1
-        return self.f(t, y)
+        if self.shape is None:
+            return self.f(t, y)
+        return self.f(t, y.view(self.shape)).reshape(-1)
 
 
 def rms_norm(y: Tensor) -> float:
     """Root mean square of a tensor of any shape; 0 for an empty one."""
     n = y.numel()
     return float(torch.linalg.vector_norm(y)) / math.sqrt(n) if n else 0.0
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether every element is finite. The sum tells in one kernel, unless large numbers overflow in it."""
+    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def max_rms_norm(leaves: Sequence[Tensor]) -> float:

@@ -33,22 +33,29 @@ def initial_step(p: ODEProblem, f0: Tensor, order: int, limit: float) -> float:
     return min(100 * h0, h1, limit)
 
 
+# Below this the step is far from the tolerance: nothing to smooth, and the I controller gets there sooner.
+_FAR = 0.1
+
+
 def next_factor(
     err: float, previous: float, accepted: bool, order: int, pi: tuple[float, float], o: SolverOptions
 ) -> float:
-    """Factor from this step size to the next: PI control after an accepted step, I control after a rejected one.
+    """Factor from this step size to the next: PI control after an accepted step near the tolerance, else I control.
 
     Gustafsson, Control theoretic techniques for stepsize selection in explicit Runge-Kutta methods, ACM TOMS 17 (1991);
-    Söderlind, Digital filters in adaptive time-stepping, ACM TOMS 29 (2003).
+    Söderlind, Digital filters in adaptive time-stepping, ACM TOMS 29 (2003). Both controllers aim at the same error,
+    `safety**order`, so that the choice between them does not change what `safety` means.
 
     Args:
         err: norm of the error over the tolerance, of this step; not negative, may be infinite or NaN.
         previous: the same of the last accepted step.
         order: of the local error.
-        pi: (beta1, beta2).
+        pi: (beta1, beta2); (1 / order, 0) is I control.
     """
     if err == 0:
         return o.ifactor
     if not accepted:
         return max(o.dfactor, min(1.0, o.safety * err ** (-1 / order))) if math.isfinite(err) else o.dfactor
-    return min(o.ifactor, max(o.dfactor, o.safety * err ** -pi[0] * previous ** pi[1]))
+    beta1, beta2 = pi if err > _FAR else (1 / order, 0.0)
+    factor = o.safety ** (order * (beta1 - beta2)) * err**-beta1 * previous**beta2
+    return min(o.ifactor, max(o.dfactor, factor))

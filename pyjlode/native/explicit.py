@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..problem import ODEProblem
 from . import interpolation
-from .step import Interval, fraction, numpy_dtype, scaled, stage_times
+from .step import Interval, fraction, stage_times
 from .tableaus import ExplicitTableau
 
 
@@ -53,6 +54,39 @@ class Recorded:
         return torch.stack(self.rows[:i], 1)
 
 
+class Coefficients:
+    """A tableau as tensors of one dtype on one device.
+
+    Attributes:
+        rows: rows[i], shape (i,), weighs the earlier rows of K for the point of row i: the stages, then
+            y1 itself (rows[s] is B), then the extra stages of dense output.
+        C: (rows,) their times, in units of the step.
+        E: error weights, each (s,) or, with f(t1, y1), (s + 1,).
+        P: (rows, degree) float64, dense output; None where the tableau has none.
+    """
+
+    def __init__(self, tab: ExplicitTableau, dtype: torch.dtype, device: torch.device) -> None:
+        def tensor(x: np.ndarray) -> Tensor:
+            return torch.tensor(x, dtype=dtype, device=device)
+
+        s, extra = tab.stages, len(tab.C_extra)
+        stages = [*(tab.A[i, :i] for i in range(s)), tab.B, *(tab.A_extra[j, : s + 1 + j] for j in range(extra))]
+        self.rows = [tensor(row) for row in stages]
+        self.C = np.concatenate([tab.C, [1.0], tab.C_extra])
+        self.E = [] if tab.E is None else [tensor(row[: s + tab.fsal]) for row in tab.E]
+        self.P = None if tab.P is None else torch.tensor(tab.P, dtype=torch.float64, device=device)
+
+
+coefficients = functools.lru_cache(maxsize=64)(Coefficients)
+
+
+def stage_sum(y: Tensor, K: Tensor, row: Tensor, dt: float | Tensor) -> Tensor:
+    """y + dt K row: y (n,), K (n, i), row (i,) -> (n,)."""
+    if isinstance(dt, Tensor):
+        return torch.addmv(y, K, row * dt.to(row))
+    return torch.addmv(y, K, row, alpha=dt)
+
+
 class ExplicitRK:
     """Makes the steps of one explicit Runge-Kutta method for one problem.
 
@@ -67,15 +101,11 @@ class ExplicitRK:
     ) -> None:
         tab = tableau or p.method.tableau
         assert isinstance(tab, ExplicitTableau)
-        self.p, self.tab, self.recorded, self.keep = p, tab, recorded, keep
-        self.s = tab.stages
-        self.rows = self.s + 1 + len(tab.C_extra)
-        # All numbers that a step multiplies by dt, in one vector: one product and one split a step.
-        error = [] if tab.E is None else [row if tab.fsal else row[: self.s] for row in tab.E]
-        vectors = [*(tab.A[i, :i] for i in range(1, self.s)), tab.B, *error]
-        self.sizes = [len(v) for v in vectors]
-        self.packed = np.concatenate(vectors).astype(numpy_dtype(p.y0))
-        self.C = np.append(tab.C, 1.0) if tab.fsal else tab.C
+        self.p, self.recorded = p, recorded
+        self.c = coefficients(tab, p.y0.dtype, p.y0.device)
+        self.s, self.fsal = tab.stages, tab.fsal
+        self.rows = len(self.c.rows)
+        self.C = self.c.C[: self.s + self.fsal]
         self.buffer = None if recorded or keep else Buffered(self.rows, p.y0)
 
     def stages(self) -> Buffered | Recorded:
@@ -83,37 +113,37 @@ class ExplicitRK:
             return Recorded()
         return self.buffer or Buffered(self.rows, self.p.y0)
 
-    def step(self, interval: Interval, y: Tensor, k0: Tensor | None) -> ExplicitStep:
+    def step(self, interval: Interval, y: Tensor, k0: Tensor | None, *, estimate: bool = True) -> ExplicitStep:
         """Take one step (Hairer, Nørsett & Wanner II.1): shapes (n,).
 
         Args:
             k0: f at the start of the step, where it is known.
+            estimate: `error` will be asked for.
         """
-        f, K = self.p.f, self.stages()
-        w = scaled(self.packed, interval.dt, y).split(self.sizes)
+        f, K, rows, dt, s = self.p.f, self.stages(), self.c.rows, interval.dt, self.s
         t = stage_times(interval, self.C, y)
         K.put(0, f(t[0], y) if k0 is None else k0)
-        for i in range(1, self.s):
-            K.put(i, f(t[i], torch.addmv(y, K.head(i), w[i - 1])))
-        y1 = torch.addmv(y, K.head(self.s), w[self.s - 1])
-        if self.tab.fsal:
-            K.put(self.s, f(t[self.s], y1))
-        return ExplicitStep(self, interval, y, y1, K, w[self.s :])
+        for i in range(1, s):
+            K.put(i, f(t[i], stage_sum(y, K.head(i), rows[i], dt)))
+        y1 = stage_sum(y, K.head(s), rows[s], dt)
+        fsal = self.fsal and estimate
+        if fsal:
+            K.put(s, f(t[s], y1))
+        return ExplicitStep(self, interval, y, y1, K, s + fsal)
 
 
 class ExplicitStep:
     """A step and its stages; the end's slope and the extra stages of dense output are evaluated when asked for."""
 
-    __slots__ = ("E", "K", "done", "interval", "rk", "y", "y1")
+    __slots__ = ("K", "done", "interval", "rk", "y", "y1")
 
-    def __init__(
-        self, rk: ExplicitRK, interval: Interval, y: Tensor, y1: Tensor, K: Any, E: tuple[Tensor, ...]
-    ) -> None:
-        self.rk, self.interval, self.y, self.y1, self.K, self.E = rk, interval, y, y1, K, E
-        self.done = rk.s + rk.tab.fsal  # rows of K that are filled
+    def __init__(self, rk: ExplicitRK, interval: Interval, y: Tensor, y1: Tensor, K: Any, done: int) -> None:
+        self.rk, self.interval, self.y, self.y1, self.K = rk, interval, y, y1, K
+        self.done = done  # rows of K that are filled
 
     @property
     def f0(self) -> Tensor:
+        """f at the start of the step, shape (n,)."""
         return self.K.get(0)
 
     @property
@@ -127,9 +157,11 @@ class ExplicitStep:
 
     def error(self, rtol: float | Tensor, atol: float | Tensor, abs_y: Tensor, abs_y1: Tensor) -> float:
         """Norm of the local error over the tolerance; the step is good if it is at most 1."""
-        K, norm = self.K.head(self.rk.s + self.rk.tab.fsal), self.rk.p.norm
-        scale = torch.maximum(abs_y, abs_y1).mul_(rtol).add_(atol)
-        errors = [norm(torch.mv(K, row).div_(scale)) for row in self.E]
+        K, norm = self.K.head(self.rk.s + self.rk.fsal), self.rk.p.norm
+        # The error is dt E K; the scale is divided by dt instead, which costs nothing where the tolerances are numbers.
+        dt = abs(self.interval.t1 - self.interval.t0)
+        scale = torch.maximum(abs_y, abs_y1).mul_(rtol / dt).add_(atol / dt)
+        errors = [norm(torch.mv(K, row).div_(scale)) for row in self.rk.c.E]
         if len(errors) == 1:
             return errors[0]
         # DOP853: the fifth-order error damped by the third-order one (Hairer, Nørsett & Wanner II.10).
@@ -138,28 +170,21 @@ class ExplicitStep:
 
     def complete(self) -> None:
         """Evaluate what dense output needs beyond the step's own stages."""
-        tab = self.rk.tab
         _ = self.f1
         if self.done < self.rk.rows:
-            times = stage_times(self.interval, tab.C_extra, self.y)
-            for j, t in enumerate(times):
-                i = self.rk.s + 1 + j
-                w = scaled(tab.A_extra[j, :i].astype(numpy_dtype(self.y)), self.interval.dt, self.y)
-                self.K.put(i, self.rk.p.f(t, torch.addmv(self.y, self.K.head(i), w)))
+            times = stage_times(self.interval, self.rk.c.C[self.done :], self.y)
+            for i, t in enumerate(times, self.done):
+                point = stage_sum(self.y, self.K.head(i), self.rk.c.rows[i], self.interval.dt)
+                self.K.put(i, self.rk.p.f(t, point))
             self.done = self.rk.rows
 
-    def weights(self, times: list[float] | Tensor) -> Tensor:
-        """(M, rows): y(times) = y + weights @ K."""
-        P = torch.from_numpy(self.rk.tab.P)
-        theta = fraction(self.interval, times)
-        return (interpolation.powers(theta, P.shape[1]) @ P.T.to(theta) * self.interval.dt).to(self.y)
-
     def interpolate(self, times: list[float] | Tensor) -> Tensor:
-        if self.rk.tab.P is None:
-            theta = fraction(self.interval, times)
-            return interpolation.hermite(theta, self.interval.dt, self.y, self.y1, self.f0, self.f1)
+        theta, dt, P = fraction(self.interval, times), self.interval.dt, self.rk.c.P
+        if P is None:
+            return interpolation.hermite(theta, dt, self.y, self.y1, self.f0, self.f1)
         self.complete()
-        return torch.addmm(self.y, self.weights(times), self.K.head(self.rk.rows).T)
+        weights = (interpolation.powers(theta, P.shape[1]) @ P.T.to(theta) * dt).to(self.y)
+        return torch.addmm(self.y, weights, self.K.head(self.rk.rows).T)
 
 
 _ONE = np.ones(1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadOption, EventNotFound, MaxStepsReached, NonFiniteState, StepSizeTooSmall
-from ..problem import ODEProblem
+from ..problem import ODEProblem, is_finite
 from ..solution import Stats
 from . import controller, interpolation
 from .events import EventFinder
@@ -21,6 +21,7 @@ from .implicit import ImplicitRK
 from .interpolation import DenseOutput
 from .multistep import Adams, AdamsStep, Past
 from .step import Interval, Step, fraction
+from .tableaus import ExplicitTableau
 
 OnStep = Callable[[Step], None]
 
@@ -80,7 +81,7 @@ def solve(
     """
     with torch.set_grad_enabled(recorded):
         record = _solve(p, stats, recorded, steps, dense, on_step)
-    if not bool(torch.isfinite(record.ys).all()):
+    if not is_finite(record.ys.detach()):
         raise _non_finite_output(p, record.ys)
     return record
 
@@ -94,6 +95,7 @@ def _solve(
     ordered = [sign * t for t in times]
     finder = EventFinder(p) if p.event_fn is not None else None
     record = Record(p.y0, [])
+    steps: Iterator[Step]
     if p.method.kind == "adaptive":
         steps = adaptive_steps(
             p, stats, record, recorded, tracked, keep_dense, sign * math.inf if finder else times[-1]
@@ -158,7 +160,7 @@ def stepper(p: ODEProblem, *, recorded: bool) -> Callable[[Interval, Tensor, Pas
     if p.method.kind == "adams":
         return Adams(p, recorded=recorded).step
     rk = ExplicitRK(p, recorded=recorded)
-    return lambda interval, y, past: rk.step(interval, y, None)
+    return lambda interval, y, past: rk.step(interval, y, None, estimate=False)
 
 
 def adaptive_steps(
@@ -167,6 +169,7 @@ def adaptive_steps(
     """Accepted steps of an embedded pair, from `p.times[0]` to `end` (infinite: for ever)."""
     o, sign = p.options, p.direction
     tab = p.method.tableau
+    assert isinstance(tab, ExplicitTableau)
     rk = ExplicitRK(p, recorded=recorded, keep=keep)
     order = tab.error_order + 1
     t, y = p.times[0], p.y0
@@ -180,7 +183,7 @@ def adaptive_steps(
     k0 = p.f0
     if k0 is None or tracked:
         k0 = p.f(at.to(y) if isinstance(at, Tensor) else p.time(t), y)
-    if not bool(torch.isfinite(k0).all()):
+    if not is_finite(k0.detach()):
         raise NonFiniteState(f"f returned NaN or infinity at the start, t={t:.6g}.", t=t, dt=0.0)
     limit = min(o.max_step, abs(end - t))
     dt = min(o.first_step or controller.initial_step(p, k0.detach(), order, limit), limit)
@@ -252,6 +255,7 @@ def fixed_steps(p: ODEProblem, stats: Stats, recorded: bool, tracked: bool, keep
     for interval in _grid(p, tracked):
         if p.callbacks.step:
             p.callbacks.step(interval.t0, y, interval.t1 - interval.t0)
+        step: Step
         if rk:
             step = rk.step(interval, y, f0)
         elif implicit:
@@ -327,7 +331,7 @@ _STIFF = "method='radauIIA5' or 'trbdf2' with options={'step_size': ...}"
 def _too_small(p: ODEProblem, t: float, dt: float, err: float) -> StepSizeTooSmall | NonFiniteState:
     if not math.isfinite(err):
         return NonFiniteState(
-            f"f or the state is NaN or infinite just after t={t:.9g}, however small the step (last tried: dt={dt:.3g}). "
+            f"f or the state is NaN or infinite just after t={t:.9g}, however small the step (tried: dt={dt:.3g}). "
             f""
             "f leaves its domain there, or the solution blows up at that time.",
             t=t,
@@ -375,12 +379,12 @@ def _non_finite_output(p: ODEProblem, ys: Tensor) -> NonFiniteState:
         again = replace(p, f0=None, callbacks=type(p.callbacks)())
         with torch.no_grad():
             for i, step in enumerate(fixed_steps(again, Stats("", "", ""), False, False, True)):
-                if not bool(torch.isfinite(step.y1).all()):
+                if not is_finite(step.y1):
                     t, dt = step.interval.t0, step.interval.t1 - step.interval.t0
                     message += f": it went bad in step {i + 1}, from t={t:.6g} with dt={dt:.3g}"
                     break
     return NonFiniteState(
-        f"{p.method.name}: {message}. Steps too long for the problem blow up like this; use smaller ones or an adaptive "
+        f"{p.method.name}: {message}. Steps too long for the problem blow up like this: use smaller ones, an adaptive "
         f""
         "method, or a domain in which f is finite.",
         t=t,

@@ -18,12 +18,9 @@ from torch import Tensor
 from ..problem import Callbacks, Field, Layout, Norm, ODEProblem, max_rms_norm, rms_norm
 from ..solution import Stats
 from . import loop, scipy_ivp
-from .explicit import Buffered, ExplicitRK
-from .interpolation import powers
 from .loop import Kept, Record
 from .multistep import Past
-from .step import Step, numpy_dtype, scaled, stage_times
-from .tableaus import ExplicitTableau, hermite_dense
+from .step import Step
 
 
 class Gradients(NamedTuple):
@@ -89,10 +86,9 @@ def discrete(p: ODEProblem, record: Record, g: Tensor) -> Gradients:
     step.
     """
     want_t = p.t.requires_grad
-    explicit = isinstance(p.method.tableau, ExplicitTableau)
-    replay = _ExplicitReplay(p) if explicit and not want_t else _RecordedReplay(p)
+    replay = _Replay(p)
     event = record.event_t is not None
-    times = [p.times[0], record.event_t] if event else p.times
+    times = p.times if record.event_t is None else [p.times[0], record.event_t]
     sign = p.direction
     params = Sum(p.params)
     a = torch.zeros_like(p.y0)
@@ -111,74 +107,11 @@ def discrete(p: ODEProblem, record: Record, g: Tensor) -> Gradients:
                 inside = p.t[j:i]
         a = replay.pull(kept, a, inside, g[j:i], params)
         i = j
-    t = None
-    if want_t:
-        assert isinstance(replay, _RecordedReplay)
-        t = replay.time_gradient()
-    return Gradients(a + g[0], t, params.total)
+    return Gradients(a + g[0], replay.time_gradient() if want_t else None, params.total)
 
 
-class _ExplicitReplay:
-    """The adjoint of an explicit Runge-Kutta step, stage by stage (Sanz-Serna, Symplectic Runge-Kutta schemes for
-    adjoint equations, automatic differentiation, optimal control and more, SIAM Review 58, 2016, section 5).
-
-    The stage sums are known linear maps, so only f itself goes through autograd.
-    """
-
-    def __init__(self, p: ODEProblem) -> None:
-        self.p, self.rk = p, ExplicitRK(p)
-        tab, dtype = self.rk.tab, numpy_dtype(p.y0)
-        s, rows = tab.stages, self.rk.rows
-        # All rows of K in one strictly lower triangular matrix: stages, the end point, dense output's own.
-        self.A = np.zeros((rows, rows), dtype)
-        self.A[:s, :s] = tab.A
-        self.A[s, :s] = tab.B
-        self.A[s + 1 :] = tab.A_extra
-        self.B = tab.B.astype(dtype)
-        self.C = np.concatenate([tab.C, [1.0], tab.C_extra])
-        P = tab.P
-        if P is None:
-            straight = np.append(tab.B, 0.0)[:, None]
-            P = straight if p.options.interp == "linear" else hermite_dense(tab.B)
-        self.P = torch.from_numpy(P)
-        self.K = Buffered(rows, p.y0)
-
-    def pull(self, kept: Kept, a: Tensor, times: list[float] | Tensor, g: Tensor, params: Sum) -> Tensor:
-        """Cotangents a (n,) of the end and g (M, n) of outputs within -> (n,) that of the start; adds to `params`."""
-        p, K, y = self.p, self.K, kept.y
-        dt = kept.interval.t1 - kept.interval.t0
-        rows = self.rk.rows if len(times) else self.rk.s
-        A = [row[:i] for i, row in enumerate(scaled(self.A[:rows], dt, y).unbind(0))]
-        t = stage_times(kept.interval, self.C[:rows], y)
-        points, slopes = [], []
-        for i in range(rows):
-            Y = torch.addmv(y, K.head(i), A[i]) if i else y.detach()
-            with torch.enable_grad():
-                k = p.f(t[i], Y.requires_grad_())
-            K.put(i, k.detach())
-            points.append(Y)
-            slopes.append(k)
-        # The end point y + dt B K and the outputs y + w K are linear in the rows of K.
-        k_bar = y.new_zeros(rows, len(y))
-        torch.outer(scaled(self.B, dt, y), a, out=k_bar[: self.rk.s])
-        y_bar = a.clone()
-        if len(times):
-            theta = (torch.as_tensor(times, dtype=torch.float64) - kept.interval.t0) / dt
-            w = (powers(theta, self.P.shape[1]) @ self.P.T * dt).to(y)
-            k_bar.addmm_(w.T, g)
-            y_bar += g.sum(0)
-        for i in reversed(range(rows)):
-            mu, *grads = pull_back(p, slopes[i], (points[i], *p.params), k_bar[i])
-            params.add(grads)
-            if mu is not None:
-                y_bar += mu
-                if i:
-                    k_bar[:i].addr_(A[i], mu)
-        return y_bar
-
-
-class _RecordedReplay:
-    """The adjoint of any step, by autograd through the step as it was taken; with derivatives in time."""
+class _Replay:
+    """The adjoint of a step: autograd through the step as it was taken."""
 
     def __init__(self, p: ODEProblem) -> None:
         self.p = p
@@ -189,7 +122,7 @@ class _RecordedReplay:
         self.moved_bar: list[Tensor] = []  # ... and their cotangents
 
     def pull(self, kept: Kept, a: Tensor, times: list[float] | Tensor, g: Tensor, params: Sum) -> Tensor:
-        """As `_ExplicitReplay.pull`."""
+        """Cotangents a (n,) of the end and g (M, n) of outputs within -> (n,) that of the start; adds to `params`."""
         p, interval, past = self.p, kept.interval, kept.past
         y = kept.y.detach().requires_grad_()
         moving: list[Tensor] = []  # originals of the time-like inputs
@@ -294,7 +227,7 @@ class _Backward:
     def rhs(self, t: Tensor, z: Tensor) -> Tensor:
         """z = (y?, a, theta?) -> dz/dt."""
         n, p = self.n, self.p
-        y = z[:n] if self.with_y else self.record.dense.at(float(t))  # type: ignore[union-attr]
+        y = z[:n] if self.with_y else self.record.dense.at(float(t))
         a = z[n : 2 * n] if self.with_y else z[:n]
         k, (mu, *grads) = vjp(p, t, y, a, None if self.with_params else ())
         parts = [k] if self.with_y else []
@@ -353,7 +286,7 @@ class _Backward:
         p = self.p
         with torch.no_grad():
             a = step.interpolate(times)
-            y = self.record.dense(torch.tensor(times, dtype=torch.float64))  # type: ignore[misc]
+            y = self.record.dense(torch.tensor(times, dtype=torch.float64))
         total = self.total.new_zeros(len(weights), self.layout.size)
         for i, t in enumerate(times):
             with torch.enable_grad():

@@ -12,6 +12,7 @@ Indices start at 0. ``tests/native/test_tableaus.py`` checks every array here ag
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class ExplicitTableau:
         """s, the number of slopes that y1 and the error estimate need, f(t + dt, y1) not counted."""
         return len(self.B)
 
-    @property
+    @cached_property
     def fsal(self) -> bool:
         """Whether the error estimate uses f(t + dt, y1) ("first same as last")."""
         return self.E is not None and bool(np.any(self.E[:, -1]))
