@@ -1,0 +1,5 @@
+"""Modules that people train."""
+
+from .neural_ode import NeuralODE
+
+__all__ = ["NeuralODE"]
