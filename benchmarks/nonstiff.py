@@ -7,11 +7,12 @@ against a solution at rtol 1e-12, and
 
     overhead = wall / (nfe x cost of one f call).
 
-Every library runs the same problem with its `dopri5` at the same tolerance ("equal tolerance"); then the others' tolerances
-are searched for the one at which each reaches pyjlode's error ("equal error"). Gradients are of the sum of squares of the
-last state with respect to h0 and all parameters, `adjoint=True` against `odeint_adjoint`, with the error against a gradient
-at rtol 1e-12. torchode solves each element of the batch on its own and has no f in common with the others' step control;
-diffrax runs under jit, compiled before the clock starts, with its recursive-checkpoint adjoint.
+Every library runs the same problem with its `dopri5` at the same tolerance ("equal tolerance"); then the others'
+tolerances are searched for the one at which each reaches pyjlode's error ("equal error"). Gradients are of the sum of
+squares of the last state with respect to h0 and all parameters, `adjoint=True` against `odeint_adjoint`, with the
+error against a gradient at rtol 1e-12. torchode solves each element of the batch on its own and has no f in common
+with the others' step control; diffrax runs under jit, compiled before the clock starts, with its recursive-checkpoint
+adjoint.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Counted(nn.Module):
         super().__init__()
         self.net = None
         if net is not None:
-            self.net = nn.Sequential(*(nn.Linear(m.in_features, m.out_features) if hasattr(m, "weight") else m for m in net))
+            self.net = nn.Sequential(
+                *(nn.Linear(m.in_features, m.out_features) if hasattr(m, "weight") else m for m in net)
+            )
             self.net.load_state_dict(net.state_dict())
             self.net.to(dtype)
         else:
@@ -277,7 +280,8 @@ def compare(p: Problem, run: str, rounds: int, libraries: list[type[Library]]) -
         overhead = f"{wall / (nfe * f_cost):8.2f}" if nfe else "       -"
         first = f"{p.name:28s}" if library is ours else " " * 28
         lines.append(
-            f"{first} {library.name:12s} {equal:10s} {tol:8.0e} {nfe or '-':>6} {wall * 1e3:10.2f} {ratio:8.2f} {err:9.1e} {overhead}"
+            f"{first} {library.name:12s} {equal:10s} {tol:8.0e} {nfe or '-':>6} {wall * 1e3:10.2f} {ratio:8.2f} "
+            f"{err:9.1e} {overhead}"
         )
     assert math.isfinite(mine)
     return lines
@@ -299,7 +303,10 @@ def main() -> None:
         )
         for p in problems():
             if args.only in p.name:
-                print("\n".join(compare(p, run, rounds if p.h0.numel() < 10_000 else min(rounds, 5), libraries)), flush=True)
+                print(
+                    "\n".join(compare(p, run, rounds if p.h0.numel() < 10_000 else min(rounds, 5), libraries)),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

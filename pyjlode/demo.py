@@ -1,6 +1,7 @@
 """`pyjlode demo`: a neural ODE learns the cycle of hare and lynx from sixteen years of the fur trade.
 
-The model is a neural ODE and nothing else: a small network is the whole vector field, and nobody tells it who eats whom.
+The model is a neural ODE and nothing else: a small network is the whole vector field, and nobody tells it who eats
+whom.
 """
 
 from __future__ import annotations
@@ -193,7 +194,8 @@ def train(model: Populations, years: Tensor, pelts: Tensor, *, iterations: int) 
         history.nfe_backward.append(model.ode.nfe_backward)
         history.years.append(n)
         bar.set_postfix_str(
-            f"{n} years, loss {history.loss[-1]:.4f}, nfe {history.nfe[-1]} forward, {history.nfe_backward[-1]} backward",
+            f"{n} years, loss {history.loss[-1]:.4f}, nfe {history.nfe[-1]} forward, {history.nfe_backward[-1]} "
+            f"backward",
             refresh=False,
         )
     return history
@@ -226,13 +228,15 @@ def table(r: Result, years: Tensor) -> str:
         [
             "",
             "Hare and lynx pelts of the Hudson's Bay Company, thousands a year",
-            f"trained on {span[0]}; {span[1]} held back, then forecast; (%) of the amplitude, half the range of {span[0]}",
+            f"trained on {span[0]}; {span[1]} held back, then forecast; (%) of the amplitude, half the range of "
+            f"{span[0]}",
             "",
             head,
             "-" * len(head),
             *rows,
             "",
-            "model       h' = net(h) and no more: a pure neural ODE for the scaled log-counts, one hidden layer of tanh",
+            "model       h' = net(h) and no more: a pure neural ODE for the scaled log-counts, one hidden layer of "
+            "tanh",
             f"parameters  {weights} in the network, {r.model.h0.numel()} for the state of {int(years[0])}",
             f"training    {len(r.history.loss)} iterations, last loss {last:.4f}, {r.wall:.1f} s",
             f"nfe         {sum(r.history.nfe)} forward and {sum(r.history.nfe_backward)} backward in training, "
@@ -278,7 +282,7 @@ def draw(canvas: Figure, r: Result, years: Tensor, pelts: Tensor) -> None:
     fine = torch.linspace(float(years[0]), float(years[-1]), 401, dtype=years.dtype)
     with torch.no_grad():
         curve = r.model.pelts(r.model(fine))
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         grid = canvas.add_gridspec(3, 2, height_ratios=(1.25, 0.62, 0.62), width_ratios=(1.1, 1))
         _draw_fit(canvas.add_subplot(grid[0, :]), years, pelts, fine, curve, seen)
         _draw_plane(canvas.add_subplot(grid[1:, 0]), r.model, pelts, fine <= years[seen - 1], curve, seen)
@@ -294,7 +298,9 @@ def _draw_fit(ax: Axes, years: Tensor, pelts: Tensor, fine: Tensor, curve: Tenso
     inside = fine <= split
     ax.axvspan(split, float(years[-1]) + 0.4, color=SHADE, lw=0)
     ax.text(split + 0.15, 86, "held back: forecast", va="top", color="#4a505c")
-    plot.trajectory(ax, fine[inside], curve[inside], colors=COLORS, lw=2.6, labels=[f"{s}, neural ODE" for s in SPECIES])
+    plot.trajectory(
+        ax, fine[inside], curve[inside], colors=COLORS, lw=2.6, labels=[f"{s}, neural ODE" for s in SPECIES]
+    )
     plot.trajectory(ax, fine[~inside], curve[~inside], colors=COLORS, lw=2.6, linestyle=(0, (2, 1.3)))
     plot.trajectory(
         ax,
@@ -312,7 +318,11 @@ def _draw_fit(ax: Axes, years: Tensor, pelts: Tensor, fine: Tensor, curve: Tenso
         ax, years[seen:], pelts[seen:], colors=COLORS, linestyle="none", marker="o", ms=7, mfc="white", mew=1.8
     )
     ax.set(
-        title="Counts and fit", xlabel="year", ylabel="pelts (thousands)", xlim=(1899.6, float(years[-1]) + 0.4), ylim=(0, 90)
+        title="Counts and fit",
+        xlabel="year",
+        ylabel="pelts (thousands)",
+        xlim=(1899.6, float(years[-1]) + 0.4),
+        ylim=(0, 90),
     )
     ax.set_xticks(range(1900, 1921, 2))
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, columnspacing=1.6, handlelength=1.6, borderaxespad=0.2)

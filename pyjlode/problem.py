@@ -142,7 +142,7 @@ class SolverOptions:
     dfactor: float = 0.2
     min_step: float = 0.0
     max_step: float = math.inf
-    max_num_steps: int = 1_000_000
+    max_num_steps: int = 100_000
     step_t: tuple[float, ...] = ()
     jump_t: tuple[float, ...] = ()
     norm: Norm | None = None

@@ -129,11 +129,14 @@ def test_number_of_rooted_trees():
 @each(EXPLICIT)
 def test_explicit_shapes(tab):
     s, x = tab.stages, len(tab.C_extra)
-    assert tab.A.shape == (s, s) and tab.B.shape == tab.C.shape == (s,) and tab.A_extra.shape == (x, s + 1 + x)
+    assert tab.A.shape == (s, s)
+    assert tab.B.shape == tab.C.shape == (s,)
+    assert tab.A_extra.shape == (x, s + 1 + x)
     assert not np.any(np.triu(full_A(tab)))
     assert (tab.E is None) == (tab.P is None) == (tab.error_order == 0) == (tab.dense_order == 0)
     if tab.E is not None:
-        assert tab.E.shape[1] == s + 1 and tab.P.shape[0] == s + 1 + x
+        assert tab.E.shape[1] == s + 1
+        assert tab.P.shape[0] == s + 1 + x
     for array in (tab.A, tab.B, tab.C, tab.E, tab.P, tab.A_extra, tab.C_extra):
         assert array is None or array.dtype == np.float64
 
@@ -209,7 +212,8 @@ def stability_function(tab, z):
 
 @each(IMPLICIT)
 def test_implicit_rows_of_A_sum_to_C(tab):
-    assert tab.A.shape == (tab.stages, tab.stages) and tab.B.shape == tab.C.shape == (tab.stages,)
+    assert tab.A.shape == (tab.stages, tab.stages)
+    assert tab.B.shape == tab.C.shape == (tab.stages,)
     assert tab.A.dtype == tab.B.dtype == tab.C.dtype == np.float64
     np.testing.assert_allclose(tab.A.sum(axis=1), tab.C, atol=TOL)
 
