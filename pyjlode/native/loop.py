@@ -190,6 +190,7 @@ def adaptive_steps(
 
     err, previous, abs_y = 0.0, 1.0, y.detach().abs()
     after_jump, n = False, 0
+    rejected = math.nan  # where a step from here ended that was not accepted
     while t != end:
         if n == o.max_num_steps:
             raise _too_many_steps(p, t, dt, end)
@@ -200,7 +201,7 @@ def adaptive_steps(
         # A step that would end just short of a stop ends on it: no sliver is left over.
         if sign * (t1 - stop) >= -1e-10 * dt:
             t1 = stop
-        if t1 == t:
+        if t1 in (t, rejected):  # floating-point time has nothing in between
             raise _too_small(p, t, sign * dt, err)
         if math.isinf(t1):
             raise _no_event(p, t, sign * dt)
@@ -240,6 +241,7 @@ def adaptive_steps(
                 p.callbacks.reject(t, y, reach)
             if abs(reach) <= o.min_step:
                 raise _too_small(p, t, reach, err)
+            rejected = t1
             dt = abs(reach) * controller.next_factor(err, previous, False, order, p.method.pi, o)
             k0 = step.f0
 
