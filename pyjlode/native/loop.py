@@ -223,7 +223,7 @@ def adaptive_steps(
             if p.callbacks.accept:
                 p.callbacks.accept(t, y, reach)
             dt = abs(reach) * controller.next_factor(err, previous, True, order, p.method.pi, o)
-            previous = max(err, 1e-4)
+            previous, rejected = max(err, 1e-4), math.nan
             record.next_dt = dt
             yield step
             t, y, abs_y = t1, step.y1, abs_y1
