@@ -437,6 +437,6 @@ def _interpolant(
             )
         times = t.reshape(-1)
         ys = record.ys[:1].expand(len(values), -1) if record.dense is None else record.dense(times)
-        return pytree.tree_map(lambda x: x.reshape(*t.shape, *x.shape[1:]), layout.unflatten(ys))
+        return pytree.tree_map(lambda x: x.reshape(t.shape + x.shape[1:]), layout.unflatten(ys))
 
     return interpolate

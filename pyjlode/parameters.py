@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,12 +99,14 @@ def dependencies(func: Any, output: Tensor, probe: Tensor, mark: int) -> Depende
     candidates = held(func)
     # An intermediate tensor counts only if f was seen to use it: one that merely lies near (the loss of the last
     # iteration, kept in an attribute) must not tie this solve to its graph.
-    nodes = {x.grad_fn: x for x in candidates if not x.is_leaf}
-    used, leaves, outside = _walk([output.grad_fn], nodes, mark)
-    upstream = _walk([x.grad_fn for x in used], {}, mark)[1]
+    cuts = {_edge(x): x for x in candidates if not x.is_leaf}
+    used, leaves, outside = _walk([_edge(output)], cuts, mark)
+    behind = [edge for x in used if x.grad_fn for edge in x.grad_fn.next_functions]
+    nested, upstream, _ = _walk(behind, {_edge(x): x for x in used}, mark)
     leaves.pop(id(probe), None)
-    if leaves.keys() & upstream.keys():
-        # A leaf reached both directly and through an intermediate: differentiate by leaves alone, or it counts twice.
+    if nested or leaves.keys() & upstream.keys():
+        # Something is reached both directly and through an intermediate: by leaves alone, or it counts twice.
+        upstream = _walk(behind, {}, mark)[1]
         return Dependencies(tuple({**leaves, **upstream}.values()), True)
     for x in candidates:
         if x.is_leaf and id(x) not in upstream:
@@ -113,24 +115,32 @@ def dependencies(func: Any, output: Tensor, probe: Tensor, mark: int) -> Depende
     return Dependencies((*used, *leaves.values()), outside)
 
 
-def _walk(roots: list[Any], cuts: dict[Any, Tensor], mark: int) -> tuple[list[Tensor], dict[int, Tensor], bool]:
+def _edge(x: Tensor) -> tuple[Any, int]:
+    """Where a tensor stands in the graph: its node, and which of the node's outputs it is."""
+    return x.grad_fn, x.output_nr
+
+
+def _walk(
+    roots: Sequence[tuple[Any, int]], cuts: dict[Any, Tensor], mark: int
+) -> tuple[list[Tensor], dict[int, Tensor], bool]:
     """Walk back through a graph, not past `cuts`: the cuts met, the leaves met, and whether nodes older than `mark`
     are."""
     used: list[Tensor] = []
     leaves: dict[int, Tensor] = {}
     outside = False
-    todo, seen = [node for node in roots if node is not None], set()
+    todo, seen = list(roots), set()
     while todo:
-        node = todo.pop()
-        if node in seen:
+        edge = todo.pop()
+        node = edge[0]
+        if node is None or edge in seen:
             continue
-        seen.add(node)
-        if node in cuts:
-            used.append(cuts[node])
+        seen.add(edge)
+        if edge in cuts:
+            used.append(cuts[edge])
             continue
         if hasattr(node, "variable"):
             leaves[id(node.variable)] = node.variable
             continue
         outside = outside or node._sequence_nr() < mark
-        todo.extend(parent for parent, _ in node.next_functions if parent is not None)
+        todo.extend(node.next_functions)
     return used, leaves, outside

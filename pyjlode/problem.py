@@ -58,15 +58,15 @@ class Layout:
         leaves = []
         for part, shape, dtype, is_complex in zip(flat.split(self.sizes, -1), self.shapes, self.dtypes, self.complex):
             if is_complex:
-                pair = part.reshape(*lead, *shape, 2)
+                pair = part.reshape((*lead, *shape, 2))
                 part = torch.complex(pair[..., 0], pair[..., 1])
-            leaves.append(part.reshape(*lead, *shape).to(dtype))
+            leaves.append(part.reshape(lead + shape).to(dtype))
         return leaves
 
     def unflatten(self, flat: Tensor) -> Any:
         """Tensor of shape (*lead, size) -> pytree with leaves of shape (*lead, *shape)."""
         if self.bare:
-            return flat.view(*flat.shape[:-1], *self.shapes[0])
+            return flat.reshape(flat.shape[:-1] + self.shapes[0])
         return pytree.tree_unflatten(self.leaves(flat), self.spec)
 
 
@@ -87,7 +87,7 @@ class Field:
         self.nfe += 1
         if self.shape is None:
             return self.f(t, y)
-        return self.f(t, y.view(self.shape)).reshape(-1)
+        return self.f(t, y.reshape(self.shape)).reshape(-1)
 
 
 def rms_norm(y: Tensor) -> float:

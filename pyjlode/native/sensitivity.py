@@ -417,7 +417,7 @@ def solve_forward(p: ODEProblem, stats: Stats, *, dense: bool = False) -> tuple[
     if record.dense:
         whole = record.dense
         record.dense = lambda times: whole(times)[:, :n]
-    S = record.ys[:, n:].reshape(-1, n, width)
+    S = record.ys[:, n:].reshape(len(record.ys), n, width)
     record.ys = record.ys[:, :n].clone()
     return record, S
 
