@@ -67,7 +67,7 @@ class _Solve(torch.autograd.Function):
         t: Tensor,
         *params: Tensor,
     ) -> Tensor:
-        p = replace(p, y0=y0.detach(), t=t.detach().requires_grad_(ctx.needs_input_grad[7]))
+        p = replace(p, y0=y0.detach().requires_grad_(), t=t.detach().requires_grad_(ctx.needs_input_grad[7]))
         memory = engine.solve_for_vjp(p, stats, gradient, dense=dense)
         ctx.engine, ctx.memory, ctx.stats, ctx.nfe = engine, memory, stats, p.f
         # Autograd's own check that nothing which the backward pass reads was changed in place in between. The output

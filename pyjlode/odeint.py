@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -292,7 +293,8 @@ def _read(
     grad = torch.is_grad_enabled()
     mark = parameters.graph_mark() if grad else 0
     probe = y0.detach().requires_grad_(grad) if gradient else y0
-    with torch.set_grad_enabled(grad):
+    meter = parameters.GraphMeter()
+    with torch.set_grad_enabled(grad), meter if grad and gradient == "discrete" else contextlib.nullcontext():
         out = f(p.time(times[0]), layout.unflatten(probe))
         p.f.nfe += 1
         arguments.check_output(out, layout, autocast)
@@ -306,6 +308,8 @@ def _read(
             p.params, p.retain_graph = parameters.dependencies(f, f0, probe, mark)
         else:
             p.params = tuple(parameters.held(f))
+        if gradient == "discrete":
+            p.graph_bytes = meter.bytes_beside(p.params)
         needed = needed or bool(p.params) or (f0.requires_grad and gradient is None)
     p.f0 = f0 if gradient is None else f0.detach()
     p.adjoint = _adjoint(f, p, gradient, adjoint, rtol, atol, options, adjoint_given, h0, layout)

@@ -79,6 +79,32 @@ def _of_function(f: types.FunctionType) -> Iterable[Any]:
             yield f.__globals__.get(name)
 
 
+class GraphMeter:
+    """Within this context: what autograd keeps for its backward pass."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, int] = {}  # address -> bytes; views share theirs
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
+
+    def _pack(self, x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        self.storages[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    def __enter__(self) -> GraphMeter:
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.hooks.__exit__(*error)
+
+    def bytes_beside(self, tensors: Sequence[Tensor]) -> int:
+        """Bytes kept that are not those of `tensors`."""
+        for x in tensors:
+            self.storages.pop(x.untyped_storage().data_ptr(), None)
+        return sum(self.storages.values())
+
+
 def graph_mark() -> int:
     """A number that autograd nodes made from now on (in this thread) are not below."""
     with torch.enable_grad():

@@ -208,6 +208,7 @@ class ODEProblem:
         event_fn: `(t: 0-d, y: (n,)) -> Tensor`; the solve ends where the first of its elements crosses zero.
         params: tensors requiring grad, other than `y0` and `t`, that f depends on.
         retain_graph: f runs through a graph made outside of it, which a backward pass through f must leave alive.
+        graph_bytes: what autograd keeps for one call of f; None where it was not looked at.
         layout: how the user's state lies in `y0`.
     """
 
@@ -224,6 +225,7 @@ class ODEProblem:
     event_fn: Callable[[Tensor, Tensor], Tensor] | None = None
     params: tuple[Tensor, ...] = ()
     retain_graph: bool = False
+    graph_bytes: int | None = None
     layout: Layout | None = None
     adjoint: AdjointSettings | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = 
     """Solve `p`; with `recorded`, under autograd."""
     if p.method.kind == "scipy":
         return scipy_ivp.solve(p, stats, dense=dense)
-    return loop.solve(p, stats, recorded=recorded, dense=dense)
+    return loop.solve(p, stats, recorded=math.inf if recorded else 0, dense=dense)
 
 
 def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = False) -> Memory:
@@ -50,7 +51,9 @@ def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = F
     if gradient == "forward":
         record, S = sensitivity.solve_forward(p, stats, dense=dense)
         return Memory(p, record, gradient, S)
-    return Memory(p, loop.solve(p, stats, steps=gradient == "discrete", dense=kept), gradient)
+    if gradient == "discrete":
+        return Memory(p, loop.solve(p, stats, recorded=sensitivity.graph_steps(p), steps=True, dense=kept), gradient)
+    return Memory(p, loop.solve(p, stats, dense=kept), gradient)
 
 
 def vjp(memory: Memory, g: Tensor) -> Gradients:

@@ -37,6 +37,11 @@ class Buffered:
         """Shape (n, i): the first i stages."""
         return self.heads[i]
 
+    def add_to(self, y: Tensor, row: Tensor, dt: float | Tensor) -> Tensor:
+        """y + dt K row: y (n,), row (i,), K the first i stages -> (n,)."""
+        K = self.heads[len(row)]
+        return torch.addmv(y, K, row * dt.to(row)) if isinstance(dt, Tensor) else torch.addmv(y, K, row, alpha=dt)
+
 
 class Recorded:
     """The same for solves that autograd records: the stages stay the tensors that f returned."""
@@ -51,7 +56,13 @@ class Recorded:
         return self.rows[i]
 
     def head(self, i: int) -> Tensor:
-        return torch.stack(self.rows[:i], 1)
+        return torch.stack(self.rows[:i]).T
+
+    def add_to(self, y: Tensor, row: Tensor, dt: float | Tensor) -> Tensor:
+        # As a product with a row from the left: the derivative with respect to each stage is then contiguous, which
+        # the backward pass of f is given.
+        row = row * (dt.to(row) if isinstance(dt, Tensor) else dt)
+        return torch.addmm(y[None], row[None], torch.stack(self.rows[: len(row)])).reshape(-1)
 
 
 class Coefficients:
@@ -78,13 +89,6 @@ class Coefficients:
 
 
 coefficients = functools.lru_cache(maxsize=64)(Coefficients)
-
-
-def stage_sum(y: Tensor, K: Tensor, row: Tensor, dt: float | Tensor) -> Tensor:
-    """y + dt K row: y (n,), K (n, i), row (i,) -> (n,)."""
-    if isinstance(dt, Tensor):
-        return torch.addmv(y, K, row * dt.to(row))
-    return torch.addmv(y, K, row, alpha=dt)
 
 
 class ExplicitRK:
@@ -124,8 +128,8 @@ class ExplicitRK:
         t = stage_times(interval, self.C, y)
         K.put(0, f(t[0], y) if k0 is None else k0)
         for i in range(1, s):
-            K.put(i, f(t[i], stage_sum(y, K.head(i), rows[i], dt)))
-        y1 = stage_sum(y, K.head(s), rows[s], dt)
+            K.put(i, f(t[i], K.add_to(y, rows[i], dt)))
+        y1 = K.add_to(y, rows[s], dt)
         fsal = self.fsal and estimate
         if fsal:
             K.put(s, f(t[s], y1))
@@ -174,8 +178,7 @@ class ExplicitStep:
         if self.done < self.rk.rows:
             times = stage_times(self.interval, self.rk.c.C[self.done :], self.y)
             for i, t in enumerate(times, self.done):
-                point = stage_sum(self.y, self.K.head(i), self.rk.c.rows[i], self.interval.dt)
-                self.K.put(i, self.rk.p.f(t, point))
+                self.K.put(i, self.rk.p.f(t, self.K.add_to(self.y, self.rk.c.rows[i], self.interval.dt)))
             self.done = self.rk.rows
 
     def interpolate(self, times: list[float] | Tensor) -> Tensor:

@@ -38,7 +38,21 @@ class Kept(NamedTuple):
 def kept(step: Step) -> Kept:
     if isinstance(step, AdamsStep):
         return Kept(step.interval, step.y, step.before, step.f0)
-    return Kept(step.interval, step.y)
+    return Kept(step.interval, step.y.detach())
+
+
+class Head(NamedTuple):
+    """The graph of the first steps of a solve, from `y0` to the end of the last of them.
+
+    Attributes:
+        steps: how many.
+        y1: (n,) the state after them.
+        ys: (m, n) outputs within them, without that at the start.
+    """
+
+    steps: int
+    y1: Tensor
+    ys: Tensor | None
 
 
 @dataclass
@@ -48,6 +62,7 @@ class Record:
     Attributes:
         ys: (T, n) states at the output times; with an event, at the start and at the event.
         kept: the accepted steps, where they were to be kept.
+        head: the graph of the first of them, where they were recorded.
         dense: the dense output, (M,) times -> (M, n), where it was to be kept.
         event_t: time of the event.
         next_dt: size of the step that would come next (adaptive methods).
@@ -56,6 +71,7 @@ class Record:
 
     ys: Tensor
     kept: list[Kept]
+    head: Head | None = None
     dense: Any = None
     event_t: float | None = None
     next_dt: float | None = None
@@ -66,7 +82,7 @@ def solve(
     p: ODEProblem,
     stats: Stats,
     *,
-    recorded: bool = False,
+    recorded: float = 0,
     steps: bool = False,
     dense: bool = False,
     on_step: OnStep | None = None,
@@ -74,12 +90,12 @@ def solve(
     """Integrate `p` over its times, or until its event.
 
     Args:
-        recorded: let autograd record every operation; otherwise none is, and buffers are used again.
+        recorded: how many of the first steps autograd records; where it does not, buffers are used again.
         steps: keep what is needed to take the steps again.
         dense: keep the dense output.
         on_step: called with each accepted step while its data are alive.
     """
-    with torch.set_grad_enabled(recorded):
+    with torch.set_grad_enabled(recorded > 0):
         record = _solve(p, stats, recorded, steps, dense, on_step)
     if not is_finite(record.ys.detach()):
         raise _non_finite_output(p, record.ys)
@@ -87,11 +103,11 @@ def solve(
 
 
 def _solve(
-    p: ODEProblem, stats: Stats, recorded: bool, keep_steps: bool, keep_dense: bool, on_step: OnStep | None
+    p: ODEProblem, stats: Stats, recorded: float, keep_steps: bool, keep_dense: bool, on_step: OnStep | None
 ) -> Record:
     sign, times = p.direction, p.times
     # Where the user's t requires grad, steps carry their times as tensors with a graph back to it.
-    tracked = p.t.requires_grad and (recorded or keep_steps)
+    tracked = p.t.requires_grad and (recorded > 0 or keep_steps)
     ordered = [sign * t for t in times]
     finder = EventFinder(p) if p.event_fn is not None else None
     record = Record(p.y0, [])
@@ -103,8 +119,10 @@ def _solve(
     else:
         steps = fixed_steps(p, stats, recorded, tracked, keep_dense)
     blocks, dense = [p.y0[None]], []
-    i = 1  # next output
+    i, n = 1, 0  # next output, number of the step
+    step = None
     for step in steps:
+        n += 1
         interval = step.interval
         if keep_dense:
             dense.append(step)
@@ -119,9 +137,8 @@ def _solve(
                 blocks.append(output(p, step, [record.event_t]))
                 record.last = step
                 break
-            continue
 
-        j = bisect.bisect_right(ordered, sign * interval.t1, i)
+        j = i if finder else bisect.bisect_right(ordered, sign * interval.t1, i)
         if j > i:
             at_end = times[j - 1] == interval.t1 and is_node(p, j - 1, tracked)
             inside = slice(i, j - at_end)
@@ -131,7 +148,13 @@ def _solve(
             if at_end:
                 blocks.append(step.y1[None])
             i = j
-    record.ys = torch.cat(blocks)
+        if n == recorded:
+            record.head = Head(n, step.y1, torch.cat(blocks[1:]) if blocks[1:] else None)
+            blocks = [block.detach() for block in blocks]
+            torch.set_grad_enabled(False)
+    if step is not None and 0 < n < recorded < math.inf:
+        record.head = Head(n, step.y1, torch.cat(blocks[1:]) if blocks[1:] else None)
+    record.ys = torch.cat(blocks) if recorded == math.inf else torch.cat(blocks).detach()
     record.dense = DenseOutput(dense) if dense else None
     return record
 
@@ -164,13 +187,13 @@ def stepper(p: ODEProblem, *, recorded: bool) -> Callable[[Interval, Tensor, Pas
 
 
 def adaptive_steps(
-    p: ODEProblem, stats: Stats, record: Record, recorded: bool, tracked: bool, keep: bool, end: float
+    p: ODEProblem, stats: Stats, record: Record, recorded: float, tracked: bool, keep: bool, end: float
 ) -> Iterator[ExplicitStep]:
     """Accepted steps of an embedded pair, from `p.times[0]` to `end` (infinite: for ever)."""
     o, sign = p.options, p.direction
     tab = p.method.tableau
     assert isinstance(tab, ExplicitTableau)
-    rk = ExplicitRK(p, recorded=recorded, keep=keep)
+    rk = ExplicitRK(p, recorded=recorded > 0, keep=keep)
     order = tab.error_order + 1
     t, y = p.times[0], p.y0
     if t == end:
@@ -181,7 +204,7 @@ def adaptive_steps(
     jumps = set(o.jump_t)
 
     k0 = p.f0
-    if k0 is None or tracked:
+    if k0 is None or tracked or 0 < recorded < math.inf:
         k0 = p.f(at.to(y) if isinstance(at, Tensor) else p.time(t), y)
     if not is_finite(k0.detach()):
         raise NonFiniteState(f"f returned NaN or infinity at the start, t={t:.6g}.", t=t, dt=0.0)
@@ -189,7 +212,7 @@ def adaptive_steps(
     dt = min(o.first_step or controller.initial_step(p, k0.detach(), order, limit), limit)
 
     err, previous, abs_y = 0.0, 1.0, y.detach().abs()
-    after_jump, n = False, 0
+    after_jump, n, made = False, 0, 0
     rejected = math.nan  # where a step from here ended that was not accepted
     while t != end:
         if n == o.max_num_steps:
@@ -211,8 +234,9 @@ def adaptive_steps(
             # Steps chosen by the controller move with t0; the last one ends at the user's own tensor.
             with torch.enable_grad():
                 h = p.t[-1].to(torch.float64) - at if t1 == end else torch.tensor(reach, dtype=torch.float64)
+        shown = y if recorded == math.inf else y.detach()
         if p.callbacks.step:
-            p.callbacks.step(t, y, reach)
+            p.callbacks.step(t, shown, reach)
         step = rk.step(Interval(t, t1, at, h, after_jump, t1 in jumps), y, k0)
         with torch.no_grad():
             abs_y1 = step.y1.abs()
@@ -221,7 +245,7 @@ def adaptive_steps(
         if accepted:
             stats.naccept += 1
             if p.callbacks.accept:
-                p.callbacks.accept(t, y, reach)
+                p.callbacks.accept(t, shown, reach)
             dt = abs(reach) * controller.next_factor(err, previous, True, order, p.method.pi, o)
             previous, rejected = max(err, 1e-4), math.nan
             record.next_dt = dt
@@ -233,12 +257,16 @@ def adaptive_steps(
                 return
             after_jump = t in jumps
             k0 = None if after_jump else step.f1
+            made += 1
+            if made == recorded:
+                rk = ExplicitRK(p, keep=keep)
+                y, k0 = y.detach(), None if k0 is None else k0.detach()
             if t == stop:
                 stops.pop(0)
         else:
             stats.nreject += 1
             if p.callbacks.reject:
-                p.callbacks.reject(t, y, reach)
+                p.callbacks.reject(t, shown, reach)
             if abs(reach) <= o.min_step:
                 raise _too_small(p, t, reach, err)
             rejected = t1
@@ -246,17 +274,19 @@ def adaptive_steps(
             k0 = step.f0
 
 
-def fixed_steps(p: ODEProblem, stats: Stats, recorded: bool, tracked: bool, keep: bool) -> Iterator[Step]:
+def fixed_steps(p: ODEProblem, stats: Stats, recorded: float, tracked: bool, keep: bool) -> Iterator[Step]:
     """Steps of a method without error control, over its grid."""
     o = p.options
-    implicit = ImplicitRK(p, recorded=recorded) if p.method.kind == "implicit" else None
-    adams = Adams(p, recorded=recorded) if p.method.kind == "adams" else None
-    rk = ExplicitRK(p, recorded=recorded, keep=keep) if p.method.kind == "fixed" else None
+    implicit = ImplicitRK(p, recorded=recorded > 0) if p.method.kind == "implicit" else None
+    adams = Adams(p, recorded=recorded > 0) if p.method.kind == "adams" else None
+    rk = ExplicitRK(p, recorded=recorded > 0, keep=keep) if p.method.kind == "fixed" else None
     y, past = p.y0, None
-    f0 = p.f0 if not (tracked or o.perturb) else None
-    for interval in _grid(p, tracked):
+    f0 = p.f0 if not (tracked or o.perturb or 0 < recorded < math.inf) else None
+    for n, interval in enumerate(_grid(p, tracked)):
+        if rk and n == recorded > 0:
+            rk, y = ExplicitRK(p, keep=keep), y.detach()
         if p.callbacks.step:
-            p.callbacks.step(interval.t0, y, interval.t1 - interval.t0)
+            p.callbacks.step(interval.t0, y if recorded == math.inf else y.detach(), interval.t1 - interval.t0)
         step: Step
         if rk:
             step = rk.step(interval, y, f0)
@@ -380,7 +410,7 @@ def _non_finite_output(p: ODEProblem, ys: Tensor) -> NonFiniteState:
     if p.method.kind not in ("adaptive", "scipy") and bad:
         again = replace(p, f0=None, callbacks=type(p.callbacks)())
         with torch.no_grad():
-            for i, step in enumerate(fixed_steps(again, Stats("", "", ""), False, False, True)):
+            for i, step in enumerate(fixed_steps(again, Stats("", "", ""), 0, False, True)):
                 if not is_finite(step.y1):
                     t, dt = step.interval.t0, step.interval.t1 - step.interval.t0
                     message += f": it went bad in step {i + 1}, from t={t:.6g} with dt={dt:.3g}"

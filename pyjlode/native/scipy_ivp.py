@@ -70,4 +70,4 @@ def solve(p: ODEProblem, stats: Stats, *, dense: bool) -> Record:
     if not np.isfinite(result.y).all():
         raise NonFiniteState(f"scipy_solver ({o.solver}) returned NaN or infinity.", t=ends[1], dt=math.nan)
     ys = torch.from_numpy(result.y.T.copy()).to(p.y0)
-    return Record(ys, [], ScipyDense(result.sol, p.y0, ends) if dense else None)
+    return Record(ys, [], dense=ScipyDense(result.sol, p.y0, ends) if dense else None)

@@ -18,9 +18,10 @@ from torch import Tensor
 from ..problem import Callbacks, Field, Layout, Norm, ODEProblem, max_rms_norm, rms_norm
 from ..solution import Stats
 from . import loop, scipy_ivp
-from .loop import Kept, Record
+from .loop import Head, Kept, Record
 from .multistep import Past
 from .step import Step
+from .tableaus import ExplicitTableau
 
 
 class Gradients(NamedTuple):
@@ -83,7 +84,7 @@ def discrete(p: ODEProblem, record: Record, g: Tensor) -> Gradients:
     """Take each accepted step again, last one first, and pull the cotangent back through it.
 
     Step sizes are held as they were, except where a step starts or ends at a time of the user's. Memory: one state a
-    step.
+    step, and at most `GRAPH_BUDGET` for the first steps, whose graph is there already.
     """
     want_t = p.t.requires_grad
     replay = _Replay(p)
@@ -93,7 +94,8 @@ def discrete(p: ODEProblem, record: Record, g: Tensor) -> Gradients:
     params = Sum(p.params)
     a = torch.zeros_like(p.y0)
     i = len(times)  # outputs from i on are done
-    for kept in reversed(record.kept):
+    head, record.head = record.head, None  # a graph serves once; a second backward pass replays
+    for kept in reversed(record.kept[head.steps if head else 0 :]):
         t0, t1 = kept.interval.t0, kept.interval.t1
         if i > 1 and times[i - 1] == t1 and not event and loop.is_node(p, i - 1, want_t):
             i -= 1
@@ -107,7 +109,25 @@ def discrete(p: ODEProblem, record: Record, g: Tensor) -> Gradients:
                 inside = p.t[j:i]
         a = replay.pull(kept, a, inside, g[j:i], params)
         i = j
+    if head:
+        a = replay.through(head, a, g[1:i], params)
     return Gradients(a + g[0], replay.time_gradient() if want_t else None, params.total)
+
+
+# Bytes that a solve may keep of the graph of its first steps. A graph that is kept need not be made again, which is two
+# fifths of the time of a backward pass through small networks. Solves that need more replay the rest.
+GRAPH_BUDGET = 32 * 2**20
+
+
+def graph_steps(p: ODEProblem) -> int:
+    """How many steps' graphs fit into `GRAPH_BUDGET`."""
+    tab = p.method.tableau
+    if p.graph_bytes is None or not isinstance(tab, ExplicitTableau) or p.method.kind == "adams":
+        return 0
+    # Beside what f keeps, each stage keeps the stack of the stages before it.
+    stages = tab.stages + tab.fsal
+    step = stages * p.graph_bytes + stages * (stages + 7) // 2 * p.y0.nbytes
+    return GRAPH_BUDGET // max(step, 4096)  # however small the tensors, each has its node
 
 
 class _Replay:
@@ -164,6 +184,20 @@ class _Replay:
             if bar is not None:
                 known = self.history.get(id(slope))
                 self.history[id(slope)] = bar if known is None else known + bar
+        assert y_bar is not None
+        return y_bar
+
+    def through(self, head: Head, a: Tensor, g: Tensor, params: Sum) -> Tensor:
+        """Cotangents a (n,) of the end of the first steps and g (m, n) of the outputs within -> (n,) that of y0."""
+        p = self.p
+        inputs = [p.y0, *p.params, *([p.t] if self.want_t else [])]
+        pairs = [(head.y1, a)] if head.ys is None else [(head.y1, a), (head.ys, g)]
+        outputs, bars = zip(*pairs)
+        y_bar, *rest = torch.autograd.grad(outputs, inputs, bars, allow_unused=True, retain_graph=p.retain_graph)
+        params.add(rest[: len(p.params)])
+        if self.want_t and rest[-1] is not None:
+            self.moved.append(p.t)
+            self.moved_bar.append(rest[-1])
         assert y_bar is not None
         return y_bar
 
