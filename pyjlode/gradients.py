@@ -35,7 +35,7 @@ class Engine(Protocol):
 
     def solve_for_vjp(self, p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = False) -> Any: ...
 
-    def vjp(self, memory: Any, g: Tensor) -> Any: ...
+    def vjp(self, memory: Any, g: Tensor, *, again: bool) -> Any: ...
 
 
 def find(adjoint: bool | str, engine: Engine, p: ODEProblem) -> str | None:
@@ -89,8 +89,13 @@ class _Solve(torch.autograd.Function):
             )
         _, t, ys, *_ = ctx.saved_tensors
         start, before = time.perf_counter(), ctx.nfe.nfe
-        memory = replace(ctx.memory, record=replace(ctx.memory.record, ys=ys))
-        grads = ctx.engine.vjp(memory, g)
+        ctx.memory.record.ys = ys
+        try:
+            # `loss.backward(retain_graph=True)` announces another backward pass.
+            again = torch._C._autograd._get_current_graph_task_keep_graph()
+            grads = ctx.engine.vjp(ctx.memory, g, again=again)
+        finally:
+            ctx.memory.record.ys = None
         ctx.stats.nfe_backward += ctx.nfe.nfe - before
         ctx.stats.wall_backward += time.perf_counter() - start
         grad_t = grads.t if grads.t is None else grads.t.to(t)

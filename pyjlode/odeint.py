@@ -305,7 +305,7 @@ def _read(
             p.params = explicit
             p.retain_graph = parameters.dependencies(f, f0, probe, mark).retain_graph if gradient else False
         elif gradient:
-            p.params, p.retain_graph = parameters.dependencies(f, f0, probe, mark)
+            p.params, p.retain_graph, p.suspects = parameters.dependencies(f, f0, probe, mark)
         else:
             p.params = tuple(parameters.held(f))
         if gradient == "discrete":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 # Walking an arbitrary object graph ends here; what lies deeper is still found if f uses it at the start of the solve.
 _LIMIT = 10_000
+# What every module has, besides its parameters, buffers and submodules: none of it holds tensors, unless hooks do.
+_MODULE = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}
 _LIBRARIES = ("torch", "numpy", "builtins", "math", "functools", "pyjlode")
 
 
@@ -22,10 +25,12 @@ class Dependencies(NamedTuple):
     Attributes:
         params: leaves, and results of earlier operations that f holds (an encoder's output, say).
         retain_graph: f also runs through a graph from outside that none of `params` cuts off.
+        suspects: results of earlier operations that f holds but did not use here.
     """
 
     params: tuple[Tensor, ...]
     retain_graph: bool
+    suspects: tuple[weakref.ref[Tensor], ...] = ()
 
 
 def held(func: Any) -> list[Tensor]:
@@ -44,7 +49,9 @@ def held(func: Any) -> list[Tensor]:
                 found[id(x)] = x
         elif isinstance(x, nn.Module):
             for module in x.modules():
-                todo.extend(vars(module).values())
+                for name, value in vars(module).items():
+                    if name not in _MODULE or (name.endswith("hooks") and value):
+                        todo.append(value)
         elif isinstance(x, functools.partial):
             todo.extend([x.func, x.args, x.keywords])
         elif isinstance(x, types.MethodType):
@@ -84,12 +91,14 @@ class GraphMeter:
 
     def __init__(self) -> None:
         self.storages: dict[int, int] = {}  # address -> bytes; views share theirs
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
+        storages = self.storages  # the hook must not hold `self`, which holds the hook
 
-    def _pack(self, x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        self.storages[storage.data_ptr()] = storage.nbytes()
-        return x
+        def pack(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return x.detach()  # x itself would hold the node that holds it
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
 
     def __enter__(self) -> GraphMeter:
         self.hooks.__enter__()
@@ -127,18 +136,19 @@ def dependencies(func: Any, output: Tensor, probe: Tensor, mark: int) -> Depende
     # iteration, kept in an attribute) must not tie this solve to its graph.
     cuts = {_edge(x): x for x in candidates if not x.is_leaf}
     used, leaves, outside = _walk([_edge(output)], cuts, mark)
+    suspects = tuple(weakref.ref(x) for x in candidates if not x.is_leaf and all(x is not y for y in used))
     behind = [edge for x in used if x.grad_fn for edge in x.grad_fn.next_functions]
     nested, upstream, _ = _walk(behind, {_edge(x): x for x in used}, mark)
     leaves.pop(id(probe), None)
     if nested or leaves.keys() & upstream.keys():
         # Something is reached both directly and through an intermediate: by leaves alone, or it counts twice.
         upstream = _walk(behind, {}, mark)[1]
-        return Dependencies(tuple({**leaves, **upstream}.values()), True)
+        return Dependencies(tuple({**leaves, **upstream}.values()), True, suspects)
     for x in candidates:
         if x.is_leaf and id(x) not in upstream:
             leaves[id(x)] = x
     leaves.pop(id(probe), None)
-    return Dependencies((*used, *leaves.values()), outside)
+    return Dependencies((*used, *leaves.values()), outside, suspects)
 
 
 def _edge(x: Tensor) -> tuple[Any, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -207,6 +208,8 @@ class ODEProblem:
         rtol, atol: floats or tensors of shape (n,).
         event_fn: `(t: 0-d, y: (n,)) -> Tensor`; the solve ends where the first of its elements crosses zero.
         params: tensors requiring grad, other than `y0` and `t`, that f depends on.
+        suspects: results of earlier operations that f holds and did not use at the start. Weakly: a solve must not keep
+            the graph of the last iteration's loss alive because f happens to hold it.
         retain_graph: f runs through a graph made outside of it, which a backward pass through f must leave alive.
         graph_bytes: what autograd keeps for one call of f; None where it was not looked at.
         layout: how the user's state lies in `y0`.
@@ -224,6 +227,7 @@ class ODEProblem:
     f0: Tensor | None = None
     event_fn: Callable[[Tensor, Tensor], Tensor] | None = None
     params: tuple[Tensor, ...] = ()
+    suspects: tuple[weakref.ref[Tensor], ...] = ()
     retain_graph: bool = False
     graph_bytes: int | None = None
     layout: Layout | None = None

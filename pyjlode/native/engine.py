@@ -56,12 +56,16 @@ def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = F
     return Memory(p, loop.solve(p, stats, dense=kept), gradient)
 
 
-def vjp(memory: Memory, g: Tensor) -> Gradients:
-    """Gradients of a loss with cotangents g (T, n) of the states at the output times."""
+def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
+    """Gradients of a loss with cotangents g (T, n) of the states at the output times.
+
+    Args:
+        again: this memory will be used once more.
+    """
     p, record = memory.problem, memory.record
     with torch.no_grad():
         if memory.gradient == "discrete":
-            return sensitivity.discrete(p, record, g)
+            return sensitivity.discrete(p, record, g, again=again)
         if memory.gradient == "forward":
             assert memory.sensitivities is not None
             return sensitivity.contract(p, record, memory.sensitivities, g)

@@ -25,7 +25,8 @@ class Buffered:
     def __init__(self, rows: int, like: Tensor) -> None:
         self.K = torch.empty(rows, like.numel(), dtype=like.dtype, device=like.device)
         self.rows = self.K.unbind(0)
-        self.heads = [self.K[:i].T for i in range(rows + 1)]
+        columns = self.K.T
+        self.heads = [columns.narrow(1, 0, i) for i in range(rows + 1)]
 
     def put(self, i: int, k: Tensor) -> None:
         self.rows[i].copy_(k)
@@ -37,10 +38,9 @@ class Buffered:
         """Shape (n, i): the first i stages."""
         return self.heads[i]
 
-    def add_to(self, y: Tensor, row: Tensor, dt: float | Tensor) -> Tensor:
+    def add_to(self, y: Tensor, i: int, row: Tensor, dt: float | Tensor) -> Tensor:
         """y + dt K row: y (n,), row (i,), K the first i stages -> (n,)."""
-        K = self.heads[len(row)]
-        return torch.addmv(y, K, row * dt.to(row)) if isinstance(dt, Tensor) else torch.addmv(y, K, row, alpha=dt)
+        return torch.addmv(y, self.heads[i], row, alpha=dt)  # type: ignore[arg-type]  # a number: nothing is recorded
 
 
 class Recorded:
@@ -58,11 +58,11 @@ class Recorded:
     def head(self, i: int) -> Tensor:
         return torch.stack(self.rows[:i]).T
 
-    def add_to(self, y: Tensor, row: Tensor, dt: float | Tensor) -> Tensor:
+    def add_to(self, y: Tensor, i: int, row: Tensor, dt: float | Tensor) -> Tensor:
         # As a product with a row from the left: the derivative with respect to each stage is then contiguous, which
         # the backward pass of f is given.
         row = row * (dt.to(row) if isinstance(dt, Tensor) else dt)
-        return torch.addmm(y[None], row[None], torch.stack(self.rows[: len(row)])).reshape(-1)
+        return torch.addmm(y[None], row[None], torch.stack(self.rows[:i])).reshape(-1)
 
 
 class Coefficients:
@@ -117,6 +117,10 @@ class ExplicitRK:
             return Recorded()
         return self.buffer or Buffered(self.rows, self.p.y0)
 
+    def size(self, interval: Interval) -> float | Tensor:
+        """The length of a step, as a tensor only where its graph is wanted."""
+        return interval.dt if self.recorded else interval.t1 - interval.t0
+
     def step(self, interval: Interval, y: Tensor, k0: Tensor | None, *, estimate: bool = True) -> ExplicitStep:
         """Take one step (Hairer, Nørsett & Wanner II.1): shapes (n,).
 
@@ -124,12 +128,12 @@ class ExplicitRK:
             k0: f at the start of the step, where it is known.
             estimate: `error` will be asked for.
         """
-        f, K, rows, dt, s = self.p.f, self.stages(), self.c.rows, interval.dt, self.s
+        f, K, rows, dt, s = self.p.f, self.stages(), self.c.rows, self.size(interval), self.s
         t = stage_times(interval, self.C, y)
         K.put(0, f(t[0], y) if k0 is None else k0)
         for i in range(1, s):
-            K.put(i, f(t[i], K.add_to(y, rows[i], dt)))
-        y1 = K.add_to(y, rows[s], dt)
+            K.put(i, f(t[i], K.add_to(y, i, rows[i], dt)))
+        y1 = K.add_to(y, s, rows[s], dt)
         fsal = self.fsal and estimate
         if fsal:
             K.put(s, f(t[s], y1))
@@ -177,8 +181,9 @@ class ExplicitStep:
         _ = self.f1
         if self.done < self.rk.rows:
             times = stage_times(self.interval, self.rk.c.C[self.done :], self.y)
+            dt = self.rk.size(self.interval)
             for i, t in enumerate(times, self.done):
-                self.K.put(i, self.rk.p.f(t, self.K.add_to(self.y, self.rk.c.rows[i], self.interval.dt)))
+                self.K.put(i, self.rk.p.f(t, self.K.add_to(self.y, i, self.rk.c.rows[i], dt)))
             self.done = self.rk.rows
 
     def interpolate(self, times: list[float] | Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import GradientUnavailable
 from ..problem import Callbacks, Field, Layout, Norm, ODEProblem, max_rms_norm, rms_norm
 from ..solution import Stats
 from . import loop, scipy_ivp
@@ -56,7 +57,28 @@ def pull_back(p: ODEProblem, k: Tensor, inputs: Sequence[Tensor], cotangent: Ten
     """The product of `cotangent` with dk/dinputs; a k without graph depends on nothing."""
     if not k.requires_grad:
         return [None] * len(inputs)
-    return list(torch.autograd.grad(k, inputs, cotangent, allow_unused=True, retain_graph=p.retain_graph))
+    return grad(p, [k], inputs, [cotangent])
+
+
+def grad(
+    p: ODEProblem, outputs: Sequence[Tensor], inputs: Sequence[Tensor], bars: Sequence[Tensor], **kwargs: bool
+) -> list[Tensor | None]:
+    """`torch.autograd.grad` for a graph that f is part of.
+
+    Raises:
+        GradientUnavailable: f uses a tensor whose gradient would be lost.
+    """
+    hidden = [x for x in (ref() for ref in p.suspects) if x is not None]
+    kwargs = {"retain_graph": p.retain_graph, **kwargs}
+    grads = torch.autograd.grad(outputs, [*inputs, *hidden], bars, allow_unused=True, **kwargs)
+    for x, g in zip(hidden, grads[len(inputs) :]):
+        if g is not None:
+            raise GradientUnavailable(
+                f"f uses the result of an earlier operation, of shape {tuple(x.shape)}, that it did not use at t[0], "
+                "where its tensors are found. Name it, with the others to differentiate by, in adjoint_params, or use "
+                "it at t[0] too (times 0, say)."
+            )
+    return list(grads[: len(inputs)])
 
 
 class Sum:
@@ -80,7 +102,7 @@ class Sum:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def discrete(p: ODEProblem, record: Record, g: Tensor) -> Gradients:
+def discrete(p: ODEProblem, record: Record, g: Tensor, *, again: bool) -> Gradients:
     """Take each accepted step again, last one first, and pull the cotangent back through it.
 
     Step sizes are held as they were, except where a step starts or ends at a time of the user's. Memory: one state a
@@ -94,7 +116,9 @@ def discrete(p: ODEProblem, record: Record, g: Tensor) -> Gradients:
     params = Sum(p.params)
     a = torch.zeros_like(p.y0)
     i = len(times)  # outputs from i on are done
-    head, record.head = record.head, None  # a graph serves once; a second backward pass replays
+    head = record.head
+    if not again:
+        record.head = None  # its graph is freed as it is walked
     for kept in reversed(record.kept[head.steps if head else 0 :]):
         t0, t1 = kept.interval.t0, kept.interval.t1
         if i > 1 and times[i - 1] == t1 and not event and loop.is_node(p, i - 1, want_t):
@@ -110,7 +134,7 @@ def discrete(p: ODEProblem, record: Record, g: Tensor) -> Gradients:
         a = replay.pull(kept, a, inside, g[j:i], params)
         i = j
     if head:
-        a = replay.through(head, a, g[1:i], params)
+        a = replay.through(head, a, g[1:i], params, again)
     return Gradients(a + g[0], replay.time_gradient() if want_t else None, params.total)
 
 
@@ -167,13 +191,7 @@ class _Replay:
                 outputs.append(step.f0)  # type: ignore[attr-defined]
                 bars.append(self.history.pop(id(kept.slope)))
         pairs = [(o, b) for o, b in zip(outputs, bars) if o.requires_grad]
-        grads = torch.autograd.grad(
-            [o for o, _ in pairs],
-            [y, *p.params, *inputs, *old],
-            [b for _, b in pairs],
-            allow_unused=True,
-            retain_graph=p.retain_graph,
-        )
+        grads = grad(p, [o for o, _ in pairs], [y, *p.params, *inputs, *old], [b for _, b in pairs])
         y_bar, rest = grads[0], grads[1:]
         params.add(rest[: len(p.params)])
         for tensor, bar in zip(moving, rest[len(p.params) :]):
@@ -187,13 +205,13 @@ class _Replay:
         assert y_bar is not None
         return y_bar
 
-    def through(self, head: Head, a: Tensor, g: Tensor, params: Sum) -> Tensor:
+    def through(self, head: Head, a: Tensor, g: Tensor, params: Sum, again: bool) -> Tensor:
         """Cotangents a (n,) of the end of the first steps and g (m, n) of the outputs within -> (n,) that of y0."""
         p = self.p
         inputs = [p.y0, *p.params, *([p.t] if self.want_t else [])]
         pairs = [(head.y1, a)] if head.ys is None else [(head.y1, a), (head.ys, g)]
         outputs, bars = zip(*pairs)
-        y_bar, *rest = torch.autograd.grad(outputs, inputs, bars, allow_unused=True, retain_graph=p.retain_graph)
+        y_bar, *rest = grad(p, outputs, inputs, bars, retain_graph=p.retain_graph or again)
         params.add(rest[: len(p.params)])
         if self.want_t and rest[-1] is not None:
             self.moved.append(p.t)
@@ -465,11 +483,13 @@ def jacobians(p: ODEProblem, k: Tensor, y: Tensor, layout: Layout) -> tuple[Tens
     eye = torch.eye(n, dtype=k.dtype, device=k.device)
     rows: list[Tensor] = []
     try:
-        batch = torch.autograd.grad(k, inputs, eye, allow_unused=True, is_grads_batched=True, retain_graph=True)
+        batch = grad(p, [k], inputs, [eye], is_grads_batched=True, retain_graph=True)
         J, *rest = (x.new_zeros(n, *x.shape) if b is None else b for x, b in zip(inputs, batch))
         per_row: list[list[Tensor]] = [[x[i] for x in rest] for i in range(n)]
+    except GradientUnavailable:
+        raise
     except RuntimeError:  # something in f has no batching rule
-        each = [torch.autograd.grad(k, inputs, e, allow_unused=True, retain_graph=True) for e in eye]
+        each = [grad(p, [k], inputs, [e], retain_graph=True) for e in eye]
         full = [[torch.zeros_like(x) if b is None else b for x, b in zip(inputs, grads)] for grads in each]
         J, per_row = torch.stack([grads[0] for grads in full]), [grads[1:] for grads in full]
     rows = [layout.flatten_leaves(grads).to(y) for grads in per_row]
