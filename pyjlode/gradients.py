@@ -71,8 +71,7 @@ class _Solve(torch.autograd.Function):
         memory = engine.solve_for_vjp(p, stats, gradient, dense=dense)
         ctx.engine, ctx.memory, ctx.stats, ctx.nfe = engine, memory, stats, p.f
         # Autograd's own check that nothing which the backward pass reads was changed in place in between. The output
-        # goes
-        # this way too: kept in `memory` it would hold itself alive.
+        # goes this way too: kept in `memory` it would hold itself alive.
         record, ys = memory.record, memory.record.ys
         ctx.save_for_backward(y0, t, ys if gradient != "discrete" else None, *params)
         out.append(record)
@@ -84,8 +83,7 @@ class _Solve(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise GradientUnavailable(
                 f"adjoint={ctx.memory.gradient!r} gives first derivatives only, and create_graph=True asks for more. "
-                f"Solve "
-                "with adjoint=False, which can be differentiated again."
+                "Solve with adjoint=False, which can be differentiated again."
             )
         _, t, ys, *_ = ctx.saved_tensors
         start, before = time.perf_counter(), ctx.nfe.nfe

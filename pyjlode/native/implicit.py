@@ -107,8 +107,7 @@ class ImplicitRK:
         dt = interval.t1 - interval.t0
         return NotConverged(
             f"{self.p.method.name}: the equations of the step from t={interval.t0:.6g} with dt={dt:.3g} were not "
-            f"solved: "
-            f"{why}. Use smaller steps (options={{'step_size': ...}}), or raise options['max_iters'].",
+            f"solved: {why}. Use smaller steps (options={{'step_size': ...}}), or raise options['max_iters'].",
             t=interval.t0,
             dt=dt,
         )

@@ -364,16 +364,14 @@ def _too_small(p: ODEProblem, t: float, dt: float, err: float) -> StepSizeTooSma
     if not math.isfinite(err):
         return NonFiniteState(
             f"f or the state is NaN or infinite just after t={t:.9g}, however small the step (tried: dt={dt:.3g}). "
-            f""
             "f leaves its domain there, or the solution blows up at that time.",
             t=t,
             dt=dt,
         )
     return StepSizeTooSmall(
         f"{p.method.name}: at t={t:.9g} the tolerance (rtol, atol) asks for steps below dt={dt:.3g}, which no longer "
-        f"moves t or is at min_step. The problem is stiff, f jumps there, or the solution blows up. If it is stiff use "
-        f"an "
-        f"implicit method: {_STIFF}. If f jumps at known times, list them in options['jump_t'].",
+        "moves t or is at min_step. The problem is stiff, f jumps there, or the solution blows up. If it is stiff use "
+        f"an implicit method: {_STIFF}. If f jumps at known times, list them in options['jump_t'].",
         t=t,
         dt=dt,
     )
@@ -394,8 +392,7 @@ def _too_many_steps(p: ODEProblem, t: float, dt: float, end: float) -> MaxStepsR
 def _no_event(p: ODEProblem, t: float, dt: float) -> EventNotFound:
     return EventNotFound(
         f"event_fn did not cross zero up to t={t:.6g} (dt={dt:.3g}); the solve ends here. Check its sign and the "
-        f"direction "
-        "of time (t[1] against t[0], or reverse_time), or raise options['max_num_steps'].",
+        "direction of time (t[1] against t[0], or reverse_time), or raise options['max_num_steps'].",
         t=t,
         dt=dt,
     )
@@ -417,7 +414,6 @@ def _non_finite_output(p: ODEProblem, ys: Tensor) -> NonFiniteState:
                     break
     return NonFiniteState(
         f"{p.method.name}: {message}. Steps too long for the problem blow up like this: use smaller ones, an adaptive "
-        f""
         "method, or a domain in which f is finite.",
         t=t,
         dt=dt,
