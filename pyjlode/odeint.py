@@ -58,7 +58,8 @@ def odeint(
             "interpolating", "quadrature", "gauss", "forward"; see `pyjlode.GRADIENTS`. Adjoints give first derivatives.
         method: name of the solver, see `pyjlode.METHODS`; "dopri5" by default.
         rtol, atol: the local error is held below `atol + rtol * |h|` in the root mean square over the elements (over
-            several tensors: in each of them). A number, a tensor that broadcasts to `h0`, or a pytree with one for each tensor.
+            several tensors: in each of them). A number, a tensor that broadcasts to `h0`, or a pytree with one for
+            each tensor.
         engine: "torch" (native), or "auto", which picks it in this version.
         options: for the solver; torchdiffeq's names, see `pyjlode.problem.SolverOptions`.
         event_fn: `event_fn(t, h) -> Tensor`; the solve ends where the first of its elements crosses zero. `t` must

@@ -52,8 +52,8 @@ class Adams:
         self.max_iters = MAX_ITERS if o.max_iters is None else o.max_iters
         if self.order < START_ORDER:
             warnings.warn(
-                f"max_order={self.order} is below {START_ORDER}: every step is of the Runge-Kutta method of order 4 that "
-                "starts the Adams methods.",
+                f"max_order={self.order} is below {START_ORDER}: every step is of the Runge-Kutta method of order 4 "
+                "that starts the Adams methods.",
                 stacklevel=2,
             )
         self.starter = ExplicitRK(p, recorded=recorded, keep=True, tableau=RK4)
