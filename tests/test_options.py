@@ -220,8 +220,6 @@ def test_an_exception_in_a_callback_reaches_the_user():
 
 @pytest.mark.parametrize("method", ["rk4", "implicit_adams", "gl4", "scipy_solver"])
 def test_callbacks_that_a_method_does_not_call_are_named_in_a_warning(method):
-    if method == "scipy_solver":
-        pytest.importorskip("scipy")
     f = Watched(decay)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -763,7 +761,6 @@ def test_options_that_a_method_has_no_use_for_are_named_in_a_warning(method, nam
 
 @pytest.mark.parametrize("solver", ["RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA"])
 def test_solver_names_the_method_of_scipy(solver):
-    pytest.importorskip("scipy")
     f = Counted(van_der_pol)
     solution = pyjlode.solve(f, VDP0, VDP_T, method="scipy_solver", options={"solver": solver}, **TOL)
     reference = pyjlode.odeint(van_der_pol, VDP0, VDP_T, method="vern9", rtol=1e-11, atol=1e-12)
@@ -773,7 +770,6 @@ def test_solver_names_the_method_of_scipy(solver):
 
 
 def test_options_of_scipy_reach_it():
-    pytest.importorskip("scipy")
     zero = Counted(lambda t, h: torch.zeros_like(h))
     o = {"solver": "RK45", "max_step": 0.25, "first_step": 0.125}
     stats = pyjlode.solve(zero, ONE, times(0.0, 4.0), method="scipy_solver", options=o).stats

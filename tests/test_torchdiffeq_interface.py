@@ -1,8 +1,7 @@
 """A user of torchdiffeq changes the import line, and all that its documentation offers goes on working.
 
-The tests that compare numbers take torchdiffeq as `peer` and are skipped where it is not installed; the others need
-only pyjlode. Two differences are meant: `dopri8` is Hairer's DOP853 here, another method of that order and name; and
-arguments that are wrong raise `pyjlode.errors`, all ValueError, TypeError or RuntimeError, where torchdiffeq asserts.
+The tests that compare numbers take torchdiffeq as `peer`. Two differences are meant: `dopri8` is Hairer's DOP853 here,
+another method of that order and name; and arguments that are wrong raise `pyjlode.errors`, all ValueError, TypeError or RuntimeError, where torchdiffeq asserts.
 """
 
 import importlib
@@ -11,6 +10,7 @@ import math
 
 import pytest
 import torch
+import torchdiffeq
 
 import pyjlode
 from pyjlode import odeint, odeint_adjoint, odeint_dense, odeint_event
@@ -52,7 +52,7 @@ ADAPTIVE_OPTIONS = {
 
 @pytest.fixture
 def peer():
-    return pytest.importorskip("torchdiffeq", reason="compares with torchdiffeq (pip install -e .[bench])")
+    return torchdiffeq
 
 
 def pendulum(t, h):
@@ -183,7 +183,6 @@ def test_adams_methods_are_at_least_as_accurate(peer, method):
 @pytest.mark.filterwarnings("ignore:The following arguments have no effect:UserWarning")  # torchdiffeq's min_step
 @pytest.mark.parametrize("solver", ["RK45", "LSODA", "Radau"])
 def test_scipy_solver(peer, solver):
-    pytest.importorskip("scipy")
     ours, theirs = (
         interface(pendulum, H0, T, method="scipy_solver", options={"solver": solver}, rtol=1e-8, atol=1e-9)
         for interface in (odeint, peer.odeint)
@@ -695,6 +694,5 @@ def test_callbacks_may_be_attributes_of_a_function():
 
 
 def test_callbacks_that_scipy_does_not_call_are_named_in_a_warning():
-    pytest.importorskip("scipy")
     with pytest.warns(UserWarning, match="does not call callback_step"):
         odeint(Called(), H0, T, method="scipy_solver")
