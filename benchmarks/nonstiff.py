@@ -237,7 +237,7 @@ def tolerance_for(library: Library, run: str, want: list[Tensor], target: float,
 
 def compare(p: Problem, run: str, rounds: int, libraries: list[type[Library]]) -> list[str]:
     exact = p.field(torch.float64)
-    h0 = p.h0.double().requires_grad_()
+    h0 = p.h0.double().clone().requires_grad_()
     t = torch.tensor([0.0, p.span], dtype=torch.float64)
     last = pyjlode.odeint(exact, h0, t, method="vern9", rtol=1e-12, atol=1e-13, adjoint=True)[-1]
     want = [last.detach()]

@@ -1,7 +1,8 @@
 """A user of torchdiffeq changes the import line, and all that its documentation offers goes on working.
 
 The tests that compare numbers take torchdiffeq as `peer`. Two differences are meant: `dopri8` is Hairer's DOP853 here,
-another method of that order and name; and arguments that are wrong raise `pyjlode.errors`, all ValueError, TypeError or RuntimeError, where torchdiffeq asserts.
+another method of that order and name; and arguments that are wrong raise `pyjlode.errors`, all ValueError, TypeError or
+RuntimeError, where torchdiffeq asserts.
 """
 
 import importlib
