@@ -324,8 +324,7 @@ def _flat(f: Any, layout: Layout, autocast: bool) -> Field:
     if autocast:  # f answers in a lower precision than the state's
         return Field(lambda t, y: layout.flatten(f(t, layout.unflatten(y))).to(layout.dtype))
     if layout.bare:
-        shape = layout.shapes[0]
-        return Field(f, None if len(shape) == 1 else shape)
+        return Field(f, layout.shapes[0])
     return Field(lambda t, y: layout.flatten(f(t, layout.unflatten(y))))
 
 
