@@ -26,8 +26,11 @@ _BY_KIND: dict[str, set[str]] = {
     "fixed": {"step_size", "grid_constructor", "interp", "perturb"},
     "implicit": {"step_size", "grid_constructor", "interp", "perturb", "max_iters"},
     "adams": {"step_size", "grid_constructor", "interp", "perturb", "max_iters", "max_order"},
+    "stiff": {"first_step", "safety", "ifactor", "dfactor", "min_step", "max_step", "step_t", "jump_t"}
+    | {"max_iters", "max_order", "batch_dims", "consistent", "allow_unstable"},
     "scipy": {"solver", "first_step", "min_step", "max_step"},
 }
+_BY_KIND["auto"] = _BY_KIND["stiff"]
 _KNOWN = sorted({field.name for field in fields(SolverOptions)} | {"dtype"})
 _warned: set[str] = set()
 
@@ -91,10 +94,12 @@ def times(t: Any, *, name: str = "t") -> tuple[Tensor, list[float]]:
     return t, values
 
 
-def method_of(method: Any) -> Method:
+def method_of(method: Any, options: Any = None) -> Method:
     if method is not None and not isinstance(method, str):
         raise BadOption(f"method must be a name or None; got {method!r}.")
-    return methods.find(method)
+    row = methods.find(method)
+    on_grid = isinstance(options, dict) and ("step_size" in options or "grid_constructor" in options)
+    return row if on_grid else methods.CONTROLLED.get(row.name, row)
 
 
 def tolerance(tol: Any, name: str, layout: Layout) -> float | Tensor:
@@ -180,6 +185,10 @@ def options(given: Any, method: Method, h0: Any, f: Any, layout: Layout) -> Solv
         raise BadOption(f"step_t and jump_t have the times {sorted(twice)} in common; a jump is a step's end already.")
     if read.get("max_order", 1) > 12:
         raise BadOption(f"options['max_order'] must be at most 12; got {read['max_order']}.")
+    if read.get("consistent", "check") not in ("check", "compute"):
+        raise BadOption(f"options['consistent'] must be 'check' or 'compute'; got {read['consistent']!r}.")
+    if "batch_dims" in read:
+        read["batch_dims"] = batch_dims(read["batch_dims"], layout)
     if read.get("interp", "linear") not in ("linear", "cubic"):
         raise BadOption(f"options['interp'] must be 'linear' or 'cubic'; got {read['interp']!r}.")
     if "step_size" in read and "grid_constructor" in read:
@@ -190,6 +199,71 @@ def options(given: Any, method: Method, h0: Any, f: Any, layout: Layout) -> Solv
     if "norm" in read:
         read["norm"] = user_norm(read["norm"], layout)
     return SolverOptions(**read)
+
+
+def batch_dims(value: Any, layout: Layout) -> int:
+    if not layout.spec.is_leaf():
+        raise BadOption("options['batch_dims'] needs a state that is one tensor; h0 is a pytree.")
+    dims = len(layout.shapes[0])
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < max(dims, 1):
+        raise BadOption(
+            f"options['batch_dims'] must be an integer from 0 to {max(dims, 1) - 1}, which leaves each system a "
+            f"dimension of the state's shape {tuple(layout.shapes[0])}; got {value!r}."
+        )
+    return value
+
+
+def systems(o: SolverOptions, layout: Layout) -> int:
+    """Number of independent systems in the state."""
+    return math.prod(layout.shapes[0][: o.batch_dims]) if o.batch_dims else 1
+
+
+def mass_matrix(given: Any, method: Method, layout: Layout, batch: int) -> Tensor | None:
+    """M of `M h' = f`: shape (d, d) for the d numbers of one system."""
+    if given is None:
+        return None
+    if not method.mass:
+        names = " or ".join(repr(m.name) for m in methods.METHODS.values() if m.mass)
+        raise BadOption(f"{method.name} does not take a mass_matrix; use method={names}.")
+    try:
+        M = torch.as_tensor(given)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise BadShape(f"mass_matrix must be a matrix; got a {type(given).__name__}.") from error
+    d = layout.size // max(batch, 1)
+    if any(layout.complex):
+        raise BadDtype("mass_matrix needs a real state.")
+    if tuple(M.shape) != (d, d):
+        raise BadShape(f"mass_matrix has shape {tuple(M.shape)}; for this state it must be ({d}, {d}).")
+    if M.is_complex():
+        raise BadDtype("mass_matrix is complex; it must be real.")
+    if M.requires_grad:
+        raise BadOption("mass_matrix requires grad, and its gradient is not computed: detach it, or divide f by it.")
+    M = M.to(layout.device, layout.dtype)
+    if not is_finite(M):
+        raise NonFiniteState("mass_matrix holds NaN or infinity.", t=math.nan, dt=0.0)
+    return M
+
+
+def jacobian(given: Any, method: Method, layout: Layout, batch: int) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The user's df/dh on the flat state."""
+    if given is None:
+        return None
+    if not callable(given):
+        raise BadOption(f"jac must be a function jac(t, h); got a {type(given).__name__}.")
+    if not method.controlled:
+        raise BadOption(f"{method.name} makes no use of jac.")
+    if not layout.bare:
+        raise BadOption("jac needs a state that is one real tensor.")
+    shape, d = layout.shapes[0], layout.size // max(batch, 1)
+
+    def flat(t: Tensor, y: Tensor) -> Tensor:
+        J = given(t, y.reshape(shape))
+        if not isinstance(J, Tensor) or J.numel() != batch * d * d:
+            got = f"shape {tuple(J.shape)}" if isinstance(J, Tensor) else f"a {type(J).__name__}"
+            raise BadShape(f"jac must return a tensor of {batch * d * d} numbers, ({d}, {d}) a system; got {got}.")
+        return J.to(y).reshape(batch, d, d)
+
+    return flat
 
 
 def _number(name: str, value: Any, *, positive: bool) -> float:
@@ -207,8 +281,11 @@ def user_norm(norm: Any, layout: Layout) -> Norm:
     return lambda flat: float(norm(layout.unflatten(flat)))
 
 
-def default_norm(layout: Layout) -> Norm:
-    """Root mean square; over several tensors the largest of theirs, as in torchdiffeq."""
+def default_norm(layout: Layout, batch: int = 1) -> Norm:
+    """Root mean square; over several tensors the largest of theirs, as in torchdiffeq, and so over several systems."""
+    if batch > 1:
+        size = (layout.size // batch) ** 0.5
+        return lambda flat: float(torch.linalg.vector_norm(flat.reshape(batch, -1), dim=1).amax()) / size
     if len(layout.sizes) == 1:
         return rms_norm
     return lambda flat: max_rms_norm(flat.split(layout.sizes))
@@ -216,7 +293,7 @@ def default_norm(layout: Layout) -> Norm:
 
 def callbacks(f: Any, method: Method, layout: Layout, like: Tensor, suffix: str = "") -> Callbacks:
     """The callbacks that `f` carries as attributes, taking `(t0, y0, dt)` as tensors in the user's own structure."""
-    supported = {"adaptive": 3, "scipy": 0}.get(method.kind, 1)
+    supported = {"adaptive": 3, "stiff": 3, "auto": 3, "scipy": 0}.get(method.kind, 1)
     found: list[Callable[..., None] | None] = []
     for i, name in enumerate(("callback_step", "callback_accept_step", "callback_reject_step")):
         call = getattr(f, name + suffix, None)

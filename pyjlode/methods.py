@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from . import errors
+from .native import stiff_tableaus as st
 from .native import tableaus as tb
 
-Kind = Literal["adaptive", "fixed", "implicit", "adams", "scipy"]
+Kind = Literal["adaptive", "fixed", "implicit", "stiff", "auto", "adams", "scipy"]
+Tableau = (
+    tb.ExplicitTableau | tb.ImplicitTableau | st.RosenbrockTableau | st.EsdirkTableau | st.RadauTableau | st.NDFTableau
+)
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,13 @@ class Method:
         name: what the user writes in `method=`.
         order: order of convergence of the state at the end of a step.
         kind: `adaptive` (explicit Runge-Kutta with error control), `fixed` (explicit Runge-Kutta), `implicit`
-            (Runge-Kutta whose stages need a nonlinear solve, fixed steps), `adams` (linear multistep, fixed steps) or
-            `scipy` (`scipy.integrate.solve_ivp`).
+            (Runge-Kutta whose stages need a nonlinear solve, fixed steps), `stiff` (implicit, with error control),
+            `auto` (switches between an adaptive and a stiff one), `adams` (linear multistep, fixed steps) or `scipy`
+            (`scipy.integrate.solve_ivp`).
         tableau: coefficients of the native engine; None where a method has none.
-        pi: (beta1, beta2) of the step-size controller, see `native/controller.py`; unused by fixed steps.
+        pi: (beta1, beta2) of the step-size controller, see `native/controller.py`; unused by fixed steps, `radau5` and
+            `bdf`.
+        mass: whether it solves M h' = f with a singular M.
         about: one line for the table in the documentation.
         julia: the same method in DifferentialEquations.jl, as a Julia expression; None where it has none.
     """
@@ -32,18 +39,31 @@ class Method:
     order: int
     kind: Kind
     about: str
-    tableau: tb.ExplicitTableau | tb.ImplicitTableau | None = None
+    tableau: Tableau | None = None
     pi: tuple[float, float] = (0.0, 0.0)
+    mass: bool = False
     julia: str | None = None
 
     @property
     def adaptive(self) -> bool:
-        return self.kind in ("adaptive", "scipy")
+        return self.kind in ("adaptive", "stiff", "auto", "scipy")
+
+    @property
+    def controlled(self) -> bool:
+        """True where `native/stiff.py` makes the steps."""
+        return self.kind in ("stiff", "auto")
 
     @property
     def stiff(self) -> bool:
         """True where stiffness does not limit the step size (A-stable)."""
-        return self.kind == "implicit"
+        return self.kind in ("implicit", "stiff", "auto")
+
+    @property
+    def start_order(self) -> int:
+        """Order of the local error that the first step is chosen for."""
+        if isinstance(self.tableau, st.NDFTableau):
+            return 2
+        return 5 if self.tableau is None else getattr(self.tableau, "error_order", self.order) + 1
 
 
 def _hairer(k: int) -> tuple[float, float]:
@@ -59,7 +79,7 @@ def _pi42(k: int) -> tuple[float, float]:
 def _adaptive(
     name: str, tableau: tb.ExplicitTableau, pi: tuple[float, float], about: str, julia: str | None = None
 ) -> Method:
-    return Method(name, tableau.order, "adaptive", about, tableau, pi, julia)
+    return Method(name, tableau.order, "adaptive", about, tableau, pi, julia=julia)
 
 
 def _fixed(name: str, tableau: tb.ExplicitTableau, about: str, julia: str | None = None) -> Method:
@@ -68,6 +88,17 @@ def _fixed(name: str, tableau: tb.ExplicitTableau, about: str, julia: str | None
 
 def _implicit(name: str, tableau: tb.ImplicitTableau, about: str, julia: str | None = None) -> Method:
     return Method(name, tableau.order, "implicit", about, tableau, julia=julia)
+
+
+def _stiff(
+    name: str,
+    tableau: st.RosenbrockTableau | st.EsdirkTableau | st.RadauTableau | st.NDFTableau,
+    about: str,
+    julia: str | None = None,
+) -> Method:
+    pi = (0.0, 0.0) if isinstance(tableau, st.NDFTableau) else _hairer(tableau.error_order + 1)
+    mass = tableau in (st.RODAS5P, st.RADAU5, st.NDF)
+    return Method(name, tableau.order, "stiff", about, tableau, pi, mass, julia)
 
 
 _ROWS = [
@@ -95,10 +126,26 @@ _ROWS = [
     _implicit("gl6", tb.GAUSS_LEGENDRE6, "Gauss-Legendre, 3 stages (symplectic)"),
     _implicit("sdirk2", tb.SDIRK2, "SDIRK, 2 stages (L-stable)"),
     _implicit("trbdf2", tb.TRBDF2, "trapezoid then BDF2, one step (L-stable)", "TRBDF2()"),
+    _stiff("rodas5p", st.RODAS5P, "Rosenbrock 5(4), Steinebach (L-stable)", "Rodas5P()"),
+    _stiff("rosenbrock23", st.ROSENBROCK23, "Rosenbrock 2(3), Shampine & Reichelt's ode23s", "Rosenbrock23()"),
+    _stiff("radau5", st.RADAU5, "Radau IIA, 3 stages, Hairer & Wanner's RADAU5 (L-stable)", "RadauIIA5()"),
+    _stiff("bdf", st.NDF, "numerical differentiation formulas of order 1 to 5", "FBDF()"),
+    _stiff("kvaerno5", st.KVAERNO5, "ESDIRK 5(4), Kværnø (L-stable)", "Kvaerno5()"),
+    _stiff("kencarp4", st.KENCARP4, "ESDIRK 4(3), Kennedy & Carpenter (L-stable)", "KenCarp4()"),
+    Method(
+        "auto",
+        5,
+        "auto",
+        "tsit5, and rodas5p or bdf while the problem is stiff",
+        pi=_hairer(5),
+        julia="DefaultODEAlgorithm()",
+    ),
     Method("scipy_solver", 0, "scipy", "any method of `scipy.integrate.solve_ivp`, named by options['solver']"),
 ]
 
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
+# What a method of fixed steps is where no grid is given.
+CONTROLLED: dict[str, Method] = {"trbdf2": _stiff("trbdf2", st.TRBDF2, "trapezoid then BDF2 (L-stable)", "TRBDF2()")}
 ALIASES = {"fixed_adams": "implicit_adams"}
 DEFAULT = "dopri5"
 

@@ -39,6 +39,8 @@ def odeint(
     engine: str = "auto",
     options: dict[str, Any] | None = None,
     event_fn: Callable[[Tensor, Any], Tensor] | None = None,
+    mass_matrix: Any = None,
+    jac: Callable[[Tensor, Any], Tensor] | None = None,
     adjoint_rtol: Any = None,
     adjoint_atol: Any = None,
     adjoint_method: str | None = None,
@@ -69,6 +71,11 @@ def odeint(
         options: for the solver; torchdiffeq's names, see `pyjlode.problem.SolverOptions`.
         event_fn: `event_fn(t, h) -> Tensor`; the solve ends where the first of its elements crosses zero. `t` must
             then have two elements, of which the second gives the direction only.
+        mass_matrix: M of `M dh/dt = f(t, h)`, shape (d, d) for the d numbers of `h0` (of one system, with
+            `options["batch_dims"]`); it may be singular (a differential-algebraic system of index 1). For the methods
+            "rodas5p", "radau5" and "bdf".
+        jac: `jac(t, h) -> df/dh`, shape (*h.shape, *h.shape), or (*batch, d, d) with `options["batch_dims"]`, for the
+            adaptive stiff methods. By default it is computed by torch.func, else by finite differences.
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: for the backward solve of the continuous adjoints;
             by default those of the forward one. `adjoint_options={"norm": "seminorm"}` leaves the parameters out of
             the error norm (Kidger, Chen & Lyons 2021).
@@ -88,8 +95,9 @@ def odeint(
     Source: Chen, Rubanova, Bettencourt & Duvenaud, Neural ordinary differential equations, 2018.
     """
     given = (adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options)
+    system = (mass_matrix, jac)
     solution = _solve(
-        f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, given, adjoint_params, dense=False
+        f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, given, adjoint_params, system, dense=False
     )
     return solution.h if event_fn is None else (solution.event_t, solution.h)
 
@@ -106,6 +114,8 @@ def solve(
     engine: str = "auto",
     options: dict[str, Any] | None = None,
     event_fn: Callable[[Tensor, Any], Tensor] | None = None,
+    mass_matrix: Any = None,
+    jac: Callable[[Tensor, Any], Tensor] | None = None,
     dense: bool = True,
     adjoint_rtol: Any = None,
     adjoint_atol: Any = None,
@@ -125,7 +135,10 @@ def solve(
         What `odeint` raises.
     """
     given = (adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options)
-    return _solve(f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, given, adjoint_params, dense=dense)
+    system = (mass_matrix, jac)
+    return _solve(
+        f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, given, adjoint_params, system, dense=dense
+    )
 
 
 def odeint_adjoint(
@@ -212,11 +225,14 @@ def _solve(
     event_fn: Any,
     adjoint_given: tuple[Any, Any, Any, Any],
     adjoint_params: Iterable[Tensor] | None,
+    system: tuple[Any, Any],
     *,
     dense: bool,
 ) -> Solution:
     start = time.perf_counter()
-    made = _read(f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, adjoint_given, adjoint_params)
+    made = _read(
+        f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, adjoint_given, adjoint_params, system
+    )
     p, stats = made.problem, made.stats
     record = gradients.solve(made.engine, p, stats, made.gradient, made.needed, dense)
     event_t, ys, ts = None, record.ys, p.t
@@ -288,17 +304,19 @@ def _read(
     event_fn: Any,
     adjoint_given: tuple[Any, Any, Any, Any],
     adjoint_params: Iterable[Tensor] | None,
+    system: tuple[Any, Any],
 ) -> _Made:
     """Check every argument and make the problem of them."""
     if not callable(f):
         raise BadShape(f"f must be callable as f(t, h); got a {type(f).__name__}.")
-    row = arguments.method_of(method)
+    row = arguments.method_of(method, options)
     layout, y0 = arguments.state(h0)
     t, times = arguments.times(t)
     if event_fn is not None and len(times) != 2:
         raise BadTime(f"with event_fn, t must be [t0, t1], t1 giving the direction; got {len(times)} times.")
     rel, absolute = arguments.tolerances(rtol, atol, layout, row)
     opts = arguments.options(options, row, h0, f, layout)
+    batch = arguments.systems(opts, layout)
     autocast = torch.is_autocast_enabled(layout.device.type)
     p = ODEProblem(
         f=_flat(f, layout, autocast),
@@ -309,9 +327,12 @@ def _read(
         rtol=rel,
         atol=absolute,
         options=opts,
-        norm=opts.norm or arguments.default_norm(layout),
+        norm=opts.norm or arguments.default_norm(layout, batch),
         event_fn=event_fn and (lambda t, y: event_fn(t, layout.unflatten(y))),
         layout=layout,
+        batch=batch,
+        mass=arguments.mass_matrix(system[0], row, layout, batch),
+        jac=arguments.jacobian(system[1], row, layout, batch),
         callbacks=arguments.callbacks(f, row, layout, y0),
     )
     explicit = None if adjoint_params is None else tuple(q for q in adjoint_params if q.requires_grad)
@@ -385,7 +406,7 @@ def _adjoint(
     if not continuous:
         return None
     adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options = given
-    row = arguments.method_of(adjoint_method) if adjoint_method is not None else p.method
+    row = p.method if adjoint_method is None else arguments.method_of(adjoint_method, adjoint_options)
     if row is not p.method and options and adjoint_options is None:
         raise BadOption(
             "adjoint_method differs from method, so options do not carry over: give adjoint_options, {} for none."

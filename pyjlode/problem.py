@@ -152,8 +152,13 @@ class SolverOptions:
         interp: "linear" or "cubic" output between the points of a fixed grid.
         perturb: evaluate f just inside each fixed step, for a field that jumps at grid points.
         max_order: highest order of the Adams methods; None is 5 for the explicit one, whose stability shrinks by half
-            with each order, and 12 for the implicit one.
+            with each order, and 12 for the implicit one. Of `bdf`: 5.
         max_iters: iterations of the implicit methods within a step.
+        batch_dims: how many of the first dimensions of the state count independent systems. The stiff methods then
+            solve with a block of the Jacobian for each system, and the error norm is the largest of theirs.
+        consistent: with a singular mass matrix, "check" refuses an `h0` that the algebraic equations do not hold for;
+            "compute" changes its algebraic part until they do (Brown, Hindmarsh & Petzold 1998).
+        allow_unstable: let `adjoint="backsolve"` solve a stiff system backward.
         solver: name of the `scipy.integrate.solve_ivp` method.
     """
 
@@ -173,6 +178,9 @@ class SolverOptions:
     perturb: bool = False
     max_order: int | None = None
     max_iters: int | None = None
+    batch_dims: int = 0
+    consistent: str = "check"
+    allow_unstable: bool = False
     solver: str = "LSODA"
 
 
@@ -233,6 +241,9 @@ class ODEProblem:
         retain_graph: f runs through a graph made outside of it, which a backward pass through f must leave alive.
         graph_bytes: what autograd keeps for one call of f; None where it was not looked at.
         layout: how the user's state lies in `y0`.
+        batch: number B of independent systems, which lie in `y0` one after the other.
+        mass: (n / B, n / B), M of `M y' = f(t, y)`, the same for each system; None is the identity.
+        jac: `(t: 0-d, y: (n,)) -> (B, n / B, n / B)` or what reshapes to it, the user's df/dy.
     """
 
     f: Field
@@ -251,6 +262,9 @@ class ODEProblem:
     retain_graph: bool = False
     graph_bytes: int | None = None
     layout: Layout | None = None
+    batch: int = 1
+    mass: Tensor | None = None
+    jac: Callable[[Tensor, Tensor], Tensor] | None = None
     adjoint: AdjointSettings | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
 

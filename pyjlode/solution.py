@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ class Stats:
         nfe: evaluations of f in the forward solve.
         naccept, nreject: accepted and rejected steps.
         njac: Jacobians of f (implicit methods).
+        nlu: LU factorisations; one of a batch of systems counts once (adaptive implicit methods).
+        nnewton: Newton iterations, of all stages together (adaptive implicit methods with iterations).
+        switches: `(t, name)` where `method="auto"` went over to another method.
         wall: seconds for the forward solve.
         nfe_backward: evaluations of f in backward passes through this solve so far (each with its product).
         wall_backward: seconds for these backward passes.
@@ -33,6 +36,9 @@ class Stats:
     naccept: int = 0
     nreject: int = 0
     njac: int = 0
+    nlu: int = 0
+    nnewton: int = 0
+    switches: list[tuple[float, str]] = field(default_factory=list)
     wall: float = 0.0
     nfe_backward: int = 0
     wall_backward: float = 0.0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import failures
+from .. import ends
 from ..errors import NonFiniteState, NotConverged, SolveError
 from ..gradients import Gradients, time_gradient
 from ..problem import ODEProblem, SolverOptions, is_finite
@@ -78,6 +78,8 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
         return f"the state lies on {p.y0.device}, and this version hands only CPU tensors to Julia"
     if gradient is not None and gradient not in GRADIENTS:
         return f"adjoint={gradient!r} replays or extends the steps of the native engine"
+    if p.batch > 1:
+        return "options['batch_dims'] is of the native engine's linear algebra"
     default = SolverOptions()
     changed = {name for name, value in vars(p.options).items() if value != getattr(default, name)}
     if changed - _OPTIONS:
@@ -137,7 +139,7 @@ def _solve(p: ODEProblem, stats: Stats, gradient: str | None, dense: bool) -> tu
         algorithm = jl.algorithm(p.method.julia)
         adaptive, implicit = jl.traits(algorithm)
         rhs = RHS(jl, p, gradient=gradient, implicit=implicit)
-        fixed = p.method.kind not in ("adaptive", "scipy")
+        fixed = not p.method.adaptive
         sizes = p.layout.sizes if p.layout is not None else [y0.numel()]
         solution, outcome = _call(
             rhs,
@@ -159,15 +161,16 @@ def _solve(p: ODEProblem, stats: Stats, gradient: str | None, dense: bool) -> tu
             stops=borrow(jl, torch.tensor(o.step_t, dtype=torch.float64)),
             jumps=borrow(jl, torch.tensor(o.jump_t, dtype=torch.float64)),
             dense=dense or gradient is not None,
+            mass_matrix=None if p.mass is None else borrow(jl, p.mass.T.contiguous()),
         )
-    code, t, dt, stats.naccept, stats.nreject, stats.njac, _, _, event_t = outcome
+    code, t, dt, stats.naccept, stats.nreject, stats.njac, stats.nlu, stats.nnewton, event_t = outcome
     if code not in ("Success", "Terminated", "Default"):
         raise _failure(p, code, t, dt)
     if not is_finite(out):
         raise NonFiniteState(f"{p.method.name}: the state is NaN or infinite by t={t:.6g}.", t=t, dt=dt)
     record = Record(out, DenseOutput(rhs, solution) if dense else None, None if math.isnan(event_t) else event_t)
     if p.event_fn is not None and record.event_t is None:
-        raise failures.no_event(p, t, dt)
+        raise ends.no_event(p, t, dt)
     return record, rhs, solution
 
 
@@ -186,11 +189,11 @@ def _tolerance(jl: Any, tol: float | Tensor) -> Any:
 
 def _failure(p: ODEProblem, code: str, t: float, dt: float) -> SolveError:
     if code == "MaxIters":
-        return failures.too_many_steps(p, t, dt, math.inf if p.event_fn else p.times[-1])
+        return ends.too_many_steps(p, t, dt, math.inf if p.event_fn else p.times[-1])
     if code == "DtLessThanMin":
-        return failures.too_small(p, t, dt, 1.0)
+        return ends.too_small(p, t, dt, 1.0)
     if code in ("DtNaN", "Unstable"):
-        return failures.too_small(p, t, dt, math.nan)
+        return ends.too_small(p, t, dt, math.nan)
     if code == "ConvergenceFailure":
         return NotConverged(f"{p.method.name}: the equations of a step at t={t:.6g} were not solved.", t=t, dt=dt)
     return SolveError(f"{p.method.name}: Julia's solver gave up at t={t:.6g}: {code}.", t=t, dt=dt)

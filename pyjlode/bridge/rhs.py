@@ -86,7 +86,9 @@ class RHS:
 
     def jac(self, J: int, u: int, t: float) -> None:
         out = look(J, self.n * self.n, self.dtype).view(self.n, self.n)
-        out.copy_(jacobian(self.p, self.p.time(t), self.state(u)).T)
+        time, y = self.p.time(t), self.state(u)
+        full = jacobian(self.p, time, y) if self.p.jac is None else self.p.jac(time, y).view(self.n, self.n)
+        out.copy_(full.T)
 
     def tgrad(self, dT: int, u: int, t: float) -> None:
         time, y = self.p.time(t), self.state(u)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import failures
+from ..ends import no_event, stops, too_many_steps, too_small
 from ..errors import BadOption, NonFiniteState
 from ..problem import ODEProblem, is_finite
 from ..solution import Stats
@@ -22,24 +22,27 @@ from .implicit import ImplicitRK
 from .interpolation import DenseOutput
 from .multistep import Adams, AdamsStep, Past
 from .step import Interval, Step, fraction
+from .stiff import replayer, stiff_steps
 from .tableaus import ExplicitTableau
 
 OnStep = Callable[[Step], None]
 
 
 class Kept(NamedTuple):
-    """What is needed to take a step again: for a multistep method its past, and the slope that it adds to it."""
+    """What is needed to take a step again: for a multistep method its past, and the slope that it adds to it; for an
+    adaptive implicit method what its maker wants (`data`)."""
 
     interval: Interval
     y: Tensor
     past: Past | None = None
     slope: Tensor | None = None
+    data: Any = None
 
 
 def kept(step: Step) -> Kept:
     if isinstance(step, AdamsStep):
         return Kept(step.interval, step.y, step.before, step.f0)
-    return Kept(step.interval, step.y.detach())
+    return Kept(step.interval, step.y.detach(), data=getattr(step, "data", None))
 
 
 class Head(NamedTuple):
@@ -113,10 +116,11 @@ def _solve(
     finder = EventFinder(p) if p.event_fn is not None else None
     record = Record(p.y0, [])
     steps: Iterator[Step]
-    if p.method.kind == "adaptive":
-        steps = adaptive_steps(
-            p, stats, record, recorded, tracked, keep_dense, sign * math.inf if finder else times[-1]
-        )
+    end = sign * math.inf if finder else times[-1]
+    if p.method.controlled:
+        steps = stiff_steps(p, stats, record, recorded > 0, tracked, end)
+    elif p.method.kind == "adaptive":
+        steps = adaptive_steps(p, stats, record, recorded, tracked, keep_dense, end)
     else:
         steps = fixed_steps(p, stats, recorded, tracked, keep_dense)
     blocks, dense = [p.y0[None]], []
@@ -166,18 +170,21 @@ def is_node(p: ODEProblem, i: int, tracked: bool) -> bool:
     The difference is the derivative in time: the state at a node that moves with `t[i]`, or the dense output as `t[i]`
     moves past a node that does not.
     """
-    return not tracked or i == len(p.times) - 1 or (p.method.kind != "adaptive" and p.options.step_size is None)
+    return not tracked or i == len(p.times) - 1 or (not p.method.adaptive and p.options.step_size is None)
 
 
 def output(p: ODEProblem, step: Step, times: list[float] | Tensor) -> Tensor:
     """States at M times within a step, as `interp` has them between the points of a fixed grid: (M, n)."""
-    if p.method.kind != "adaptive" and p.options.interp == "linear":
+    if not p.method.adaptive and p.options.interp == "linear":
         return interpolation.linear(fraction(step.interval, times), step.y, step.y1)
     return step.interpolate(times)
 
 
-def stepper(p: ODEProblem, *, recorded: bool) -> Callable[[Interval, Tensor, Past | None], Step]:
-    """The step function of the problem's method: (interval, y, past) -> step."""
+def stepper(p: ODEProblem, *, recorded: bool) -> Callable[[Interval, Tensor, Any], Step]:
+    """The step function of the problem's method: (interval, y, past) -> step; `data` in place of a past for those of
+    `stiff_steps`."""
+    if p.method.controlled:
+        return replayer(p)
     if p.method.kind == "implicit":
         implicit = ImplicitRK(p, recorded=recorded)
         return lambda interval, y, past: implicit.step(interval, y)
@@ -201,7 +208,7 @@ def adaptive_steps(
         return
     with torch.enable_grad():
         at: float | Tensor = p.t[0].to(torch.float64) if tracked else t
-    stops = _stops(p, end)
+    ends = stops(p, end)
     jumps = set(o.jump_t)
 
     k0 = p.f0
@@ -217,18 +224,18 @@ def adaptive_steps(
     rejected = math.nan  # where a step from here ended that was not accepted
     while t != end:
         if n == o.max_num_steps:
-            raise failures.too_many_steps(p, t, dt, end)
+            raise too_many_steps(p, t, dt, end)
         n += 1
         dt = min(max(dt, o.min_step), o.max_step)
         t1 = t + sign * dt
-        stop = stops[0]
+        stop = ends[0]
         # A step that would end just short of a stop ends on it: no sliver is left over.
         if sign * (t1 - stop) >= -1e-10 * dt:
             t1 = stop
         if t1 in (t, rejected):  # floating-point time has nothing in between
-            raise failures.too_small(p, t, sign * dt, err)
+            raise too_small(p, t, sign * dt, err)
         if math.isinf(t1):
-            raise failures.no_event(p, t, sign * dt)
+            raise no_event(p, t, sign * dt)
         reach = t1 - t
         h: float | Tensor = reach
         if tracked:
@@ -263,13 +270,13 @@ def adaptive_steps(
                 rk = ExplicitRK(p, keep=keep)
                 y, k0 = y.detach(), None if k0 is None else k0.detach()
             if t == stop:
-                stops.pop(0)
+                ends.pop(0)
         else:
             stats.nreject += 1
             if p.callbacks.reject:
                 p.callbacks.reject(t, shown, reach)
             if abs(reach) <= o.min_step:
-                raise failures.too_small(p, t, reach, err)
+                raise too_small(p, t, reach, err)
             rejected = t1
             dt = abs(reach) * controller.next_factor(err, previous, False, order, p.method.pi, o)
             k0 = step.f0
@@ -313,13 +320,13 @@ def _grid(p: ODEProblem, tracked: bool) -> Iterator[Interval]:
         elif o.grid_constructor:
             raise BadOption("with event_fn a fixed-step method needs options['step_size'], not a grid.")
         if n > o.max_num_steps and p.event_fn is None:
-            raise failures.too_many_steps(p, t0, o.step_size, times[-1])
+            raise too_many_steps(p, t0, o.step_size, times[-1])
         i = 0
         with torch.enable_grad():
             at: float | Tensor = p.t[0].to(torch.float64) if tracked else t0
         while i < n:
             if i == o.max_num_steps:
-                raise failures.no_event(p, t0 + sign * i * o.step_size, sign * o.step_size)
+                raise no_event(p, t0 + sign * i * o.step_size, sign * o.step_size)
             start, stop = t0 + sign * i * o.step_size, t0 + sign * (i + 1) * o.step_size
             if i + 1 == n:
                 stop = times[-1]
@@ -351,20 +358,13 @@ def _grid(p: ODEProblem, tracked: bool) -> Iterator[Interval]:
         yield Interval(a, b, at, h, o.perturb, o.perturb)
 
 
-def _stops(p: ODEProblem, end: float) -> list[float]:
-    """Times that a step must end at, in the order of integration; the last is `end`."""
-    sign, t0 = p.direction, p.times[0]
-    inside = {t for t in (*p.options.step_t, *p.options.jump_t) if sign * t0 < sign * t < sign * end}
-    return [*sorted(inside, key=lambda t: sign * t), end]
-
-
 def _non_finite_output(p: ODEProblem, ys: Tensor) -> NonFiniteState:
     """Which output went bad first, and in which step: the solve is repeated, looking at every step."""
     bad = int((~torch.isfinite(ys).all(1)).nonzero()[0, 0]) if ys.shape[1] else 0
     times = p.times
     message = f"the state is NaN or infinite at the output t={times[min(bad, len(times) - 1)]:.6g}"
     t, dt = times[min(bad, len(times) - 1)], 0.0
-    if p.method.kind not in ("adaptive", "scipy") and bad:
+    if not p.method.adaptive and bad:
         again = replace(p, f0=None, callbacks=type(p.callbacks)())
         with torch.no_grad():
             for i, step in enumerate(fixed_steps(again, Stats("", "", ""), 0, False, True)):

@@ -19,7 +19,7 @@ from ..errors import GradientUnavailable
 from ..gradients import Gradients, time_gradient
 from ..problem import Callbacks, Field, Layout, Norm, ODEProblem, max_rms_norm, rms_norm
 from ..solution import Stats
-from . import loop, scipy_ivp
+from . import bdf, loop, scipy_ivp
 from .loop import Head, Kept, Record
 from .multistep import Past
 from .step import Step
@@ -107,6 +107,7 @@ class _Replay:
         self.want_t = p.t.requires_grad
         self.step = loop.stepper(p, recorded=True)
         self.history: dict[int, Tensor] = {}  # cotangents of slopes that later Adams steps looked back at
+        self.carried: Tensor | None = None  # cotangent (r, n) of the differences that a `bdf` step left to the next
         self.moved: list[Tensor] = []  # tensors that are functions of the user's t ...
         self.moved_bar: list[Tensor] = []  # ... and their cotangents
 
@@ -124,11 +125,19 @@ class _Replay:
             interval = interval._replace(at=inputs[0], dt=inputs[1])
             times = inputs[-1] if isinstance(times, Tensor) and len(times) else times
         old = [k.detach().requires_grad_() for k in slopes]
+        data = kept.data
+        if isinstance(data, bdf.Past) and data.D is not None:
+            old = [data.D.detach().requires_grad_()]
+            data = data._replace(D=old[0])
         if past:
             past = Past(tuple(inputs[2 : 2 + len(old)]) if self.want_t else past.times, tuple(old))
         with torch.enable_grad():
-            step = self.step(interval, y, past)
+            step = self.step(interval, y, past if data is None else data)
             outputs, bars = [step.y1], [a]
+            if self.carried is not None:
+                outputs.append(step.D)  # type: ignore[attr-defined]
+                bars.append(self.carried)
+                self.carried = None
             if len(times):
                 outputs.append(loop.output(p, step, times))
                 bars.append(g)
@@ -143,6 +152,9 @@ class _Replay:
             if bar is not None and tensor.requires_grad:
                 self.moved.append(tensor)
                 self.moved_bar.append(bar)
+        if y_bar is None:  # the step knows its start by the differences
+            self.carried = rest[-1]
+            return torch.zeros_like(y)
         for slope, bar in zip(slopes, rest[len(p.params) + len(inputs) :]):
             if bar is not None:
                 known = self.history.get(id(slope))

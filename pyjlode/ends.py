@@ -1,4 +1,4 @@
-"""What a failed solve says: the same words whichever engine failed."""
+"""Where a solve ends: the times that steps must end at, and the errors of one that cannot go on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ import math
 from .errors import EventNotFound, MaxStepsReached, NonFiniteState, StepSizeTooSmall
 from .problem import ODEProblem
 
-_STIFF = "method='radauIIA5' or 'trbdf2' with options={'step_size': ...}"
+
+def stops(p: ODEProblem, end: float) -> list[float]:
+    """Times that a step must end at, in the order of integration; the last is `end`."""
+    sign, t0 = p.direction, p.times[0]
+    inside = {t for t in (*p.options.step_t, *p.options.jump_t) if sign * t0 < sign * t < sign * end}
+    return [*sorted(inside, key=lambda t: sign * t), end]
+
+
+_STIFF = "method='auto', which finds out, or one for stiff systems ('radau5', 'rodas5p', 'bdf')"
 
 
 def too_small(p: ODEProblem, t: float, dt: float, err: float) -> StepSizeTooSmall | NonFiniteState:
@@ -20,8 +28,8 @@ def too_small(p: ODEProblem, t: float, dt: float, err: float) -> StepSizeTooSmal
         )
     return StepSizeTooSmall(
         f"{p.method.name}: at t={t:.9g} the tolerance (rtol, atol) asks for steps below dt={dt:.3g}, which no longer "
-        "moves t or is at min_step. The problem is stiff, f jumps there, or the solution blows up. If it is stiff use "
-        f"an implicit method: {_STIFF}. If f jumps at known times, list them in options['jump_t'].",
+        "moves t or is at min_step. The problem is stiff, f jumps there, or the solution blows up. If it is stiff "
+        f"use {_STIFF}. If f jumps at known times, list them in options['jump_t'].",
         t=t,
         dt=dt,
     )

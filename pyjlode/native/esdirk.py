@@ -1,0 +1,146 @@
+"""Diagonally implicit Runge-Kutta steps with an explicit first stage and error control (HW IV.6, IV.8)."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..problem import ODEProblem
+from ..solution import Stats
+from . import controller, interpolation
+from .linear import Factors, Krylov, Linear
+from .newton import POLISH_RECORDED, Converged, Frozen, damped, newton, newton_tolerance
+from .step import Interval, fraction, stage_times
+from .stiff_tableaus import EsdirkTableau
+from .stiffness import Attempt
+
+_MAX_ITERS = 7
+_KEEP = 1.2  # a step that could grow by less keeps its size, and with it its factors (HW IV.8)
+
+
+class Coefficients:
+    """rows[i], (i,): A before the diagonal; B, E (s,)."""
+
+    def __init__(self, tab: EsdirkTableau, dtype: torch.dtype, device: torch.device) -> None:
+        def tensor(x: np.ndarray) -> Tensor:
+            return torch.tensor(x, dtype=dtype, device=device)
+
+        self.rows = [tensor(tab.A[i, :i]) for i in range(tab.stages)]
+        self.B, self.E = tensor(tab.B), tensor(tab.E)
+
+
+coefficients = functools.lru_cache(maxsize=16)(Coefficients)
+
+
+class Esdirk:
+    """Makes the steps of one ESDIRK method for one problem."""
+
+    def __init__(self, p: ODEProblem, stats: Stats, tab: EsdirkTableau) -> None:
+        self.p, self.stats, self.tab = p, stats, tab
+        self.c = coefficients(tab, p.y0.dtype, p.y0.device)
+        self.linear = Linear(p, stats)
+        self.frozen = Frozen(self.linear, [1 / tab.gamma])
+        self.max_iters = p.options.max_iters or _MAX_ITERS
+        self.tol = newton_tolerance(p)
+        self.f0 = p.f0
+        self.f1: Tensor | None = None
+        self.previous = 1.0
+        self.order = tab.error_order + 1
+
+    def attempt(self, interval: Interval, y: Tensor) -> Attempt:
+        t = stage_times(interval, self.tab.C, y)
+        if interval.after_jump or self.f0 is None:
+            self.f0 = self.p.f(t[0], y)
+        if interval.after_jump:
+            self.frozen.forget()
+        dt = interval.t1 - interval.t0
+        self.done = self.frozen.converge(t[0], y, dt, lambda systems: self.stages(systems[0], dt, t, y))
+        if self.done.why:
+            return Attempt(None, math.inf, self.done.why)
+        K = self.done.x
+        self.f1 = K[-1]
+        step = EsdirkStep(self, interval, y, torch.addmv(y, K.T, self.c.B, alpha=dt), K)
+        return Attempt(step, self.error(step, dt))
+
+    def stages(self, W: Factors | Krylov, dt: float, t: tuple[Tensor, ...], y: Tensor) -> Converged:
+        """The slopes (s, n), and how the slowest stage converged."""
+        p, g = self.p, self.tab.gamma
+        scale = p.atol + p.rtol * y.abs()
+        K = y.new_empty(self.tab.stages, y.numel())
+        assert self.f0 is not None
+        K[0], slowest, eta = self.f0, 0, self.frozen.eta
+        for i in range(1, self.tab.stages):
+            base = torch.addmv(y, K[:i].T, self.c.rows[i], alpha=dt)
+
+            def change(z: Tensor, t: Tensor = t[i], base: Tensor = base) -> Tensor:
+                return W.solve(p.f(t, base + z) - z / (g * dt))
+
+            done = newton(
+                K[i - 1] * (g * dt),
+                change,
+                lambda dz: p.norm(dz / scale),
+                tol=self.tol,
+                max_iters=self.max_iters,
+                eta=eta,
+                stats=self.stats,
+            )
+            if done.why:
+                return done
+            K[i], eta = done.x / (g * dt), done.eta
+            if done.iterations > slowest:
+                slowest, rate = done.iterations, done.rate
+        return Converged(K, slowest, rate, eta)
+
+    def error(self, step: EsdirkStep, dt: float) -> float:
+        """The estimate, damped in the stiff components by the iteration matrix (Hosea & Shampine 1996)."""
+        scale = self.p.atol + self.p.rtol * torch.maximum(step.y.abs(), step.y1.abs())
+        (W,) = self.frozen.factors(dt)
+        return self.p.norm(W.solve(torch.mv(step.K.T, self.c.E).div_(self.tab.gamma)) / scale)
+
+    def accept(self, err: float, size: float) -> float:
+        o = self.p.options
+        safety = damped(self.done.iterations, self.max_iters, 1.0)
+        factor = safety * controller.next_factor(err, self.previous, True, self.order, self.p.method.pi, o)
+        self.previous, self.f0 = max(err, 1e-4), self.f1
+        self.frozen.judge(self.done)
+        return 1.0 if self.frozen.J is not None and 1 <= factor < _KEEP else factor
+
+    def reject(self, err: float, size: float) -> float:
+        return controller.next_factor(err, self.previous, False, self.order, self.p.method.pi, self.p.options)
+
+    def again(self, interval: Interval, y: Tensor, data: Tensor, polish: int = POLISH_RECORDED) -> EsdirkStep:
+        """The step under autograd, from its converged slopes `data` (s, n)."""
+        p, g = self.p, self.tab.gamma
+        t = stage_times(interval, self.tab.C, y)
+        dt = interval.dt.to(y) if isinstance(interval.dt, Tensor) else interval.dt
+        K = [p.f(t[0], y)]
+        for i in range(1, self.tab.stages):
+            base = y + dt * (torch.stack(K).T @ self.c.rows[i])
+            with torch.no_grad():
+                size = interval.t1 - interval.t0
+                W = self.linear.system(self.linear.jacobian(t[i], base + size * g * data[i]), 1 / (g * size))
+            k = data[i]
+            for _ in range(polish):
+                k = k + W.solve(p.f(t[i], base + dt * g * k) - k) / (g * dt)
+            K.append(k)
+        stacked = torch.stack(K)
+        return EsdirkStep(self, interval, y, y + dt * (stacked.T @ self.c.B), stacked)
+
+
+class EsdirkStep:
+    """A step and its slopes K, (s, n); the first and the last are those at its ends, for cubic output."""
+
+    def __init__(self, rk: Esdirk, interval: Interval, y: Tensor, y1: Tensor, K: Tensor) -> None:
+        self.rk, self.interval, self.y, self.y1, self.K = rk, interval, y, y1, K
+
+    @property
+    def data(self) -> Tensor:
+        return self.K.detach()
+
+    def interpolate(self, times: list[float] | Tensor) -> Tensor:
+        theta = fraction(self.interval, times)
+        return interpolation.hermite(theta, self.interval.dt, self.y, self.y1, self.K[0], self.K[-1])

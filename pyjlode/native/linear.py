@@ -1,0 +1,328 @@
+"""The linear algebra of implicit steps: Jacobians of f, and the systems `shift M - J` that are solved with them.
+
+A problem of B independent systems of size d (options["batch_dims"]; else B = 1 and d = n) has a block (d, d) for each.
+No matrix here has more than B d² numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arguments import warn_once
+from ..problem import ODEProblem
+from ..solution import Stats
+
+# Above this size of one system GMRES with Jacobian-vector products replaces LU of the dense Jacobian. Measured by
+# `python benchmarks/stiff.py --dense-limit`.
+DENSE_LIMIT = 2000
+
+# What torch.func says of an f that it cannot differentiate; an error of the user's own comes again in the next call.
+_REFUSALS = (RuntimeError, TypeError)
+
+
+class Jacobian(NamedTuple):
+    """df/dy at one point.
+
+    Attributes:
+        t, y: the point, 0-d and (n,).
+        blocks: (B, d, d); None where the Jacobian is known by its products only.
+        rate: df/dt, (n,), where it was asked for.
+    """
+
+    t: Tensor
+    y: Tensor
+    blocks: Tensor | None
+    rate: Tensor | None = None
+
+
+class Linear:
+    """Jacobians and linear systems of one problem; counts them.
+
+    Args:
+        stats: `njac` and `nlu` are counted there.
+    """
+
+    def __init__(self, p: ODEProblem, stats: Stats) -> None:
+        self.p, self.stats = p, stats
+        self.B = p.batch
+        self.d = p.y0.numel() // max(p.batch, 1)
+        self.free = self.d > DENSE_LIMIT and p.jac is None
+        self.difference = False  # finite differences: torch.func did not understand f
+        self.blind_to_time = False  # f reads t as a number, which no derivative sees ...
+        self.time_checked = False  # ... and this was looked at
+        self.mass = None if p.mass is None else p.mass.to(p.y0)
+        rtol = p.rtol.min().item() if isinstance(p.rtol, Tensor) and p.rtol.numel() else float(p.rtol)
+        self.krylov_tol = max(1e-2 * min(rtol, 1e-2), 50 * torch.finfo(p.y0.dtype).eps)
+
+    # --- Products with M ----------------------------------------------------------------------------------------------
+
+    def times_mass(self, v: Tensor) -> Tensor:
+        """M v for v of shape (n,) or (s, n), real or complex."""
+        if self.mass is None:
+            return v
+        return (v.reshape(*v.shape[:-1], self.B, self.d) @ self.mass.T.to(v.dtype)).reshape(v.shape)
+
+    def slope(self, f: Tensor) -> Tensor:
+        """y' of M y' = f, and zero where M is silent: (n,)."""
+        if self.mass is None:
+            return f
+        return (f.reshape(self.B, self.d) @ torch.linalg.pinv(self.mass).T).reshape(-1)
+
+    # --- Jacobians ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def jacobian(self, t: Tensor, y: Tensor, *, rate: bool = False) -> Jacobian:
+        """df/dy, and df/dt with `rate`, at one point: by the user's `jac`, by reverse-mode products (all rows in one
+        pass), by forward-mode ones, or by central differences, whichever first can be had. The Jacobian is square, so
+        that neither mode is narrower; the reverse one takes half the time here (Robertson, Brusselator, MLP)."""
+        self.stats.njac += 1
+        t, y = t.detach(), y.detach()
+        slope = self.time_derivative(t, y) if rate and (self.free or self.p.jac) else None
+        if self.free:
+            return Jacobian(t, y, None, slope)
+        if self.p.jac is not None:
+            return Jacobian(t, y, self.p.jac(t, y).reshape(self.B, self.d, self.d), slope)
+        if not self.difference:
+            for columns in (self.reverse_columns, self.forward_columns):
+                try:
+                    blocks, slope = columns(t, y, rate)
+                    return Jacobian(t, y, blocks, self.seen(t, y, slope) if rate else None)
+                except _REFUSALS as refusal:
+                    reason = str(refusal).split("\n")[0][:120]
+            self.difference = True
+            warn_once(
+                "finite differences",
+                f"torch.func cannot differentiate f ({reason}); its Jacobian is taken by finite differences. Pass "
+                "jac=, or write f without in-place operations, .item() and branches on the state. (This warning is "
+                "shown once.)",
+            )
+        return Jacobian(t, y, self.difference_columns(t, y), self.time_derivative(t, y) if rate else None)
+
+    def tangents(self, y: Tensor) -> Tensor:
+        """(d, n): unit vector j in every system at once."""
+        return torch.eye(self.d, dtype=y.dtype, device=y.device).repeat(1, self.B)
+
+    def as_blocks(self, columns: Tensor) -> Tensor:
+        """(d, n), row j the derivative by element j of each system -> (B, d, d)."""
+        return columns.reshape(self.d, self.B, self.d).permute(1, 2, 0)
+
+    def reverse_columns(self, t: Tensor, y: Tensor, rate: bool) -> tuple[Tensor, Tensor | None]:
+        pull = torch.func.vjp(self.p.f, t, y)[1]
+        # Row i: derivatives of element i of each system; that by t is the sum over the systems.
+        by_time, rows = torch.func.vmap(pull)(self.tangents(y))
+        blocks = rows.reshape(self.d, self.B, self.d).transpose(0, 1)
+        if not rate:
+            return blocks, None
+        return blocks, by_time if self.B == 1 else self.time_derivative(t, y)
+
+    def forward_columns(self, t: Tensor, y: Tensor, rate: bool) -> tuple[Tensor, Tensor | None]:
+        load_forward_mode()
+        columns = torch.func.vmap(lambda v: torch.func.jvp(lambda y: self.p.f(t, y), (y,), (v,))[1])(self.tangents(y))
+        return self.as_blocks(columns), self.time_derivative(t, y) if rate else None
+
+    def difference_columns(self, t: Tensor, y: Tensor) -> Tensor:
+        """Central differences, each column of all systems at once."""
+        step = torch.finfo(y.dtype).eps ** (1 / 3) * torch.maximum(y.abs(), self.typical(y))
+        columns = [
+            (self.p.f(t, y + e * step) - self.p.f(t, y - e * step))
+            / (2 * step).reshape(self.B, self.d)[:, j : j + 1].expand(self.B, self.d).reshape(-1)
+            for j, e in enumerate(self.tangents(y))
+        ]
+        return self.as_blocks(torch.stack(columns))
+
+    def typical(self, y: Tensor) -> Tensor:
+        """Size of an element below which it counts as zero."""
+        rtol = torch.as_tensor(self.p.rtol, dtype=y.dtype).clamp_min(torch.finfo(y.dtype).eps ** 0.5)
+        return (torch.as_tensor(self.p.atol, dtype=y.dtype) / rtol.to(y.device)).clamp(1e-8, 1.0)
+
+    def time_derivative(self, t: Tensor, y: Tensor) -> Tensor:
+        """df/dt, (n,). By the reverse mode twice: nothing is left to do where f does not depend on t."""
+        if self.difference or self.blind_to_time:
+            return self.time_difference(t, y)
+        return self.seen(t, y, _directional_by_reverse(self.p, t, y, torch.ones_like(t), None))
+
+    def time_difference(self, t: Tensor, y: Tensor) -> Tensor:
+        step = torch.finfo(y.dtype).eps ** (1 / 3) * max(abs(float(t)), 1e-3)
+        return (self.p.f(t + step, y) - self.p.f(t - step, y)) / (2 * step)
+
+    def seen(self, t: Tensor, y: Tensor, slope: Tensor | None) -> Tensor:
+        """df/dt; where it is nothing at all, a difference tells (once a solve) whether f reads t as a number."""
+        if slope is None or self.blind_to_time:
+            return self.time_difference(t, y)
+        if self.time_checked or bool(slope.any()):
+            return slope
+        self.time_checked = True
+        difference = self.time_difference(t, y)
+        self.blind_to_time = bool((difference.abs() > 1e-6 * (1 + self.p.f(t, y).abs())).any())
+        return difference if self.blind_to_time else slope
+
+    # --- Systems ------------------------------------------------------------------------------------------------------
+
+    def system(self, J: Jacobian, shift: float | complex) -> Factors | Krylov:
+        """`shift M - J`, ready to be solved."""
+        if J.blocks is None:
+            return self.krylov(
+                lambda v: shift * self.times_mass(v) - self.product(J, v),
+                lambda v: shift * self.times_mass_transposed(v) - self.product_transposed(J, v),
+            )
+        self.stats.nlu += 1
+        W = -J.blocks
+        if isinstance(shift, complex):
+            W = W.to(torch.promote_types(W.dtype, torch.complex64))
+        if self.mass is None:
+            W.diagonal(dim1=-2, dim2=-1).add_(shift)
+        else:
+            W = W + shift * self.mass
+        return Factors(W)
+
+    def krylov(self, apply: Apply, apply_transposed: Apply) -> Krylov:
+        return Krylov(apply, apply_transposed, self.krylov_tol)
+
+    def times_mass_transposed(self, v: Tensor) -> Tensor:
+        if self.mass is None:
+            return v
+        return (v.reshape(*v.shape[:-1], self.B, self.d) @ self.mass.to(v.dtype)).reshape(v.shape)
+
+    def product(self, J: Jacobian, v: Tensor) -> Tensor:
+        """J v, (n,)."""
+        if v.is_complex():
+            return torch.complex(self.product(J, v.real), self.product(J, v.imag))
+        if J.blocks is not None:
+            return (J.blocks @ v.reshape(self.B, self.d, 1)).reshape(-1)
+        return directional(self.p, J.t, J.y, None, v)
+
+    def product_transposed(self, J: Jacobian, v: Tensor) -> Tensor:
+        """Jᵀ v, (n,)."""
+        if v.is_complex():
+            return torch.complex(self.product_transposed(J, v.real), self.product_transposed(J, v.imag))
+        if J.blocks is not None:
+            return (J.blocks.mT @ v.reshape(self.B, self.d, 1)).reshape(-1)
+        with torch.enable_grad():
+            y = J.y.detach().requires_grad_()
+            k = self.p.f(J.t, y)
+            out = torch.autograd.grad(k, y, v, allow_unused=True)[0] if k.requires_grad else None
+        return torch.zeros_like(v) if out is None else out
+
+
+Apply = Callable[[Tensor], Tensor]
+
+
+@functools.cache
+def load_forward_mode() -> None:
+    """What torch loads at the first use of its forward mode; it warns of a deprecation of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
+
+
+def directional(p: ODEProblem, t: Tensor, y: Tensor, dt: Tensor | None, dy: Tensor) -> Tensor:
+    """Derivative of f along (dt, dy), None being zero: shape (n,). With a graph, where autograd records."""
+    load_forward_mode()
+    try:
+        if dt is None:
+            return torch.func.jvp(lambda y: p.f(t, y), (y,), (dy,))[1]
+        return torch.func.jvp(p.f, (t, y), (dt.to(t), dy))[1]
+    except _REFUSALS:
+        return _directional_by_reverse(p, t, y, dt, dy)
+
+
+def _directional_by_reverse(p: ODEProblem, t: Tensor, y: Tensor, dt: Tensor | None, dy: Tensor | None) -> Tensor:
+    """The same by the reverse mode taken twice: the product with v is linear in v, and its derivative is the answer."""
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        t, y = (x if x.requires_grad else x.detach().requires_grad_() for x in (t, y))
+        k = p.f(t, y)
+        if not k.requires_grad:
+            return torch.zeros_like(k)
+        v = torch.zeros_like(k, requires_grad=True)
+        pairs = [(x, dx.to(x)) for x, dx in ((t, dt), (y, dy)) if dx is not None]
+        back = torch.autograd.grad(k, [x for x, _ in pairs], v, create_graph=True, allow_unused=True)
+        terms = [(g * dx).sum() for g, (_, dx) in zip(back, pairs) if g is not None and g.requires_grad]
+        if not terms:
+            return torch.zeros_like(k)
+        out = torch.autograd.grad(torch.stack(terms).sum(), v, create_graph=recorded, allow_unused=True)[0]
+    return torch.zeros_like(k) if out is None else out
+
+
+class Factors:
+    """LU factors of a block for each system, (B, d, d). `ok` is False where one is singular."""
+
+    def __init__(self, W: Tensor) -> None:
+        self.shape = W.shape[:-1]
+        self.lu, self.pivots, info = torch.linalg.lu_factor_ex(W if len(W) > 1 else W[0])
+        self.ok = not bool(info.any())
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """(B d,) -> (B d,)."""
+        column = rhs.reshape(*self.shape, 1) if self.shape[0] > 1 else rhs.reshape(-1, 1)
+        return torch.linalg.lu_solve(self.lu, self.pivots, column).reshape(-1)
+
+
+class Krylov:
+    """A system known by its products, solved by GMRES; differentiable in the right-hand side."""
+
+    ok = True
+
+    def __init__(self, apply: Apply, apply_transposed: Apply, tol: float) -> None:
+        self.apply, self.apply_transposed, self.tol = apply, apply_transposed, tol
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and rhs.requires_grad:
+            return _KrylovSolve.apply(self, rhs)
+        return gmres(self.apply, rhs.detach(), self.tol)
+
+
+class _KrylovSolve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, system: Krylov, rhs: Tensor) -> Tensor:
+        ctx.system = system
+        return gmres(system.apply, rhs, system.tol)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
+        s: Krylov = ctx.system
+        return None, Krylov(s.apply_transposed, s.apply, s.tol).solve(g)
+
+
+_RESTART, _CYCLES = 60, 10
+
+
+@torch.no_grad()
+def gmres(apply: Apply, b: Tensor, tol: float) -> Tensor:
+    """Restarted GMRES (Saad & Schultz, SIAM J. Sci. Stat. Comput. 7, 1986): x with |b - A x| <= tol |b|.
+
+    NaN where it does not get there, which the caller takes for a step that was not solved.
+    """
+    x, target = torch.zeros_like(b), tol * float(torch.linalg.vector_norm(b))
+    r, size = b, float(torch.linalg.vector_norm(b))
+    for _ in range(_CYCLES):
+        if size <= target:
+            return x
+        basis = [r / size]
+        H = torch.zeros(_RESTART + 1, _RESTART, dtype=b.dtype)
+        e = torch.zeros(_RESTART + 1, 1, dtype=b.dtype)
+        e[0] = size
+        for j in range(_RESTART):
+            w = apply(basis[j])
+            V = torch.stack(basis)
+            for _again in range(2):  # Gram-Schmidt, twice for orthogonality to rounding
+                h = V.conj() @ w
+                w = w - h @ V
+                H[: j + 1, j] += h.cpu()
+            norm = float(torch.linalg.vector_norm(w))
+            H[j + 1, j] = norm
+            coefficients = torch.linalg.lstsq(H[: j + 2, : j + 1], e[: j + 2]).solution
+            left = float(torch.linalg.vector_norm(H[: j + 2, : j + 1] @ coefficients - e[: j + 2]))
+            if not left > 0.3 * target or norm == 0 or norm != norm:
+                break
+            basis.append(w / norm)
+        x = x + (torch.stack(basis[: len(coefficients)]).T @ coefficients.to(b.device)).reshape(-1)
+        r = b - apply(x)
+        size = float(torch.linalg.vector_norm(r))
+    return x if size <= target else torch.full_like(b, torch.nan)
