@@ -1,8 +1,9 @@
 """Solve and differentiate `h' = f(t, h)` from PyTorch."""
 
 from . import errors
+from .bridge.function import julia_function
 from .gradients import GRADIENTS
-from .methods import METHODS
+from .methods import METHODS, julia_method
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from .solution import Solution, Stats
 
@@ -13,6 +14,8 @@ __all__ = [
     "Solution",
     "Stats",
     "errors",
+    "julia_function",
+    "julia_method",
     "odeint",
     "odeint_adjoint",
     "odeint_dense",

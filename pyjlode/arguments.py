@@ -20,7 +20,7 @@ from .problem import Callbacks, Layout, Norm, SolverOptions, is_finite, max_rms_
 
 FLOATS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
-_COMMON = {"norm", "max_num_steps", "dtype"}
+_COMMON = {"norm", "max_num_steps", "dtype", "specialize"}
 _BY_KIND: dict[str, set[str]] = {
     "adaptive": {"first_step", "safety", "ifactor", "dfactor", "min_step", "max_step", "step_t", "jump_t"},
     "fixed": {"step_size", "grid_constructor", "interp", "perturb"},
@@ -31,6 +31,7 @@ _BY_KIND: dict[str, set[str]] = {
     "scipy": {"solver", "first_step", "min_step", "max_step"},
 }
 _BY_KIND["auto"] = _BY_KIND["stiff"]
+_BY_KIND["julia"] = {"first_step", "min_step", "max_step", "step_t", "jump_t", "step_size"}
 _KNOWN = sorted({field.name for field in fields(SolverOptions)} | {"dtype"})
 _warned: set[str] = set()
 
@@ -95,6 +96,8 @@ def times(t: Any, *, name: str = "t") -> tuple[Tensor, list[float]]:
 
 
 def method_of(method: Any, options: Any = None) -> Method:
+    if isinstance(method, Method):
+        return method
     if method is not None and not isinstance(method, str):
         raise BadOption(f"method must be a name or None; got {method!r}.")
     row = methods.find(method)
@@ -189,6 +192,8 @@ def options(given: Any, method: Method, h0: Any, f: Any, layout: Layout) -> Solv
         raise BadOption(f"options['consistent'] must be 'check' or 'compute'; got {read['consistent']!r}.")
     if "batch_dims" in read:
         read["batch_dims"] = batch_dims(read["batch_dims"], layout)
+    if read.get("specialize", "auto") not in ("auto", "full"):
+        raise BadOption(f"options['specialize'] must be 'auto' or 'full'; got {read['specialize']!r}.")
     if read.get("interp", "linear") not in ("linear", "cubic"):
         raise BadOption(f"options['interp'] must be 'linear' or 'cubic'; got {read['interp']!r}.")
     if "step_size" in read and "grid_constructor" in read:

@@ -10,7 +10,7 @@ from . import errors
 from .native import stiff_tableaus as st
 from .native import tableaus as tb
 
-Kind = Literal["adaptive", "fixed", "implicit", "stiff", "auto", "adams", "scipy"]
+Kind = Literal["adaptive", "fixed", "implicit", "stiff", "auto", "adams", "scipy", "julia"]
 Tableau = (
     tb.ExplicitTableau | tb.ImplicitTableau | st.RosenbrockTableau | st.EsdirkTableau | st.RadauTableau | st.NDFTableau
 )
@@ -25,8 +25,8 @@ class Method:
         order: order of convergence of the state at the end of a step.
         kind: `adaptive` (explicit Runge-Kutta with error control), `fixed` (explicit Runge-Kutta), `implicit`
             (Runge-Kutta whose stages need a nonlinear solve, fixed steps), `stiff` (implicit, with error control),
-            `auto` (switches between an adaptive and a stiff one), `adams` (linear multistep, fixed steps) or `scipy`
-            (`scipy.integrate.solve_ivp`).
+            `auto` (switches between an adaptive and a stiff one), `adams` (linear multistep, fixed steps), `scipy`
+            (`scipy.integrate.solve_ivp`) or `julia` (one that only Julia has).
         tableau: coefficients of the native engine; None where a method has none.
         pi: (beta1, beta2) of the step-size controller, see `native/controller.py`; unused by fixed steps, `radau5` and
             `bdf`.
@@ -46,7 +46,7 @@ class Method:
 
     @property
     def adaptive(self) -> bool:
-        return self.kind in ("adaptive", "stiff", "auto", "scipy")
+        return self.kind in ("adaptive", "stiff", "auto", "scipy", "julia")
 
     @property
     def controlled(self) -> bool:
@@ -162,6 +162,17 @@ def find(name: str | None) -> Method:
     if key not in METHODS:
         raise errors.UnknownMethod(unknown(name, "method", [*METHODS, *ALIASES]))
     return METHODS[key]
+
+
+def julia_method(expression: str) -> Method:
+    """Any solver of DifferentialEquations.jl, for `method=` with the Julia engine.
+
+    Args:
+        expression: Julia code that makes the algorithm, e.g. `"KenCarp47(linsolve=KrylovJL_GMRES())"`; everything that
+            OrdinaryDiffEq's solver packages and LinearSolve export is in scope. It is evaluated at the first solve,
+            which raises BadOption if Julia does not take it.
+    """
+    return Method(expression, 0, "julia", "a solver of DifferentialEquations.jl", julia=expression, mass=True)
 
 
 def unknown(name: object, what: str, names: list[str]) -> str:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from . import arguments, gradients, parameters
 from .bridge import engine as julia
 from .bridge import runtime as julia_runtime
+from .bridge.function import JuliaFunction
 from .errors import BadOption, BadShape, BadTime, EngineUnavailable, GradientUnavailable
 from .native import engine as native
 from .problem import AdjointSettings, Field, Layout, ODEProblem
@@ -273,8 +274,14 @@ def _engine(name: str, p: ODEProblem, adjoint: bool | str, *, recorded: bool = F
         name, reason = os.environ[ENGINE_VARIABLE], f"asked for by {ENGINE_VARIABLE}"
         if name not in ("torch", "julia"):
             raise BadOption(f"{ENGINE_VARIABLE} must be 'torch', 'julia' or 'auto'; it is {name!r}.")
-    if name == "torch":
+    only_julia = p.method.kind == "julia" or isinstance(p.f.f, JuliaFunction)
+    if name == "torch" and not only_julia:
         return native, reason
+    if only_julia:
+        what = f"method={p.method.name!r}" if p.method.kind == "julia" else "a julia_function"
+        if name == "torch":
+            raise BadOption(f"{what} needs Julia; use engine='julia'.")
+        name, reason = "julia", f"{what} needs it"
     found = julia_runtime.find()
     if isinstance(found, str):
         if name == "julia":

@@ -159,6 +159,7 @@ class SolverOptions:
         consistent: with a singular mass matrix, "check" refuses an `h0` that the algebraic equations do not hold for;
             "compute" changes its algebraic part until they do (Brown, Hindmarsh & Petzold 1998).
         allow_unstable: let `adjoint="backsolve"` solve a stiff system backward.
+        specialize: "full" compiles Julia's solver for this very `julia_function`: seconds once, and then it is faster.
         solver: name of the `scipy.integrate.solve_ivp` method.
     """
 
@@ -181,6 +182,7 @@ class SolverOptions:
     batch_dims: int = 0
     consistent: str = "check"
     allow_unstable: bool = False
+    specialize: str = "auto"
     solver: str = "LSODA"
 
 

@@ -2,19 +2,26 @@
 module PyJLODESciMLSensitivityExt
 
 using PrecompileTools: @compile_workload, @setup_workload
-using PyJLODE: PyJLODE, Borrowed, Solve, algorithm, borrowed, solve_linear, tolerance
+using PyJLODE: PyJLODE, Borrowed, Field, Solve, Source, algorithm, borrowed, solve_linear, tolerance
 using SciMLSensitivity: BacksolveAdjoint, GaussAdjoint, GaussKronrodAdjoint, InterpolatingAdjoint, QuadratureAdjoint,
-    adjoint_sensitivities
+    ReverseDiffVJP, adjoint_sensitivities
 
-# The products are the field's: nothing is differentiated here.
 const METHODS = Dict(
-    "interpolating" => (rtol, atol) -> InterpolatingAdjoint(; autojacvec = false, autodiff = false),
-    "gauss" => (rtol, atol) -> GaussAdjoint(; autojacvec = false, autodiff = false),
-    "gauss_kronrod" => (rtol, atol) -> GaussKronrodAdjoint(; autojacvec = false, autodiff = false),
-    "quadrature" =>
-        (rtol, atol) -> QuadratureAdjoint(; autojacvec = false, autodiff = false, reltol = rtol, abstol = atol),
-    "backsolve" => (rtol, atol) -> BacksolveAdjoint(; autojacvec = false, autodiff = false),
+    "interpolating" => InterpolatingAdjoint,
+    "gauss" => GaussAdjoint,
+    "gauss_kronrod" => GaussKronrodAdjoint,
+    "quadrature" => QuadratureAdjoint,
+    "backsolve" => BacksolveAdjoint,
 )
+
+# A field has its own products, and nothing is differentiated here; source code is.
+products(::Field) = (; autojacvec = false, autodiff = false)
+products(::Source) = (; autojacvec = ReverseDiffVJP())
+
+function adjoint_method(name, field, reltol, abstol)
+    tolerances = name == "quadrature" ? (; reltol = minimum(reltol), abstol = minimum(abstol)) : (;)
+    return METHODS[name](; products(field)..., tolerances...)
+end
 
 function PyJLODE.adjoint!(
         du0::Borrowed{T}, dp::Borrowed{T}, s::Solve{T}, name::String, alg, times::Borrowed{Float64}, g::Borrowed{T};
@@ -26,7 +33,7 @@ function PyJLODE.adjoint!(
         return nothing
     end
     reltol, abstol = tolerance(rtol), tolerance(atol)
-    method = METHODS[name](minimum(reltol), minimum(abstol))
+    method = adjoint_method(name, s.field, reltol, abstol)
     ts = times.array[2:end]
     a, b = adjoint_sensitivities(
         s.sol, alg; t = ts, dgdu_discrete = dgdu, sensealg = method, reltol, abstol, maxiters = max_steps,

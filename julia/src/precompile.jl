@@ -25,7 +25,8 @@ for T in (Float32, Float64)
             null = C_NULL
             return Field{$T}(
                 1; f, jac = jacobian ? jac : null, tgrad = jacobian ? tgrad : null, vjp = products ? vjp : null,
-                vjp_p = products ? vjp : null, event = event ? margin : null
+                vjp_p = products ? vjp : null, event = event ? margin : null,
+                parameters = products ? 1 : 0,
             )
         end
         c_jacobian(J::Ptr{$T}, u::Ptr{$T}, t::Cdouble) = (unsafe_store!(J, -one($T)); Cint(0))
@@ -42,7 +43,7 @@ function solve_linear(::Type{T}, alg; dense::Bool = false, kwargs...) where {T}
     field.event == C_NULL || (times = [0.0, 1.0]; out = zeros(T, 2))
     s, outcome = solve(
         field, alg, borrowed(ones(T, 1)), borrowed(times), borrowed(out), borrowed([0, 1]);
-        rtol = 1.0e-4, atol = 1.0e-6, parameters = dense ? 1 : 0, stops = borrowed(Float64[]),
+        rtol = 1.0e-4, atol = 1.0e-6, stops = borrowed(Float64[]),
         jumps = borrowed(Float64[]), dense
     )
     return s, outcome, times, out

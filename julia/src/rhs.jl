@@ -10,7 +10,7 @@ struct Abandoned <: Exception end
 const PINNED = 32
 
 """
-    Field{T}(n; f, jac, tgrad, vjp, vjp_p, event)
+    Field{T}(n; f, jac, tgrad, vjp, vjp_p, event, parameters)
 
 A vector field over `n` numbers of type `T`, by the addresses of C functions (0 where there is none). All return 0, or
 another number to give the solve up:
@@ -18,6 +18,7 @@ another number to give the solve up:
     f(du, u, t)    jac(J, u, t)    tgrad(dT, u, t)    vjp(out, v, u, t)    vjp_p(out, v, u, t)    event(margin, u, t)
 
 with pointers to contiguous numbers and `t` a double; `J` is in column-major order, and `margin` one double.
+`parameters` says how many `vjp_p` differentiates by; their values are known to the functions alone.
 
 A callback may keep looking at the arrays of `f` after it has returned (a tensor made of such memory is cached, and may
 be kept by the user): they live for as long as the field does. There are at most $(2PINNED) of them: what a solver makes
@@ -34,11 +35,14 @@ mutable struct Field{T}
     const pinned::Vector{Vector{T}}
     const u::Vector{T}
     const du::Vector{T}
+    const parameters::Vector{T}
 end
 
-function Field{T}(n::Integer; f, jac = 0, tgrad = 0, vjp = 0, vjp_p = 0, event = 0) where {T}
-    pointers = map(address -> Ptr{Cvoid}(UInt(address)), (f, jac, tgrad, vjp, vjp_p, event))
-    return Field{T}(n, pointers..., Vector{T}[], T[], T[])
+pointer_to(address) = Ptr{Cvoid}(UInt(address))
+
+function Field{T}(n::Integer; f, jac = 0, tgrad = 0, vjp = 0, vjp_p = 0, event = 0, parameters::Integer = 0) where {T}
+    pointers = map(pointer_to, (f, jac, tgrad, vjp, vjp_p, event))
+    return Field{T}(n, pointers..., Vector{T}[], T[], T[], zeros(T, parameters))
 end
 
 "Whether a callback may look at `a` itself."
@@ -107,8 +111,8 @@ struct ParameterVJP{T}
 end
 (vjp::ParameterVJP)(out, v, u, p, t) = (call(vjp.field.vjp_p, out, v, u, t); nothing)
 
-"The `ODEFunction` of a field, with all the products that it has."
-function ode_function(field::Field; mass_matrix = I)
+"The `ODEFunction` of a field, with all the products that it has. `full`: solvers are compiled for this very function."
+function ode_function(field::Field; mass_matrix = I, full = true)
     or_nothing(address, wrap) = address == C_NULL ? nothing : wrap(field)
     return ODEFunction{true, FullSpecialize}(
         RHS(field);
@@ -118,4 +122,34 @@ function ode_function(field::Field; mass_matrix = I)
         vjp = or_nothing(field.vjp, VJP),
         vjp_p = or_nothing(field.vjp_p, ParameterVJP),
     )
+end
+
+"""
+    Source{T}(n, f; parameters, event)
+
+A vector field that is Julia code, `f(du, u, p, t)`, with the values of its parameters (borrowed). Solvers and adjoints
+differentiate it themselves.
+"""
+struct Source{T, F}
+    n::Int
+    f::F
+    event::Ptr{Cvoid}
+    parameters::Vector{T}
+end
+
+function Source{T}(n::Integer, f; parameters::Borrowed{T}, event = 0) where {T}
+    return Source{T, typeof(f)}(n, f, pointer_to(event), copy(parameters.array))
+end
+
+"The function `f(du, u, p, t)` that Julia source text defines; the last expression of the text must be it."
+source_function(text::AbstractString) = Core.eval(Module(), Meta.parseall(text))
+
+"`f(du, u, p, t)` once."
+function evaluate!(du::Borrowed, f, u::Borrowed, p::Borrowed, t::Float64)
+    f(du.array, u.array, p.array, t)
+    return nothing
+end
+
+function ode_function(field::Source; mass_matrix = I, full = false)
+    return full ? ODEFunction{true, FullSpecialize}(field.f; mass_matrix) : ODEFunction{true}(field.f; mass_matrix)
 end

@@ -5,8 +5,8 @@ A solve, for as long as anybody may ask for its dense output or its adjoint.
 
 `owners` are kept because the solution refers to memory that is theirs.
 """
-mutable struct Solve{T}
-    const field::Field{T}
+mutable struct Solve{T, F}
+    const field::F
     const owners::Vector{Any}
     sol::Any
 end
@@ -34,16 +34,16 @@ end
 
 "The margin of an event: positive before it."
 mutable struct Event{T}
-    const field::Field{T}
+    const call::Ptr{Cvoid}
     const u::Vector{T}
     const margin::Vector{Float64}
     time::Float64
 end
-Event(field::Field{T}) where {T} = Event{T}(field, Vector{T}(undef, field.n), zeros(1), NaN)
+Event(field, ::Type{T}) where {T} = Event{T}(field.event, Vector{T}(undef, field.n), zeros(1), NaN)
 
 function (event::Event)(u, t, integrator)
     copyto!(event.u, u)
-    call(event.field.event, event.margin, event.u, t)
+    call(event.call, event.margin, event.u, t)
     return event.margin[1]
 end
 
@@ -88,33 +88,34 @@ other).
 
 # Arguments
 
-  - `field`: the vector field; with an `event`, the solve ends there and the second state of `out` is that at the event.
+  - `field`: the vector field, a [`Field`](@ref) or a [`Source`](@ref); with an `event`, the solve ends there and the second state of `out` is that at the event.
   - `u0`, `times`, `out`: [`Borrowed`](@ref).
   - `offsets`: where the tensors of the state lie in it, see [`LargestRMS`](@ref); borrowed Int64.
-  - `parameters`: how many parameters the field's `vjp_p` differentiates by.
   - `rtol`, `atol`: numbers, or borrowed vectors.
   - `first_step`: 0 lets the solver choose; with `adaptive = false` the step, and 0 steps from time to time.
   - `stops`, `jumps`: borrowed times that a step ends at, and where the field jumps.
+  - `full`: compile the solver for a `Source` of its own, which takes seconds and runs faster.
   - `dense`: keep what the dense output and the adjoints need.
 
 # Returns
 
-A [`Solve`](@ref), and `(retcode, t, dt, naccept, nreject, njac, nlu, nnewton, event_time)`; the last is NaN without one.
+A [`Solve`](@ref), and `(retcode, t, dt, naccept, nreject, njac, nlu, nnewton, nf, event_time)`; the last is NaN without
+an event.
 """
 function solve(
-        field::Field{T}, alg, u0::Borrowed{T}, times::Borrowed{Float64}, out::Borrowed{T}, offsets::Borrowed{Int64};
-        rtol, atol, parameters::Int = 0, adaptive::Bool = true, first_step::Float64 = 0.0, max_step::Float64 = Inf,
+        field, alg, u0::Borrowed{T}, times::Borrowed{Float64}, out::Borrowed{T}, offsets::Borrowed{Int64};
+        rtol, atol, adaptive::Bool = true, first_step::Float64 = 0.0, max_step::Float64 = Inf,
         min_step::Float64 = 0.0, max_steps::Int = 100_000, stops::Borrowed{Float64}, jumps::Borrowed{Float64},
-        dense::Bool = false, mass_matrix = nothing,
+        dense::Bool = false, full::Bool = false, mass_matrix = nothing,
     ) where {T}
     ts = copy(times.array)
     states = reshape(out.array, field.n, length(ts))
     isempty(states) || copyto!(view(states, :, 1), u0.array)
     direction = length(ts) > 1 && ts[2] < ts[1] ? -1.0 : 1.0
-    event = field.event == C_NULL ? nothing : Event(field)
+    event = field.event == C_NULL ? nothing : Event(field, T)
     span = event === nothing ? (ts[1], ts[end]) : (ts[1], direction * Inf)
     mass = mass_matrix === nothing ? I : copy(reshape(mass_matrix.array, field.n, field.n))
-    problem = ODEProblem(ode_function(field; mass_matrix = mass), u0.array, span, zeros(T, parameters))
+    problem = ODEProblem(ode_function(field; mass_matrix = mass, full), u0.array, span, field.parameters)
     outputs = DiscreteCallback(
         always, Outputs{T}(event === nothing ? ts : ts[1:1], states, 2); save_positions = (false, false)
     )
@@ -144,9 +145,9 @@ function solve(
     (; stats, retcode) = sol
     outcome = (
         string(retcode), Float64(integrator.t), Float64(integrator.dt), stats.naccept, stats.nreject, stats.njacs,
-        stats.nw, stats.nnonliniter, event === nothing ? NaN : event.time,
+        stats.nw, stats.nnonliniter, stats.nf, event === nothing ? NaN : event.time,
     )
-    return Solve{T}(field, Any[u0.owner], sol), outcome
+    return Solve{T, typeof(field)}(field, Any[u0.owner], sol), outcome
 end
 
 tolerance(x::Real) = Float64(x)

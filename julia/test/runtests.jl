@@ -68,7 +68,7 @@ exact(t, u0 = [1.0, 0.5]) = exp(matrix() * t) * u0
 
 function run(::Type{T}, text, times; names = (:f,), rtol = 1.0e-6, kwargs...) where {T}
     all = pointers(T)
-    field = Field{T}(2; NamedTuple{names}(all)...)
+    field = Field{T}(2; NamedTuple{names}(all)..., parameters = :vjp_p in names ? 1 : 0)
     u0, out = T[1, 0.5], zeros(T, 2, length(times))
     s, outcome = PyJLODE.solve(
         field, algorithm(text), borrow(u0), borrow(collect(Float64, times)), borrow(out), borrow([0, 2]);
@@ -157,7 +157,7 @@ end
     @testset "adjoint $name, $T" for name in ("interpolating", "gauss", "gauss_kronrod", "quadrature", "backsolve"), T in (Float32, Float64)
         times = [0.0, 1.0, 2.0, 2.5]
         rtol = T == Float64 ? 1.0e-9 : 1.0e-5
-        r = run(T, "Tsit5()", times; names = (:f, :vjp, :vjp_p), parameters = 1, dense = true, rtol)
+        r = run(T, "Tsit5()", times; names = (:f, :vjp, :vjp_p), dense = true, rtol)
         du0, dp = zeros(T, 2), zeros(T, 1)
         PyJLODE.adjoint!(
             borrow(du0), borrow(dp), r.s, name, algorithm("Tsit5()"), borrow(times), borrow(2 .* r.out);
@@ -171,5 +171,24 @@ end
         want_p = (at(0.1 + h) - at(0.1 - h)) / 2h
         @test du0 ≈ want rtol = 1.0e3 * rtol
         @test dp[1] ≈ want_p rtol = 1.0e3 * rtol
+    end
+
+    @testset "a field that is Julia code" begin
+        text = "function f(du, u, p, t)\n du[1] = u[2]\n du[2] = -u[1] - p[1] * u[2]\n end"
+        field = PyJLODE.Source{Float64}(2, PyJLODE.source_function(text); parameters = borrow([0.1]))
+        for alg in ("Tsit5()", "Rodas5P()"), full in (false, true)
+            out = zeros(2, 2)
+            s, outcome = PyJLODE.solve(
+                field, algorithm(alg), borrow([1.0, 0.5]), borrow([0.0, 3.0]), borrow(out), borrow([0, 2]);
+                rtol = 1.0e-8, atol = 1.0e-8, stops = borrow(Float64[]), jumps = borrow(Float64[]), dense = true, full
+            )
+            @test out[:, 2] ≈ exact(3.0) rtol = 1.0e-6
+            du0, dp = zeros(2), zeros(1)
+            PyJLODE.adjoint!(
+                borrow(du0), borrow(dp), s, "gauss", algorithm(alg), borrow([0.0, 3.0]), borrow([0.0 1.0; 0.0 0.0]);
+                rtol = 1.0e-8, atol = 1.0e-8
+            )
+            @test du0 ≈ exp(matrix() * 3)[1, :] rtol = 1.0e-5
+        end
     end
 end

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from .. import ends
-from ..errors import NonFiniteState, NotConverged, SolveError
+from ..errors import BadOption, NonFiniteState, NotConverged, SolveError
 from ..gradients import Gradients, time_gradient
+from ..methods import Method
 from ..problem import ODEProblem, SolverOptions, is_finite
 from ..solution import Stats
 from . import runtime
+from .function import JuliaFunction
 from .memory import borrow
-from .rhs import RHS
+from .rhs import Callbacks, field_of
 
 NAME = "julia"
 
@@ -24,7 +26,7 @@ NAME = "julia"
 RECOMMENDED = "gauss"
 
 GRADIENTS = ("backsolve", "interpolating", "quadrature", "gauss")
-_OPTIONS = {"first_step", "min_step", "max_step", "max_num_steps", "step_t", "jump_t", "step_size"}
+_OPTIONS = {"first_step", "min_step", "max_step", "max_num_steps", "step_t", "jump_t", "step_size", "specialize"}
 
 
 @dataclass
@@ -51,14 +53,14 @@ class Memory:
     problem: ODEProblem
     record: Record
     gradient: str
-    rhs: RHS | None
+    rhs: Callbacks | None
     solve: Any
 
 
 class DenseOutput:
     """The solution as a function of time, from Julia's."""
 
-    def __init__(self, rhs: RHS, solve: Any) -> None:
+    def __init__(self, rhs: Callbacks, solve: Any) -> None:
         self.rhs, self.solve = rhs, solve
 
     def __call__(self, times: Tensor) -> Tensor:
@@ -118,7 +120,7 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
             borrow(jl, theta),
             memory.solve,
             memory.gradient,
-            jl.algorithm(settings.method.julia),
+            _algorithm(jl, settings.method),
             borrow(jl, torch.tensor(times, dtype=torch.float64)),
             borrow(jl, g.contiguous()),
             rtol=_tolerance(jl, settings.rtol),
@@ -129,17 +131,18 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     return Gradients(a + g[0], time_gradient(p, record, g, a), params)
 
 
-def _solve(p: ODEProblem, stats: Stats, gradient: str | None, dense: bool) -> tuple[Record, RHS | None, Any]:
+def _solve(p: ODEProblem, stats: Stats, gradient: str | None, dense: bool) -> tuple[Record, Callbacks | None, Any]:
     if len(p.times) == 1 or p.y0.numel() == 0:
         return Record(p.y0.detach().expand(len(p.times), -1).clone()), None, None
     o = p.options
     y0 = p.y0.detach().contiguous()
     out = torch.empty(len(p.times), y0.numel(), dtype=y0.dtype)
     with torch.no_grad(), runtime.julia() as jl:
-        algorithm = jl.algorithm(p.method.julia)
+        algorithm = _algorithm(jl, p.method)
         adaptive, implicit = jl.traits(algorithm)
-        rhs = RHS(jl, p, gradient=gradient, implicit=implicit)
-        fixed = not p.method.adaptive
+        rhs = field_of(jl, p, gradient=gradient, implicit=implicit)
+        # A method of the user's own keeps to a grid if it is given one.
+        fixed = not p.method.adaptive or o.step_size is not None
         sizes = p.layout.sizes if p.layout is not None else [y0.numel()]
         solution, outcome = _call(
             rhs,
@@ -152,7 +155,6 @@ def _solve(p: ODEProblem, stats: Stats, gradient: str | None, dense: bool) -> tu
             borrow(jl, torch.tensor([0, *sizes]).cumsum(0)),
             rtol=_tolerance(jl, p.rtol),
             atol=_tolerance(jl, p.atol),
-            parameters=rhs.params.size if gradient else 0,
             adaptive=adaptive and not fixed,
             first_step=(o.step_size if fixed else o.first_step) or 0.0,
             max_step=o.max_step,
@@ -161,9 +163,12 @@ def _solve(p: ODEProblem, stats: Stats, gradient: str | None, dense: bool) -> tu
             stops=borrow(jl, torch.tensor(o.step_t, dtype=torch.float64)),
             jumps=borrow(jl, torch.tensor(o.jump_t, dtype=torch.float64)),
             dense=dense or gradient is not None,
+            full=o.specialize == "full",
             mass_matrix=None if p.mass is None else borrow(jl, p.mass.T.contiguous()),
         )
-    code, t, dt, stats.naccept, stats.nreject, stats.njac, stats.nlu, stats.nnewton, event_t = outcome
+    code, t, dt, stats.naccept, stats.nreject, stats.njac, stats.nlu, stats.nnewton, nf, event_t = outcome
+    if isinstance(p.f.f, JuliaFunction):
+        p.f.nfe += nf
     if code not in ("Success", "Terminated", "Default"):
         raise _failure(p, code, t, dt)
     if not is_finite(out):
@@ -174,13 +179,20 @@ def _solve(p: ODEProblem, stats: Stats, gradient: str | None, dense: bool) -> tu
     return record, rhs, solution
 
 
-def _call(rhs: RHS, function: Any, *args: Any, **kwargs: Any) -> Any:
+def _call(rhs: Callbacks, function: Any, *args: Any, **kwargs: Any) -> Any:
     """Call Julia; what a callback raised there is raised here as itself."""
     try:
         return function(*args, **kwargs)
     except Exception:
         rhs.raise_error()
         raise
+
+
+def _algorithm(jl: Any, method: Method) -> Any:
+    try:
+        return jl.algorithm(method.julia)
+    except Exception as error:
+        raise BadOption(f"method={method.name!r}: Julia does not make a solver of that: {error}") from error
 
 
 def _tolerance(jl: Any, tol: float | Tensor) -> Any:

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..derivatives import jacobian, pull_back, vjp
 from ..events import Margin
 from ..problem import Layout, ODEProblem
-from .memory import JULIA_TYPES, Views, look
+from .function import JuliaFunction
+from .memory import JULIA_TYPES, Views, borrow, look
 
 _PLAIN = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double)
 _PRODUCT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double)
@@ -21,38 +22,33 @@ _PRODUCT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctyp
 _FAR = 1e300
 
 
-class RHS:
-    """The C functions of one problem. Whoever calls into Julia with `field` must hold this.
+def field_of(jl: Any, p: ODEProblem, *, gradient: str | None, implicit: bool) -> RHS | Source:
+    """The problem's vector field for Julia."""
+    if isinstance(p.f.f, JuliaFunction):
+        return Source(jl, p, p.f.f)
+    return RHS(jl, p, gradient=gradient, implicit=implicit)
+
+
+class Callbacks:
+    """C functions of a problem that Julia calls.
 
     An exception in one of them cannot pass through Julia's solver: it is kept in `error`, the function returns 1, on
     which Julia abandons the solve, and `raise_error` raises it in Python.
-
-    Args:
-        jl: the module `PyJLODE`.
-        gradient: name of the gradient method that will be asked for; None for none.
     """
 
-    def __init__(self, jl: Any, p: ODEProblem, *, gradient: str | None = None, implicit: bool = False) -> None:
+    def __init__(self, p: ODEProblem) -> None:
         self.p = p
         self.n, self.dtype = p.y0.numel(), p.y0.dtype
         self.params = Layout(list(p.params))
-        self.joint = gradient in ("interpolating", "backsolve")  # both products are asked for, one after the other
-        self.pending: list[Tensor | None] | None = None
         self.error: BaseException | None = None
-        self.views = Views(p.f.shape or torch.Size([self.n]), self.dtype)
-        self.functions: dict[str, Any] = {"f": _PLAIN(self.guard(self.f()))}
-        if implicit:
-            self.functions["jac"] = _PLAIN(self.guard(self.jac))
-            self.functions["tgrad"] = _PLAIN(self.guard(self.tgrad))
-        if gradient is not None:
-            self.functions["vjp"] = _PRODUCT(self.guard(self.vjp))
-            self.functions["vjp_p"] = _PRODUCT(self.guard(self.vjp_p))
+        self.functions: dict[str, Any] = {}
         if p.event_fn is not None:
             self.margin = Margin(p)
             self.functions["event"] = _PLAIN(self.guard(self.event))
-        pointers = {name: ctypes.cast(f, ctypes.c_void_p).value for name, f in self.functions.items()}
-        self.field = jl.Field[getattr(jl, JULIA_TYPES[self.dtype])](self.n, **pointers)
-        self.views.owner = self.field
+
+    @property
+    def pointers(self) -> dict[str, int]:
+        return {name: ctypes.cast(f, ctypes.c_void_p).value or 0 for name, f in self.functions.items()}
 
     def raise_error(self) -> None:
         """Raise what a callback raised, if one did, with its own traceback."""
@@ -71,6 +67,49 @@ class RHS:
 
         return guarded
 
+    def state(self, address: int) -> Tensor:
+        """Shape (n,): a copy, for what autograd may keep."""
+        return look(address, self.n, self.dtype).clone()
+
+    def event(self, margin: int, u: int, t: float) -> None:
+        value = self.margin(t, self.state(u))
+        ctypes.c_double.from_address(margin).value = min(value, _FAR)
+
+
+class Source(Callbacks):
+    """A field that is Julia code: only its event function is called back."""
+
+    def __init__(self, jl: Any, p: ODEProblem, f: JuliaFunction) -> None:
+        super().__init__(p)
+        theta = f.params.detach().to(self.dtype).contiguous()
+        make = jl.Source[getattr(jl, JULIA_TYPES[self.dtype])]
+        self.field = make(self.n, f.handle, parameters=borrow(jl, theta), **self.pointers)
+
+
+class RHS(Callbacks):
+    """The C functions of one problem's vector field and products. Whoever calls into Julia with `field` must hold this.
+
+    Args:
+        jl: the module `PyJLODE`.
+        gradient: name of the gradient method that will be asked for; None for none.
+    """
+
+    def __init__(self, jl: Any, p: ODEProblem, *, gradient: str | None = None, implicit: bool = False) -> None:
+        super().__init__(p)
+        self.joint = gradient in ("interpolating", "backsolve")  # both products are asked for, one after the other
+        self.pending: list[Tensor | None] | None = None
+        self.views = Views(p.f.shape or torch.Size([self.n]), self.dtype)
+        self.functions["f"] = _PLAIN(self.guard(self.f()))
+        if implicit:
+            self.functions["jac"] = _PLAIN(self.guard(self.jac))
+            self.functions["tgrad"] = _PLAIN(self.guard(self.tgrad))
+        if gradient is not None:
+            self.functions["vjp"] = _PRODUCT(self.guard(self.vjp))
+            self.functions["vjp_p"] = _PRODUCT(self.guard(self.vjp_p))
+        make = jl.Field[getattr(jl, JULIA_TYPES[self.dtype])]
+        self.field = make(self.n, parameters=self.params.size if gradient else 0, **self.pointers)
+        self.views.owner = self.field
+
     def f(self) -> Callable[[int, int, float], None]:
         # Every name that the innermost call of all uses is a local one.
         views, f, dtype, tensor = self.views, self.p.f.raw, self.dtype, torch.tensor
@@ -79,10 +118,6 @@ class RHS:
             views[du].copy_(f(tensor(t, dtype=dtype), views[u]))
 
         return call
-
-    def state(self, address: int) -> Tensor:
-        """Shape (n,): a copy, for what autograd may keep."""
-        return look(address, self.n, self.dtype).clone()
 
     def jac(self, J: int, u: int, t: float) -> None:
         out = look(J, self.n * self.n, self.dtype).view(self.n, self.n)
@@ -125,7 +160,3 @@ class RHS:
             grads = pull_back(self.p, k, self.p.params, self.state(v))
         filled = [torch.zeros_like(q) if g is None else g for q, g in zip(self.p.params, grads)]
         look(out, self.params.size, self.dtype).copy_(self.params.flatten_leaves(filled))
-
-    def event(self, margin: int, u: int, t: float) -> None:
-        value = self.margin(t, self.state(u))
-        ctypes.c_double.from_address(margin).value = min(value, _FAR)
