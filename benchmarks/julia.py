@@ -141,7 +141,7 @@ def size(rounds: int) -> None:
         for i in range(rounds + 1):
             for name, row in walls.items():
                 wall = seconds(
-                    lambda name=name: gradient(  # type: ignore[misc]
+                    lambda name=name, f=f: gradient(  # type: ignore[misc]
                         f, h0, t, engine="julia", adjoint=name, method="tsit5", rtol=1e-6, atol=1e-8
                     )
                 )
