@@ -77,10 +77,10 @@ def examine() -> Report:
         return report
     try:
         report.trials["julia"] = trial("julia")
-        with runtime.julia() as jl:
-            report.versions["Julia"] = str(jl.seval("string(VERSION)"))
+        with runtime.julia():
+            report.versions["Julia"] = runtime.evaluate("string(VERSION)")
             for name in PACKAGES:
-                report.versions[name] = str(jl.seval(_VERSION_OF)(name)) or None
+                report.versions[name] = runtime.evaluate(_VERSION_OF)(name) or None
     except Exception as error:
         report.problems.append(
             f"The Julia engine was found and does not work: {error}\nRun `pyjlode setup` to install its packages anew."

@@ -2,7 +2,7 @@
 module PyJLODESciMLSensitivityExt
 
 using PrecompileTools: @compile_workload, @setup_workload
-using PyJLODE: PyJLODE, Borrowed, Field, Solve, Source, algorithm, borrowed, solve_linear, tolerance
+using PyJLODE: PyJLODE, AdjointRequest, Field, Solve, Source, adjoint!, algorithm, lend, solve_linear, tolerance
 using SciMLSensitivity: BacksolveAdjoint, GaussAdjoint, GaussKronrodAdjoint, InterpolatingAdjoint, QuadratureAdjoint,
     ReverseDiffVJP, adjoint_sensitivities
 
@@ -23,36 +23,40 @@ function adjoint_method(name, field, reltol, abstol)
     return METHODS[name](; products(field)..., tolerances...)
 end
 
-function PyJLODE.adjoint!(
-        du0::Borrowed{T}, dp::Borrowed{T}, s::Solve{T}, name::String, alg, times::Borrowed{Float64}, g::Borrowed{T};
-        rtol, atol, max_steps::Int = 100_000
-    ) where {T}
-    cotangents = reshape(g.array, s.field.n, length(times.array))
+function PyJLODE.adjoint!(s::Solve{T}, name::String, alg, r::AdjointRequest) where {T}
+    times = Vector{Float64}(r.times)
+    cotangents = reshape(Vector{T}(r.g), s.field.n, length(times))
     function dgdu(out, u, p, t, i)
         copyto!(out, view(cotangents, :, i + 1))
         return nothing
     end
-    reltol, abstol = tolerance(rtol), tolerance(atol)
-    method = adjoint_method(name, s.field, reltol, abstol)
-    ts = times.array[2:end]
-    a, b = adjoint_sensitivities(
-        s.sol, alg; t = ts, dgdu_discrete = dgdu, sensealg = method, reltol, abstol, maxiters = max_steps,
-        checkpoints = times.array, verbose = PyJLODE.SILENT
+    reltol, abstol = tolerance(r.rtol), tolerance(r.atol)
+    # What solves the state backward begins anew from the forward solution at each output.
+    checkpoints = name == "backsolve" ? (; checkpoints = times) : (;)
+    du0, dp = adjoint_sensitivities(
+        s.sol, alg; t = times[2:end], dgdu_discrete = dgdu, sensealg = adjoint_method(name, s.field, reltol, abstol),
+        reltol, abstol, maxiters = r.max_steps, verbose = PyJLODE.SILENT, checkpoints...
     )
-    copyto!(du0.array, a)
-    isempty(dp.array) || copyto!(dp.array, b)
+    copyto!(Vector{T}(r.du0), du0)
+    isempty(s.field.parameters) || copyto!(Vector{T}(r.dp), dp)
     return nothing
+end
+
+"The gradient of half the sum of squares at the outputs of a linear problem."
+function adjoint_linear(::Type{T}, name, alg) where {T}
+    (; s, times, out) = solve_linear(T, alg; dense = true)
+    du0, dp, rtol, atol = zeros(T, 1), zeros(T, 1), [1.0e-4], [1.0e-6]
+    GC.@preserve du0 dp out times rtol atol begin
+        r = Ref(AdjointRequest(lend.((du0, dp, out, times, rtol, atol))..., 100_000))
+        GC.@preserve r adjoint!(s, name, alg, Int64(UInt(pointer_from_objref(r))))
+    end
+    return du0
 end
 
 @setup_workload begin
     @compile_workload begin
-        for (T, name) in ((Float64, "interpolating"), (Float64, "gauss"), (Float32, "interpolating")), text in ("Tsit5()", "DP5()")
-            alg = algorithm(text)
-            s, _, times, out = solve_linear(T, alg; dense = true)
-            PyJLODE.adjoint!(
-                borrowed(zeros(T, 1)), borrowed(zeros(T, 1)), s, name, alg, borrowed(times), borrowed(copy(out));
-                rtol = 1.0e-4, atol = 1.0e-6
-            )
+        for text in ("Tsit5()", "DP5()"), name in ("interpolating", "gauss"), T in (Float32, Float64)
+            adjoint_linear(T, name, algorithm(text))
         end
     end
 end

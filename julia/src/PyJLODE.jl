@@ -8,8 +8,8 @@ module PyJLODE
 
 using CommonSolve: init, solve!
 using DiffEqBase: DEVerbosity
-using LinearAlgebra: I
-using OrdinaryDiffEqCore: OrdinaryDiffEqCore, isadaptive, isimplicit
+using LinearAlgebra: BLAS, I
+using OrdinaryDiffEqCore: OrdinaryDiffEqCore, isadaptive
 using PrecompileTools: @compile_workload, @setup_workload
 using SciMLBase: CallbackSet, ContinuousCallback, DiscreteCallback, FullSpecialize, ODEFunction, ODEProblem, terminate!,
     u_modified!

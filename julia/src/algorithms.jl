@@ -15,6 +15,3 @@ const ALGORITHMS = Dict{String, Any}()
 The algorithm that a Julia expression such as `"Tsit5()"` or `"KenCarp4(linsolve = KrylovJL_GMRES())"` makes.
 """
 algorithm(text::AbstractString) = get!(() -> Core.eval(Names, Meta.parse(text)), ALGORITHMS, String(text))
-
-"Whether an algorithm chooses its steps itself, and whether it solves equations with the Jacobian."
-traits(alg) = (isadaptive(alg), isimplicit(alg))

@@ -1,18 +1,66 @@
-# Memory that belongs to someone else, as arrays.
+# Memory that belongs to the caller, as arrays.
 
-"""
-    Borrowed(address, n, owner, T)
-
-`n` numbers at an address, without a copy. `owner` is whatever keeps the memory alive (from Python: the tensor); it is
-kept for as long as this is, and the array is handed out by nothing else, so that the one cannot outlive the other.
-"""
-struct Borrowed{T}
-    array::Vector{T}
-    owner::Any
+"`length` numbers at an address. Layout as in C."
+struct Lent
+    address::Ptr{Cvoid}
+    length::Int64
 end
 
-function Borrowed(address::Integer, n::Integer, owner, ::Type{T}) where {T}
+lend(a::Array) = Lent(pointer(a), length(a))
+
+"What was lent, as an array: no copy. Whoever calls this keeps the owner of the memory for as long as the array."
+function Base.Vector{T}(lent::Lent) where {T}
     # The address of an empty tensor is 0, which unsafe_wrap refuses.
-    array = n == 0 ? T[] : unsafe_wrap(Array, Ptr{T}(UInt(address)), Int(n))
-    return Borrowed{T}(array, owner)
+    return lent.length == 0 ? T[] : unsafe_wrap(Array, Ptr{T}(lent.address), lent.length)
+end
+
+"""
+What a solve is asked for. Layout as in C: the caller fills one in its own memory and passes its address.
+
+`T` is the state's type.
+
+  - `u0`, `out`: of `T`, the first state, and room for the state at each output time, one after the other.
+  - `times`: of Float64, monotone; the first is that of `u0`.
+  - `offsets`: of Int64, where the tensors of the state lie in it: tensor i is `offsets[i] + 1 : offsets[i + 1]`.
+  - `rtol`, `atol`: of Float64, one number or one for each of the state.
+  - `stops`, `jumps`: of Float64, times that a step ends at, and where the field jumps.
+  - `mass`: of `T`, the mass matrix in column-major order; empty for the identity.
+  - `first_step`: 0 lets the solver choose; with `fixed` it is the step, and 0 steps from time to time.
+  - `fixed`: no control of the step size. `dense`: keep what dense output and adjoints need. `full`: compile the solver
+    for a [`Source`](@ref) of its own.
+"""
+struct Request
+    u0::Lent
+    out::Lent
+    times::Lent
+    offsets::Lent
+    rtol::Lent
+    atol::Lent
+    stops::Lent
+    jumps::Lent
+    mass::Lent
+    first_step::Float64
+    min_step::Float64
+    max_step::Float64
+    max_steps::Int64
+    fixed::Int64
+    dense::Int64
+    full::Int64
+end
+
+"What an adjoint is asked for: `du0`, `dp` to write the gradients to, `g` the cotangents at `times`. As [`Request`](@ref)."
+struct AdjointRequest
+    du0::Lent
+    dp::Lent
+    g::Lent
+    times::Lent
+    rtol::Lent
+    atol::Lent
+    max_steps::Int64
+end
+
+"One number, or one for each of the state."
+function tolerance(lent::Lent)
+    values = Vector{Float64}(lent)
+    return length(values) == 1 ? only(values) : copy(values)
 end

@@ -15,51 +15,53 @@ for T in (Float32, Float64)
             unsafe_store!(margin, Cdouble(unsafe_load(u)) - 0.5)
             return Cint(0)
         end
-        function linear_field(::Type{$T}; event::Bool = false, products::Bool = false, jacobian::Bool = false)
-            f = @cfunction(c_field, Cint, (Ptr{$T}, Ptr{$T}, Cdouble))
-            # The Jacobian of -u is -1, and what multiplies -1 by a vector does so at v = 1.
-            vjp = @cfunction(c_vjp, Cint, (Ptr{$T}, Ptr{$T}, Ptr{$T}, Cdouble))
-            jac = @cfunction(c_jacobian, Cint, (Ptr{$T}, Ptr{$T}, Cdouble))
-            tgrad = @cfunction(c_zero, Cint, (Ptr{$T}, Ptr{$T}, Cdouble))
-            margin = @cfunction(c_margin, Cint, (Ptr{Cdouble}, Ptr{$T}, Cdouble))
-            null = C_NULL
-            return Field{$T}(
-                1; f, jac = jacobian ? jac : null, tgrad = jacobian ? tgrad : null, vjp = products ? vjp : null,
-                vjp_p = products ? vjp : null, event = event ? margin : null,
-                parameters = products ? 1 : 0,
-            )
-        end
         c_jacobian(J::Ptr{$T}, u::Ptr{$T}, t::Cdouble) = (unsafe_store!(J, -one($T)); Cint(0))
         c_zero(dT::Ptr{$T}, u::Ptr{$T}, t::Cdouble) = (unsafe_store!(dT, zero($T)); Cint(0))
+        # The Jacobian of -u is -1, and what multiplies -1 by a vector does so at v = 1.
+        function linear_field(::Type{$T}; event::Bool = false)
+            vjp = @cfunction(c_vjp, Cint, (Ptr{$T}, Ptr{$T}, Ptr{$T}, Cdouble))
+            return Field{$T}(
+                1;
+                f = @cfunction(c_field, Cint, (Ptr{$T}, Ptr{$T}, Cdouble)),
+                jac = @cfunction(c_jacobian, Cint, (Ptr{$T}, Ptr{$T}, Cdouble)),
+                tgrad = @cfunction(c_zero, Cint, (Ptr{$T}, Ptr{$T}, Cdouble)),
+                vjp, vjp_p = vjp, parameters = 1,
+                event = event ? @cfunction(c_margin, Cint, (Ptr{Cdouble}, Ptr{$T}, Cdouble)) : C_NULL
+            )
+        end
     end
 end
 
-borrowed(a::Vector{T}) where {T} = Borrowed{T}(a, nothing)
-
 "Solve u' = -u, u(0) = 1 over [0, 1] with a field as Python's would be."
-function solve_linear(::Type{T}, alg; dense::Bool = false, kwargs...) where {T}
-    field = linear_field(T; products = dense, kwargs...)
-    times, out = [0.0, 0.5, 1.0], zeros(T, 3)
-    field.event == C_NULL || (times = [0.0, 1.0]; out = zeros(T, 2))
-    s, outcome = solve(
-        field, alg, borrowed(ones(T, 1)), borrowed(times), borrowed(out), borrowed([0, 1]);
-        rtol = 1.0e-4, atol = 1.0e-6, stops = borrowed(Float64[]),
-        jumps = borrowed(Float64[]), dense
-    )
-    return s, outcome, times, out
+function solve_linear(::Type{T}, alg; dense = false, event = false, first_step = 0.0, tolerances = 1) where {T}
+    f = linear_field(T; event)
+    u0, times, out = ones(T, 1), event ? [0.0, 1.0] : [0.0, 0.5, 1.0], zeros(T, event ? 2 : 3)
+    offsets, rtol, atol, none = [0, 1], fill(1.0e-4, tolerances), fill(1.0e-6, tolerances), Float64[]
+    GC.@preserve u0 times out offsets rtol atol none begin
+        r = Ref(
+            Request(
+                lend.((u0, out, times, offsets, rtol, atol, none, none, none))..., first_step, 0.0, Inf, 100_000, 0,
+                dense, 0
+            )
+        )
+        GC.@preserve r begin
+            s, outcome = solve(f, alg, Int64(UInt(pointer_from_objref(r))), nothing)
+        end
+    end
+    return (; s, outcome, times, out)
 end
 
 @setup_workload begin
     @compile_workload begin
         for text in ("DP5()", "Tsit5()"), T in (Float32, Float64)
             alg = algorithm(text)
-            solve_linear(T, alg)
-            solve_linear(T, alg; dense = true)
-            solve_linear(T, alg; event = true)
+            (; s, times, out) = solve_linear(T, alg; dense = true)
+            GC.@preserve times out interpolate!(s, Int64(UInt(pointer(times))), Int64(UInt(pointer(out))), 3)
+            T == Float64 && solve_linear(T, alg; first_step = 0.1)
+            T == Float64 && solve_linear(T, alg; event = true)
         end
         for text in ("Vern7()", "Rodas5P()", "FBDF()")
-            alg = algorithm(text)
-            solve_linear(Float64, alg; jacobian = true)
+            solve_linear(Float64, algorithm(text))
         end
     end
 end

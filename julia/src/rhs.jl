@@ -45,6 +45,11 @@ function Field{T}(n::Integer; f, jac = 0, tgrad = 0, vjp = 0, vjp_p = 0, event =
     return Field{T}(n, pointers..., Vector{T}[], T[], T[], zeros(T, parameters))
 end
 
+"The same by position."
+function field(::Type{T}, n, parameters, f, jac, tgrad, vjp, vjp_p, event) where {T}
+    return Field{T}(n; f, jac, tgrad, vjp, vjp_p, event, parameters)
+end
+
 "Whether a callback may look at `a` itself."
 function pin!(field::Field{T}, a::Vector{T}) where {T}
     for b in field.pinned
@@ -111,23 +116,23 @@ struct ParameterVJP{T}
 end
 (vjp::ParameterVJP)(out, v, u, p, t) = (call(vjp.field.vjp_p, out, v, u, t); nothing)
 
-"The `ODEFunction` of a field, with all the products that it has. `full`: solvers are compiled for this very function."
+"""
+The `ODEFunction` of a field. `full`: solvers are compiled for this very function.
+
+All products are named whether they are there or not: no solver calls what it has no use for, and this way all fields
+are of one type, for which solvers are compiled ahead.
+"""
 function ode_function(field::Field; mass_matrix = I, full = true)
-    or_nothing(address, wrap) = address == C_NULL ? nothing : wrap(field)
     return ODEFunction{true, FullSpecialize}(
         RHS(field);
-        mass_matrix,
-        jac = or_nothing(field.jac, Jacobian),
-        tgrad = or_nothing(field.tgrad, TimeGradient),
-        vjp = or_nothing(field.vjp, VJP),
-        vjp_p = or_nothing(field.vjp_p, ParameterVJP),
+        mass_matrix, jac = Jacobian(field), tgrad = TimeGradient(field), vjp = VJP(field), vjp_p = ParameterVJP(field)
     )
 end
 
 """
-    Source{T}(n, f; parameters, event)
+    Source{T}(n, f, parameters, event)
 
-A vector field that is Julia code, `f(du, u, p, t)`, with the values of its parameters (borrowed). Solvers and adjoints
+A vector field that is Julia code, `f(du, u, p, t)`, with the values of its parameters. Solvers and adjoints
 differentiate it themselves.
 """
 struct Source{T, F}
@@ -137,16 +142,20 @@ struct Source{T, F}
     parameters::Vector{T}
 end
 
-function Source{T}(n::Integer, f; parameters::Borrowed{T}, event = 0) where {T}
-    return Source{T, typeof(f)}(n, f, pointer_to(event), copy(parameters.array))
+Source{T}(n, f, parameters, event = C_NULL) where {T} = Source{T, typeof(f)}(n, f, event, parameters)
+
+"From the addresses of `m` parameters, which are copied, and of the event function."
+function source(::Type{T}, n::Int64, f, parameters::Int64, m::Int64, event::Int64) where {T}
+    return Source{T}(n, f, copy(Vector{T}(Lent(pointer_to(parameters), m))), pointer_to(event))
 end
 
 "The function `f(du, u, p, t)` that Julia source text defines; the last expression of the text must be it."
 source_function(text::AbstractString) = Core.eval(Module(), Meta.parseall(text))
 
-"`f(du, u, p, t)` once."
-function evaluate!(du::Borrowed, f, u::Borrowed, p::Borrowed, t::Float64)
-    f(du.array, u.array, p.array, t)
+"`f(du, u, p, t)` once, between the addresses of `n` numbers and of `m` parameters."
+function evaluate!(::Type{T}, f, du::Int64, u::Int64, n::Int64, p::Int64, m::Int64, t) where {T}
+    at(address, length) = Vector{T}(Lent(pointer_to(address), length))
+    f(at(du, n), at(u, n), at(p, m), Float64(t))
     return nothing
 end
 

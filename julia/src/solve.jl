@@ -1,13 +1,13 @@
-# One solve: from borrowed memory into borrowed memory.
+# One solve: from lent memory into lent memory.
 
 """
 A solve, for as long as anybody may ask for its dense output or its adjoint.
 
-`owners` are kept because the solution refers to memory that is theirs.
+`owner` is kept because the solution refers to memory that is its: the first state.
 """
-mutable struct Solve{T, F}
-    const field::F
-    const owners::Vector{Any}
+struct Solve{T, F}
+    field::F
+    owner::Any
     sol::Any
 end
 
@@ -62,6 +62,8 @@ struct LargestRMS
     offsets::Vector{Int}
 end
 
+Base.broadcastable(norm::LargestRMS) = Ref(norm)
+
 (norm::LargestRMS)(u::Number, t) = abs(u)
 
 function (norm::LargestRMS)(u, t)
@@ -81,64 +83,60 @@ end
 const SILENT = DEVerbosity(SciMLLogging.None())
 
 """
-    solve(field, alg, u0, times, out, offsets; ...) -> (solve, outcome...)
+    solve(field::Union{Field{T}, Source{T}}, alg, request, owner) -> Solve{T}, outcome
 
-Solve from `u0` at `times[1]`, write the states at all of `times` into `out` (`n` numbers a time, one time after the
-other).
+Solve from `u0` at `times[1]` and write the states at all of `times` into `out`.
 
 # Arguments
 
-  - `field`: the vector field, a [`Field`](@ref) or a [`Source`](@ref); with an `event`, the solve ends there and the second state of `out` is that at the event.
-  - `u0`, `times`, `out`: [`Borrowed`](@ref).
-  - `offsets`: where the tensors of the state lie in it, see [`LargestRMS`](@ref); borrowed Int64.
-  - `rtol`, `atol`: numbers, or borrowed vectors.
-  - `first_step`: 0 lets the solver choose; with `adaptive = false` the step, and 0 steps from time to time.
-  - `stops`, `jumps`: borrowed times that a step ends at, and where the field jumps.
-  - `full`: compile the solver for a `Source` of its own, which takes seconds and runs faster.
-  - `dense`: keep what the dense output and the adjoints need.
+  - `field`: with an `event`, the solve ends there, and the second state of `out` is that at the event; of the two
+    `times` the second then gives the direction only.
+  - `request`: a [`Request`](@ref), or the address of one.
+  - `owner`: whatever keeps the memory that the request names.
 
 # Returns
 
 A [`Solve`](@ref), and `(retcode, t, dt, naccept, nreject, njac, nlu, nnewton, nf, event_time)`; the last is NaN without
 an event.
 """
-function solve(
-        field, alg, u0::Borrowed{T}, times::Borrowed{Float64}, out::Borrowed{T}, offsets::Borrowed{Int64};
-        rtol, atol, adaptive::Bool = true, first_step::Float64 = 0.0, max_step::Float64 = Inf,
-        min_step::Float64 = 0.0, max_steps::Int = 100_000, stops::Borrowed{Float64}, jumps::Borrowed{Float64},
-        dense::Bool = false, full::Bool = false, mass_matrix = nothing,
-    ) where {T}
-    ts = copy(times.array)
-    states = reshape(out.array, field.n, length(ts))
-    isempty(states) || copyto!(view(states, :, 1), u0.array)
-    direction = length(ts) > 1 && ts[2] < ts[1] ? -1.0 : 1.0
+function solve(field, alg, address::Int64, owner)
+    GC.@preserve owner begin
+        return solve(field, alg, unsafe_load(Ptr{Request}(address)), owner)
+    end
+end
+
+function solve(field::Union{Field{T}, Source{T}}, alg, r::Request, owner) where {T}
+    times = copy(Vector{Float64}(r.times))
+    u0 = Vector{T}(r.u0)
+    states = reshape(Vector{T}(r.out), field.n, length(times))
+    copyto!(view(states, :, 1), u0)
+    direction = times[2] < times[1] ? -1.0 : 1.0
     event = field.event == C_NULL ? nothing : Event(field, T)
-    span = event === nothing ? (ts[1], ts[end]) : (ts[1], direction * Inf)
-    mass = mass_matrix === nothing ? I : copy(reshape(mass_matrix.array, field.n, field.n))
-    problem = ODEProblem(ode_function(field; mass_matrix = mass, full), u0.array, span, field.parameters)
-    outputs = DiscreteCallback(
-        always, Outputs{T}(event === nothing ? ts : ts[1:1], states, 2); save_positions = (false, false)
-    )
+    span = event === nothing ? (times[1], times[end]) : (times[1], direction * Inf)
+    mass = r.mass.length == 0 ? I : copy(reshape(Vector{T}(r.mass), field.n, field.n))
+    problem = ODEProblem(ode_function(field; mass_matrix = mass, full = r.full != 0), u0, span, field.parameters)
+    wanted = event === nothing ? times : times[1:1]
+    outputs = DiscreteCallback(always, Outputs{T}(wanted, states, 2); save_positions = (false, false))
     callback = if event === nothing
         CallbackSet(outputs)
     else
-        stop = Stop(event)
-        CallbackSet(ContinuousCallback(event, stop; save_positions = (false, false)), outputs)
+        CallbackSet(ContinuousCallback(event, Stop(event); save_positions = (false, false)), outputs)
     end
-    tstops = copy(stops.array)
-    step = first_step
+    adaptive = r.fixed == 0 && isadaptive(alg)
+    tstops, step = copy(Vector{Float64}(r.stops)), r.first_step
     if !adaptive && step == 0
-        append!(tstops, ts)
-        step = abs(ts[end] - ts[1])
+        append!(tstops, times)
+        step = abs(times[end] - times[1])
     end
+    dense = r.dense != 0
     integrator = init(
         problem, alg;
-        reltol = tolerance(rtol), abstol = tolerance(atol), adaptive, callback, dense,
+        reltol = tolerance(r.rtol), abstol = tolerance(r.atol), adaptive, callback, dense,
         dt = step == 0 ? nothing : direction * step,
-        dtmax = direction * min(max_step, abs(span[2] - span[1])), dtmin = min_step,
-        maxiters = max_steps, tstops, d_discontinuities = copy(jumps.array),
+        dtmax = direction * min(r.max_step, abs(span[2] - span[1])), dtmin = r.min_step, force_dtmin = r.min_step > 0,
+        maxiters = r.max_steps, tstops, d_discontinuities = copy(Vector{Float64}(r.jumps)),
         save_everystep = dense, save_start = dense, save_end = dense, calck = true,
-        internalnorm = LargestRMS(copy(offsets.array)), verbose = SILENT,
+        internalnorm = LargestRMS(copy(Vector{Int64}(r.offsets))), verbose = SILENT,
     )
     sol = solve!(integrator)
     event === nothing || copyto!(view(states, :, 2), integrator.u)
@@ -147,26 +145,26 @@ function solve(
         string(retcode), Float64(integrator.t), Float64(integrator.dt), stats.naccept, stats.nreject, stats.njacs,
         stats.nw, stats.nnonliniter, stats.nf, event === nothing ? NaN : event.time,
     )
-    return Solve{T, typeof(field)}(field, Any[u0.owner], sol), outcome
+    return Solve{T, typeof(field)}(field, owner, sol), outcome
 end
 
-tolerance(x::Real) = Float64(x)
-tolerance(x::Borrowed) = copy(x.array)
-
-"The state at `times`, any within the span of a solve that was `dense`, into `out`."
-function interpolate!(s::Solve, times::Borrowed{Float64}, out::Borrowed)
-    states = reshape(out.array, s.field.n, length(times.array))
-    for (column, t) in zip(eachcol(states), times.array)
+"The state at `m` times, any within the span of a solve that was `dense`, to `out`; both are addresses."
+function interpolate!(s::Solve{T}, times::Int64, out::Int64, m::Int64) where {T}
+    n = s.field.n
+    states = reshape(Vector{T}(Lent(pointer_to(out), m * n)), n, m)
+    for (column, t) in zip(eachcol(states), Vector{Float64}(Lent(pointer_to(times), m)))
         s.sol(column, t)
     end
     return nothing
 end
 
 """
-    adjoint!(du0, dp, solve, name, alg, times, g; rtol, atol, max_steps)
+    adjoint!(solve, name, alg, request)
 
 The gradient of a loss of the states at `times` with the cotangents `g`, by the adjoint method `name` of
 SciMLSensitivity, which must be loaded: with respect to the state at `times[1]` (without `g` there), and to the
-parameters.
+parameters. `request` is an [`AdjointRequest`](@ref), or the address of one.
 """
 function adjoint! end
+
+adjoint!(s::Solve, name::String, alg, address::Int64) = adjoint!(s, name, alg, unsafe_load(Ptr{AdjointRequest}(address)))

@@ -2,7 +2,7 @@
 
 using LinearAlgebra
 using PyJLODE
-using PyJLODE: Borrowed, Field, Solve, algorithm, interpolate!, traits
+using PyJLODE: AdjointRequest, Field, Lent, Request, Source, adjoint!, algorithm, interpolate!, lend, source_function
 using SciMLSensitivity
 using Test
 
@@ -62,30 +62,52 @@ pointers(::Type{Float32}) = (
     event = @cfunction(height, Cint, (Ptr{Cdouble}, Ptr{Float32}, Cdouble)),
 )
 
-borrow(a::Array{T}) where {T} = Borrowed(UInt(pointer(a)), length(a), a, T)
 matrix() = [0 1; -1 -FRICTION[]]
 exact(t, u0 = [1.0, 0.5]) = exp(matrix() * t) * u0
+address(a::Array) = Int64(UInt(pointer(a)))
 
-function run(::Type{T}, text, times; names = (:f,), rtol = 1.0e-6, kwargs...) where {T}
-    all = pointers(T)
-    field = Field{T}(2; NamedTuple{names}(all)..., parameters = :vjp_p in names ? 1 : 0)
-    u0, out = T[1, 0.5], zeros(T, 2, length(times))
-    s, outcome = PyJLODE.solve(
-        field, algorithm(text), borrow(u0), borrow(collect(Float64, times)), borrow(out), borrow([0, 2]);
-        rtol, atol = rtol, stops = borrow(Float64[]), jumps = borrow(Float64[]), kwargs...
-    )
+"Solve from (1, 1/2)."
+function run(field, text, times; T = Float64, rtol = 1.0e-6, first_step = 0.0, fixed = false, dense = false, full = false)
+    u0, out, times = T[1, 0.5], zeros(T, 2, length(times)), collect(Float64, times)
+    offsets, tol, none = [0, 2], [rtol], Float64[]
+    owner = (; u0, out, times, offsets, tol, none)
+    GC.@preserve owner begin
+        r = Request(
+            lend.((u0, out, times, offsets, tol, tol, none, none, none))..., first_step, 0.0, Inf, 100_000, fixed, dense,
+            full
+        )
+        s, outcome = PyJLODE.solve(field, algorithm(text), r, owner)
+    end
     return (; s, outcome, out, u0)
 end
 
+function run(::Type{T}, text, times; names = (:f,), kwargs...) where {T}
+    chosen = NamedTuple{names}(pointers(T))
+    return run(Field{T}(2; chosen..., parameters = :vjp_p in names ? 1 : 0), text, times; T, kwargs...)
+end
+
+"The gradients with cotangents `g`."
+function adjoint(s, name, text, times, g::Array{T}; rtol) where {T}
+    du0, dp, times, tol = zeros(T, 2), zeros(T, 1), collect(Float64, times), [rtol]
+    GC.@preserve du0 dp times tol g begin
+        adjoint!(s, name, algorithm(text), AdjointRequest(lend.((du0, dp, g, times, tol, tol))..., 100_000))
+    end
+    return du0, dp
+end
+
 @testset "PyJLODE" begin
-    @testset "borrowed memory is the memory itself" begin
+    @testset "lent memory is the memory itself" begin
         a = [1.0, 2.0, 3.0]
-        b = borrow(a)
-        @test pointer(b.array) == pointer(a)
-        b.array[2] = 5
+        b = Vector{Float64}(lend(a))
+        @test pointer(b) == pointer(a)
+        b[2] = 5
         @test a[2] == 5
-        @test b.owner === a
-        @test isempty(Borrowed(0, 0, nothing, Float64).array)
+        @test isempty(Vector{Float64}(Lent(C_NULL, 0)))
+    end
+
+    @testset "the layouts are those of C" begin
+        @test sizeof(Request) == 9 * 16 + 7 * 8
+        @test sizeof(AdjointRequest) == 6 * 16 + 8
     end
 
     @testset "$text, $T, to $last" for text in ("DP5()", "Tsit5()", "BS3()", "DP8()", "Vern7()", "Vern9()"),
@@ -105,18 +127,17 @@ end
         @test r.outcome[1] == "Success"
         @test maximum(abs, r.out .- reduce(hcat, exact.(times))) < 1.0e3 * rtol
         @test r.outcome[6] > 0
-        @test traits(algorithm(text)) == (true, true)
     end
 
     @testset "fixed steps, and from time to time" begin
         times = [0.0, 1.0]
         errors = map((0.1, 0.05)) do step
-            r = run(Float64, "RK4()", times; adaptive = false, first_step = step)
+            r = run(Float64, "RK4()", times; fixed = true, first_step = step)
             maximum(abs, r.out[:, 2] .- exact(1.0))
         end
         @test 3.7 < log2(errors[1] / errors[2]) < 4.3
-        fine = run(Float64, "RK4()", range(0, 1, length = 21); adaptive = false)
-        coarse = run(Float64, "RK4()", times; adaptive = false, first_step = 0.05)
+        fine = run(Float64, "RK4()", range(0, 1, length = 21); fixed = true)
+        coarse = run(Float64, "RK4()", times; fixed = true, first_step = 0.05)
         @test fine.out[:, end] ≈ coarse.out[:, end] rtol = 1.0e-12
     end
 
@@ -131,17 +152,14 @@ end
     @testset "dense output" begin
         r = run(Float64, "Tsit5()", [0.0, 3.0]; dense = true, rtol = 1.0e-8)
         times, out = [0.3, 1.7, 2.9], zeros(2, 3)
-        interpolate!(r.s, borrow(times), borrow(out))
+        GC.@preserve times out interpolate!(r.s, address(times), address(out), 3)
         @test maximum(abs, out .- reduce(hcat, exact.(times))) < 1.0e-6
     end
 
     @testset "a callback that gives up" begin
         f = @cfunction(failing, Cint, (Ptr{Float64}, Ptr{Float64}, Cdouble))
         field = Field{Float64}(2; f)
-        @test_throws PyJLODE.Abandoned PyJLODE.solve(
-            field, algorithm("Tsit5()"), borrow([1.0, 1.0]), borrow([0.0, 1.0]), borrow(zeros(2, 2)), borrow([0, 2]);
-            rtol = 1.0e-6, atol = 1.0e-6, stops = borrow(Float64[]), jumps = borrow(Float64[])
-        )
+        @test_throws PyJLODE.Abandoned run(field, "Tsit5()", [0.0, 1.0])
         @test run(Float64, "Tsit5()", [0.0, 1.0]).outcome[1] == "Success"
     end
 
@@ -158,11 +176,7 @@ end
         times = [0.0, 1.0, 2.0, 2.5]
         rtol = T == Float64 ? 1.0e-9 : 1.0e-5
         r = run(T, "Tsit5()", times; names = (:f, :vjp, :vjp_p), dense = true, rtol)
-        du0, dp = zeros(T, 2), zeros(T, 1)
-        PyJLODE.adjoint!(
-            borrow(du0), borrow(dp), r.s, name, algorithm("Tsit5()"), borrow(times), borrow(2 .* r.out);
-            rtol, atol = rtol
-        )
+        du0, dp = adjoint(r.s, name, "Tsit5()", times, 2 .* r.out; rtol)
         h = 1.0e-5
         want = [
             (loss(times[2:end], [1.0, 0.5] .+ h .* e) - loss(times[2:end], [1.0, 0.5] .- h .* e)) / 2h for e in ([1, 0], [0, 1])
@@ -175,19 +189,11 @@ end
 
     @testset "a field that is Julia code" begin
         text = "function f(du, u, p, t)\n du[1] = u[2]\n du[2] = -u[1] - p[1] * u[2]\n end"
-        field = PyJLODE.Source{Float64}(2, PyJLODE.source_function(text); parameters = borrow([0.1]))
+        field = Source{Float64}(2, source_function(text), [0.1])
         for alg in ("Tsit5()", "Rodas5P()"), full in (false, true)
-            out = zeros(2, 2)
-            s, outcome = PyJLODE.solve(
-                field, algorithm(alg), borrow([1.0, 0.5]), borrow([0.0, 3.0]), borrow(out), borrow([0, 2]);
-                rtol = 1.0e-8, atol = 1.0e-8, stops = borrow(Float64[]), jumps = borrow(Float64[]), dense = true, full
-            )
-            @test out[:, 2] ≈ exact(3.0) rtol = 1.0e-6
-            du0, dp = zeros(2), zeros(1)
-            PyJLODE.adjoint!(
-                borrow(du0), borrow(dp), s, "gauss", algorithm(alg), borrow([0.0, 3.0]), borrow([0.0 1.0; 0.0 0.0]);
-                rtol = 1.0e-8, atol = 1.0e-8
-            )
+            r = run(field, alg, [0.0, 3.0]; rtol = 1.0e-8, dense = true, full)
+            @test r.out[:, 2] ≈ exact(3.0) rtol = 1.0e-6
+            du0, _ = adjoint(r.s, "gauss", alg, [0.0, 3.0], [0.0 1.0; 0.0 0.0]; rtol = 1.0e-8)
             @test du0 ≈ exp(matrix() * 3)[1, :] rtol = 1.0e-5
         end
     end

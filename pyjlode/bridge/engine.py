@@ -16,9 +16,8 @@ from ..methods import Method
 from ..problem import ODEProblem, SolverOptions, is_finite
 from ..solution import Stats
 from . import runtime
-from .function import JuliaFunction
-from .memory import borrow
-from .rhs import Callbacks, field_of
+from .memory import AdjointRequest, Request
+from .rhs import RHS, Callbacks, field_of
 
 NAME = "julia"
 
@@ -66,9 +65,9 @@ class DenseOutput:
     def __call__(self, times: Tensor) -> Tensor:
         """Times of shape (M,) -> states of shape (M, n)."""
         out = torch.empty(len(times), self.rhs.n, dtype=self.rhs.dtype)
+        ts = times.detach().to(torch.float64).contiguous()
         with torch.no_grad(), runtime.julia() as jl:
-            ts = times.detach().to(torch.float64).cpu().contiguous()
-            _call(self.rhs, jl.interpolate_b, self.solve, borrow(jl, ts), borrow(jl, out))
+            _call(self.rhs, jl.interpolate_b, self.solve, ts.data_ptr(), out.data_ptr(), len(ts))
         return out
 
 
@@ -109,24 +108,20 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
         return Gradients(g.sum(0), time_gradient(p, record, g, torch.zeros_like(p.y0)), [None] * len(p.params))
     assert p.adjoint is not None
     times = p.times if record.event_t is None else [p.times[0], record.event_t]
+    settings = p.adjoint
     a, theta = torch.zeros_like(p.y0), torch.zeros(rhs.params.size, dtype=p.y0.dtype)
+    request = AdjointRequest(max_steps=settings.options.max_num_steps)
+    request.lend(
+        du0=a,
+        dp=theta,
+        g=g.contiguous(),
+        times=torch.tensor(times, dtype=torch.float64),
+        rtol=_tolerance(settings.rtol),
+        atol=_tolerance(settings.atol),
+    )
     with torch.no_grad(), runtime.julia() as jl:
         runtime.sensitivity()
-        settings = p.adjoint
-        _call(
-            rhs,
-            jl.adjoint_b,
-            borrow(jl, a),
-            borrow(jl, theta),
-            memory.solve,
-            memory.gradient,
-            _algorithm(jl, settings.method),
-            borrow(jl, torch.tensor(times, dtype=torch.float64)),
-            borrow(jl, g.contiguous()),
-            rtol=_tolerance(jl, settings.rtol),
-            atol=_tolerance(jl, settings.atol),
-            max_steps=settings.options.max_num_steps,
-        )
+        _call(rhs, jl.adjoint_b, memory.solve, memory.gradient, _algorithm(jl, settings.method), request.address)
     params = [x.to(q.device, q.dtype) for x, q in zip(rhs.params.leaves(theta), p.params)]
     return Gradients(a + g[0], time_gradient(p, record, g, a), params)
 
@@ -137,37 +132,37 @@ def _solve(p: ODEProblem, stats: Stats, gradient: str | None, dense: bool) -> tu
     o = p.options
     y0 = p.y0.detach().contiguous()
     out = torch.empty(len(p.times), y0.numel(), dtype=y0.dtype)
+    # A method of the user's own keeps to a grid if it is given one.
+    fixed = not p.method.adaptive or o.step_size is not None
+    request = Request(
+        first_step=(o.step_size if fixed else o.first_step) or 0.0,
+        min_step=o.min_step,
+        max_step=o.max_step,
+        max_steps=o.max_num_steps,
+        fixed=fixed,
+        dense=dense or gradient is not None,
+        full=o.specialize == "full",
+    )
+    sizes = p.layout.sizes if p.layout is not None else [y0.numel()]
+    request.lend(
+        u0=y0,
+        out=out,
+        times=torch.tensor(p.times, dtype=torch.float64),
+        offsets=torch.tensor([0, *sizes]).cumsum(0),
+        rtol=_tolerance(p.rtol),
+        atol=_tolerance(p.atol),
+        stops=torch.tensor(o.step_t, dtype=torch.float64),
+        jumps=torch.tensor(o.jump_t, dtype=torch.float64),
+        mass=y0.new_empty(0) if p.mass is None else p.mass.T.contiguous(),
+    )
     with torch.no_grad(), runtime.julia() as jl:
         algorithm = _algorithm(jl, p.method)
-        adaptive, implicit = jl.traits(algorithm)
-        rhs = field_of(jl, p, gradient=gradient, implicit=implicit)
-        # A method of the user's own keeps to a grid if it is given one.
-        fixed = not p.method.adaptive or o.step_size is not None
-        sizes = p.layout.sizes if p.layout is not None else [y0.numel()]
-        solution, outcome = _call(
-            rhs,
-            jl.solve,
-            rhs.field,
-            algorithm,
-            borrow(jl, y0),
-            borrow(jl, torch.tensor(p.times, dtype=torch.float64)),
-            borrow(jl, out),
-            borrow(jl, torch.tensor([0, *sizes]).cumsum(0)),
-            rtol=_tolerance(jl, p.rtol),
-            atol=_tolerance(jl, p.atol),
-            adaptive=adaptive and not fixed,
-            first_step=(o.step_size if fixed else o.first_step) or 0.0,
-            max_step=o.max_step,
-            min_step=o.min_step,
-            max_steps=o.max_num_steps,
-            stops=borrow(jl, torch.tensor(o.step_t, dtype=torch.float64)),
-            jumps=borrow(jl, torch.tensor(o.jump_t, dtype=torch.float64)),
-            dense=dense or gradient is not None,
-            full=o.specialize == "full",
-            mass_matrix=None if p.mass is None else borrow(jl, p.mass.T.contiguous()),
-        )
+        rhs = field_of(jl, p, gradient)
+        solution, outcome = _call(rhs, jl.solve, rhs.field, algorithm, request.address, request.owner)
     code, t, dt, stats.naccept, stats.nreject, stats.njac, stats.nlu, stats.nnewton, nf, event_t = outcome
-    if isinstance(p.f.f, JuliaFunction):
+    if isinstance(rhs, RHS):
+        rhs.check_kept()
+    else:
         p.f.nfe += nf
     if code not in ("Success", "Terminated", "Default"):
         raise _failure(p, code, t, dt)
@@ -179,10 +174,10 @@ def _solve(p: ODEProblem, stats: Stats, gradient: str | None, dense: bool) -> tu
     return record, rhs, solution
 
 
-def _call(rhs: Callbacks, function: Any, *args: Any, **kwargs: Any) -> Any:
+def _call(rhs: Callbacks, function: Any, *args: Any) -> Any:
     """Call Julia; what a callback raised there is raised here as itself."""
     try:
-        return function(*args, **kwargs)
+        return function(*args)
     except Exception:
         rhs.raise_error()
         raise
@@ -190,13 +185,14 @@ def _call(rhs: Callbacks, function: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _algorithm(jl: Any, method: Method) -> Any:
     try:
-        return jl.algorithm(method.julia)
+        return runtime.algorithm(jl, method.julia or "")
     except Exception as error:
         raise BadOption(f"method={method.name!r}: Julia does not make a solver of that: {error}") from error
 
 
-def _tolerance(jl: Any, tol: float | Tensor) -> Any:
-    return borrow(jl, tol.contiguous()) if isinstance(tol, Tensor) else tol
+def _tolerance(tol: float | Tensor) -> Tensor:
+    """One number, or one for each of the state: float64."""
+    return torch.as_tensor(tol, dtype=torch.float64).reshape(-1).contiguous()
 
 
 def _failure(p: ODEProblem, code: str, t: float, dt: float) -> SolveError:

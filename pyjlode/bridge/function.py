@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..errors import BadOption, GradientUnavailable
 from . import runtime
-from .memory import borrow
 
 
 class _Value(torch.autograd.Function):
@@ -55,9 +54,10 @@ class JuliaFunction(nn.Module):
         """dh/dt at one point, shape of `h`: for a look; a solve does not come this way."""
         u = h.detach().reshape(-1).contiguous()
         out = torch.zeros_like(u)
-        with torch.no_grad(), runtime.julia() as jl:
-            p = self.params.detach().to(u).contiguous()
-            jl.evaluate_b(borrow(jl, out), self.handle, borrow(jl, u), borrow(jl, p), float(t))
+        p = self.params.detach().to(u).contiguous()
+        with runtime.julia() as jl:
+            numbers = (out.data_ptr(), u.data_ptr(), len(u), p.data_ptr(), len(p), float(t))
+            jl.evaluate_b(runtime.julia_type(jl, u.dtype), self.handle, *numbers)
         return _Value.apply(out.view_as(h), h, self.params)
 
 

@@ -3,23 +3,71 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+import sys
 
 import torch
 from torch import Tensor
 
-JULIA_TYPES = {torch.float32: "Float32", torch.float64: "Float64", torch.int64: "Int64"}
+
+class Lent(ctypes.Structure):
+    """`length` numbers at an address; the layout is that of `Lent` in julia/src/memory.jl."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("length", ctypes.c_int64))
 
 
-def borrow(jl: Any, x: Tensor) -> Any:
-    """A tensor as Julia's `Borrowed`: its memory, and the tensor itself, which Julia keeps for as long as it.
+class Owner:
+    """Of what is lent. A plain object, which Julia takes as it is: a tensor it would first look into."""
 
-    Args:
-        x: any shape, contiguous, on the CPU; float32, float64 or int64. Row-major (a, b) is column-major (b, a).
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+
+class Lender(ctypes.Structure):
+    """A structure of lent memory that Julia reads.
+
+    Attributes:
+        owner: keeps the tensors. Julia is given it with the address, and keeps it for as long as it may look: there is
+            no other way to lend, so nothing lent can be freed too early.
     """
-    assert x.is_contiguous()
-    assert x.device.type == "cpu"
-    return jl.Borrowed(x.data_ptr(), x.numel(), x, getattr(jl, JULIA_TYPES[x.dtype]))
+
+    def __init__(self, **numbers: float) -> None:
+        super().__init__(**numbers)
+        self.owner = Owner()
+
+    def lend(self, **tensors: Tensor) -> None:
+        """Lend the memory of tensors under the names of fields of type `Lent`.
+
+        Args:
+            tensors: any shape, contiguous, on the CPU. Row-major (a, b) is column-major (b, a) in Julia.
+        """
+        self.owner.tensors |= tensors
+        for name, x in tensors.items():
+            assert x.is_contiguous()
+            assert x.device.type == "cpu"
+            setattr(self, name, Lent(x.data_ptr(), x.numel()))
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self)
+
+
+class Request(Lender):
+    """What a solve is asked for; `Request` in julia/src/memory.jl says what each field is."""
+
+    _fields_ = (
+        *((name, Lent) for name in ("u0", "out", "times", "offsets", "rtol", "atol", "stops", "jumps", "mass")),
+        *((name, ctypes.c_double) for name in ("first_step", "min_step", "max_step")),
+        *((name, ctypes.c_int64) for name in ("max_steps", "fixed", "dense", "full")),
+    )
+
+
+class AdjointRequest(Lender):
+    """What an adjoint is asked for; `AdjointRequest` in julia/src/memory.jl."""
+
+    _fields_ = (
+        *((name, Lent) for name in ("du0", "dp", "g", "times", "rtol", "atol")),
+        ("max_steps", ctypes.c_int64),
+    )
 
 
 class Views(dict[int, Tensor]):
@@ -27,15 +75,15 @@ class Views(dict[int, Tensor]):
 
     Args:
         shape, dtype: of every array.
-        owner: what keeps the arrays alive. Each tensor, and whatever shares its memory, holds it: a tensor that the
-            user kept is never left looking at memory that Julia has taken back.
+        owner: kept by each tensor and by whatever shares its memory: a tensor that the user kept is never left looking
+            at memory that Julia has taken back.
     """
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape, self.dtype = shape, dtype
+        self.owner: object = None
         self.nbytes = shape.numel() * dtype.itemsize
-        self.owner: Any = None
 
     def __missing__(self, address: int) -> Tensor:
         buffer = (ctypes.c_char * self.nbytes).from_address(address)
@@ -44,7 +92,17 @@ class Views(dict[int, Tensor]):
         self[address] = x
         return x
 
+    def kept(self) -> bool:
+        """Whether somebody besides these views holds one of the tensors, or another tensor of its memory."""
+        # References here: the dictionary, the loop, and the call that counts; of the memory: the tensor, the storage
+        # that is asked, and that which Python holds of it.
+        return any(
+            sys.getrefcount(x) > 3 or torch._C._storage_Use_Count(x.untyped_storage()._cdata) > 3 for x in self.values()
+        )
+
 
 def look(address: int, n: int, dtype: torch.dtype) -> Tensor:
     """Shape (n,): a tensor that looks at memory for the duration of a callback; never to be given to the user."""
+    if n == 0:
+        return torch.empty(0, dtype=dtype)
     return torch.frombuffer((ctypes.c_char * (n * dtype.itemsize)).from_address(address), dtype=dtype)

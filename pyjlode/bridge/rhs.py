@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import warn_once
 from ..derivatives import jacobian, pull_back, vjp
 from ..events import Margin
 from ..problem import Layout, ODEProblem
 from .function import JuliaFunction
-from .memory import JULIA_TYPES, Views, borrow, look
+from .memory import Views, look
+from .runtime import julia_type
 
 _PLAIN = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double)
 _PRODUCT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double)
@@ -22,11 +24,11 @@ _PRODUCT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctyp
 _FAR = 1e300
 
 
-def field_of(jl: Any, p: ODEProblem, *, gradient: str | None, implicit: bool) -> RHS | Source:
+def field_of(jl: Any, p: ODEProblem, gradient: str | None) -> RHS | Source:
     """The problem's vector field for Julia."""
     if isinstance(p.f.f, JuliaFunction):
         return Source(jl, p, p.f.f)
-    return RHS(jl, p, gradient=gradient, implicit=implicit)
+    return RHS(jl, p, gradient)
 
 
 class Callbacks:
@@ -48,7 +50,8 @@ class Callbacks:
 
     @property
     def pointers(self) -> dict[str, int]:
-        return {name: ctypes.cast(f, ctypes.c_void_p).value or 0 for name, f in self.functions.items()}
+        """Addresses of the functions; 0 for the event function that is not there."""
+        return {"event": 0} | {name: ctypes.cast(f, ctypes.c_void_p).value or 0 for name, f in self.functions.items()}
 
     def raise_error(self) -> None:
         """Raise what a callback raised, if one did, with its own traceback."""
@@ -82,8 +85,9 @@ class Source(Callbacks):
     def __init__(self, jl: Any, p: ODEProblem, f: JuliaFunction) -> None:
         super().__init__(p)
         theta = f.params.detach().to(self.dtype).contiguous()
-        make = jl.Source[getattr(jl, JULIA_TYPES[self.dtype])]
-        self.field = make(self.n, f.handle, parameters=borrow(jl, theta), **self.pointers)
+        self.field = jl.source(
+            julia_type(jl, self.dtype), self.n, f.handle, theta.data_ptr(), theta.numel(), self.pointers["event"]
+        )
 
 
 class RHS(Callbacks):
@@ -94,21 +98,31 @@ class RHS(Callbacks):
         gradient: name of the gradient method that will be asked for; None for none.
     """
 
-    def __init__(self, jl: Any, p: ODEProblem, *, gradient: str | None = None, implicit: bool = False) -> None:
+    def __init__(self, jl: Any, p: ODEProblem, gradient: str | None) -> None:
         super().__init__(p)
         self.joint = gradient in ("interpolating", "backsolve")  # both products are asked for, one after the other
         self.pending: list[Tensor | None] | None = None
         self.views = Views(p.f.shape or torch.Size([self.n]), self.dtype)
-        self.functions["f"] = _PLAIN(self.guard(self.f()))
-        if implicit:
-            self.functions["jac"] = _PLAIN(self.guard(self.jac))
-            self.functions["tgrad"] = _PLAIN(self.guard(self.tgrad))
-        if gradient is not None:
-            self.functions["vjp"] = _PRODUCT(self.guard(self.vjp))
-            self.functions["vjp_p"] = _PRODUCT(self.guard(self.vjp_p))
-        make = jl.Field[getattr(jl, JULIA_TYPES[self.dtype])]
-        self.field = make(self.n, parameters=self.params.size if gradient else 0, **self.pointers)
+        self.functions |= {
+            "f": _PLAIN(self.guard(self.f())),
+            "jac": _PLAIN(self.guard(self.jac)),
+            "tgrad": _PLAIN(self.guard(self.tgrad)),
+            "vjp": _PRODUCT(self.guard(self.vjp)),
+            "vjp_p": _PRODUCT(self.guard(self.vjp_p)),
+        }
+        names = ("f", "jac", "tgrad", "vjp", "vjp_p", "event")
+        parameters = self.params.size if gradient else 0
+        self.field = jl.field(julia_type(jl, self.dtype), self.n, parameters, *(self.pointers[name] for name in names))
         self.views.owner = self.field
+
+    def check_kept(self) -> None:
+        """Warn, once, if f kept what it was shown."""
+        if self.views.kept():
+            warn_once(
+                "kept state",
+                "f kept its argument h beyond its return. On the Julia engine h is a view of the solver's own memory, "
+                "which is overwritten as the solve goes on: keep h.clone(). (This warning is shown once.)",
+            )
 
     def f(self) -> Callable[[int, int, float], None]:
         # Every name that the innermost call of all uses is a local one.

@@ -45,6 +45,7 @@ class Runtime:
     pid: int = 0
     thread: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    algorithms: dict[str, Any] = field(default_factory=dict)
 
 
 _runtime = Runtime()
@@ -112,13 +113,30 @@ def julia() -> Iterator[Any]:
             _runtime.main.GC.enable(collecting)
 
 
+def evaluate(expression: str) -> Any:
+    """A Julia expression in Julia's `Main`, for a thread that is within `julia()`."""
+    return _runtime.main.seval(expression)
+
+
+def julia_type(jl: Any, dtype: torch.dtype) -> Any:
+    """Julia's name for a dtype."""
+    return jl.Float32 if dtype == torch.float32 else jl.Float64
+
+
+def algorithm(jl: Any, expression: str) -> Any:
+    """The solver that a Julia expression makes; made once."""
+    if expression not in _runtime.algorithms:
+        _runtime.algorithms[expression] = jl.algorithm(expression)
+    return _runtime.algorithms[expression]
+
+
 def sensitivity() -> None:
     """Load SciMLSensitivity, if it is not loaded yet: it takes several times as long as the solvers."""
-    with julia() as jl:
-        if "sensitivity" in _runtime.seconds:
-            return
+    if "sensitivity" in _runtime.seconds:
+        return
+    with julia():
         start = time.perf_counter()
-        jl.seval("import SciMLSensitivity")
+        evaluate("import SciMLSensitivity")
         _runtime.seconds["sensitivity"] = time.perf_counter() - start
 
 
@@ -150,5 +168,5 @@ def _start() -> None:
     _runtime.main, _runtime.jl = main, main.PyJLODE
     _runtime.pid, _runtime.thread = os.getpid(), threading.get_ident()
     _runtime.seconds.update(juliacall=loaded - start, solvers=time.perf_counter() - loaded)
-    main.seval("import LinearAlgebra").BLAS.set_num_threads(torch.get_num_threads())
+    main.PyJLODE.BLAS.set_num_threads(torch.get_num_threads())
     log.info("Julia started in %.1f s (%s)", sum(_runtime.seconds.values()), found.source)

@@ -76,7 +76,7 @@ def test_time_runs_both_ways_and_reaches_f(sign):
 
 def test_single_time_and_empty_state():
     assert torch.equal(odeint(linear, H0, T[:1], engine="julia"), H0[None])
-    assert odeint(lambda t, h: -h, torch.zeros(0, 2), T, engine="julia").shape == (7, 0, 2)
+    assert odeint(lambda t, h: -h, torch.zeros(0, 2, dtype=F64), T, engine="julia").shape == (7, 0, 2)
 
 
 @pytest.mark.parametrize("name", sorted(pyjlode.bridge.engine.GRADIENTS))
@@ -126,8 +126,8 @@ def test_event_and_its_gradient():
     h0 = torch.tensor([2.0, 0.0], dtype=F64, requires_grad=True)
     t, h = odeint_event(fall, h0, 0.0, event_fn=lambda t, h: h[0], engine="julia", adjoint=True, **TOL)
     want = math.sqrt(2 * 2.0 / 9.81)
-    assert abs(float(t) - want) < 1e-8
-    assert abs(float(h[-1, 0])) < 1e-7
+    assert abs(float(t.detach()) - want) < 1e-8
+    assert abs(float(h[-1, 0].detach())) < 1e-7
     (grad,) = torch.autograd.grad(t, h0)
     assert abs(float(grad[0]) - want / (2 * 2.0)) < 1e-6
 
@@ -208,7 +208,7 @@ def test_options_reach_the_solver():
         return torch.where(t < 1.1, -h, h)
 
     h = odeint(jump, H0, T, engine="julia", options={"jump_t": [1.1]}, **TOL)
-    assert 1.1 in times
+    assert min(abs(t - 1.1) for t in times) < 1e-8
     assert torch.allclose(h[-1], H0 * math.exp(-1.1 + 1.9), atol=1e-6)
 
 

@@ -89,9 +89,9 @@ def rounds(n):
     return time.perf_counter() - start
 def state():
     gc.collect()
-    with runtime.julia() as jl:
-        jl.seval("GC.gc(true)")
-        live = jl.seval("Base.gc_live_bytes()")
+    with runtime.julia():
+        runtime.evaluate("GC.gc(true)")
+        live = runtime.evaluate("Base.gc_live_bytes()")
     with open("/proc/self/statm") as f:
         return live, int(f.read().split()[1]) * resource.getpagesize()
 rounds(200)
