@@ -31,6 +31,10 @@ class Engine(Protocol):
     NAME: str
     RECOMMENDED: str
 
+    def consistent(self, p: ODEProblem) -> Tensor: ...
+
+    def slope(self, p: ODEProblem, t: Tensor, y: Tensor) -> Tensor: ...
+
     def solve(self, p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = False) -> Any: ...
 
     def solve_for_vjp(self, p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = False) -> Any: ...
@@ -50,6 +54,14 @@ def find(adjoint: bool | str, engine: Engine, p: ODEProblem) -> str | None:
         return "interpolating" if p.method.kind == "scipy" else engine.RECOMMENDED
     if adjoint not in GRADIENTS:
         raise BadOption(unknown(adjoint, "gradient method (adjoint=)", list(GRADIENTS)))
+    if adjoint == "backsolve" and p.mass is not None:
+        raise BadOption("adjoint='backsolve' does not solve systems with a mass_matrix; use 'discrete' or 'gauss'.")
+    if adjoint == "backsolve" and p.method.controlled and not p.options.allow_unstable:
+        raise BadOption(
+            "adjoint='backsolve' solves h' = f(t, h) backward in time, where what a stiff system damps grows: its "
+            f"gradient would be wrong ({p.method.name} is for stiff systems). Use adjoint=True, 'interpolating' or "
+            "'gauss', or insist by options={'allow_unstable': True}."
+        )
     return adjoint
 
 

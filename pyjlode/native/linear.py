@@ -195,6 +195,8 @@ class Linear:
             return torch.complex(self.product(J, v.real), self.product(J, v.imag))
         if J.blocks is not None:
             return (J.blocks @ v.reshape(self.B, self.d, 1)).reshape(-1)
+        if self.p.products:
+            return self.p.products[0](J.t, v)
         return directional(self.p, J.t, J.y, None, v)
 
     def product_transposed(self, J: Jacobian, v: Tensor) -> Tensor:
@@ -203,6 +205,8 @@ class Linear:
             return torch.complex(self.product_transposed(J, v.real), self.product_transposed(J, v.imag))
         if J.blocks is not None:
             return (J.blocks.mT @ v.reshape(self.B, self.d, 1)).reshape(-1)
+        if self.p.products:
+            return self.p.products[1](J.t, v)
         with torch.enable_grad():
             y = J.y.detach().requires_grad_()
             k = self.p.f(J.t, y)
