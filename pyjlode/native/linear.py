@@ -23,7 +23,7 @@ from ..solution import Stats
 DENSE_LIMIT = 2000
 
 # What torch.func says of an f that it cannot differentiate; an error of the user's own comes again in the next call.
-_REFUSALS = (RuntimeError, TypeError)
+REFUSALS = (RuntimeError, TypeError)
 
 
 class Jacobian(NamedTuple):
@@ -93,7 +93,7 @@ class Linear:
                 try:
                     blocks, slope = columns(t, y, rate)
                     return Jacobian(t, y, blocks, self.seen(t, y, slope) if rate else None)
-                except _REFUSALS as refusal:
+                except REFUSALS as refusal:
                     reason = str(refusal).split("\n")[0][:120]
             self.difference = True
             warn_once(
@@ -232,7 +232,7 @@ def directional(p: ODEProblem, t: Tensor, y: Tensor, dt: Tensor | None, dy: Tens
         if dt is None:
             return torch.func.jvp(lambda y: p.f(t, y), (y,), (dy,))[1]
         return torch.func.jvp(p.f, (t, y), (dt.to(t), dy))[1]
-    except _REFUSALS:
+    except REFUSALS:
         return _directional_by_reverse(p, t, y, dt, dy)
 
 
