@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import warn_once
-from ..problem import ODEProblem
+from ..problem import ODEProblem, is_finite
 from ..solution import Stats
 
 # Above this size of one system GMRES with Jacobian-vector products replaces LU of the dense Jacobian. Measured by
@@ -92,7 +92,8 @@ class Linear:
             for columns in (self.reverse_columns, self.forward_columns):
                 try:
                     blocks, slope = columns(t, y, rate)
-                    return Jacobian(t, y, blocks, self.seen(t, y, slope) if rate else None)
+                    slope = self.seen(t, y, slope) if rate else None
+                    return self.made_finite(Jacobian(t, y, blocks, slope))
                 except REFUSALS as refusal:
                     reason = str(refusal).split("\n")[0][:120]
             self.difference = True
@@ -103,6 +104,15 @@ class Linear:
                 "shown once.)",
             )
         return Jacobian(t, y, self.difference_columns(t, y), self.time_derivative(t, y) if rate else None)
+
+    def made_finite(self, J: Jacobian) -> Jacobian:
+        """J; where it has NaN and f has none near by (the derivative of `where` has, if the branch not taken has) the
+        differences of f."""
+        assert J.blocks is not None
+        if is_finite(J.blocks) and (J.rate is None or is_finite(J.rate)):
+            return J
+        rate = None if J.rate is None else self.time_difference(J.t, J.y)
+        return J._replace(blocks=self.difference_columns(J.t, J.y), rate=rate)
 
     def tangents(self, y: Tensor) -> Tensor:
         """(d, n): unit vector j in every system at once."""

@@ -252,7 +252,7 @@ def _rosenbrock23() -> RosenbrockTableau:
 
     Its own variables k_i are turned into u_i = dt Σ_j Γ[i, j] k_j.
     """
-    d, e = 1 / (2 + np.sqrt(2)), 6 + np.sqrt(2)
+    d, e = float(1 / (2 + np.sqrt(2))), float(6 + np.sqrt(2))
     alpha = _lower([1 / 2], [0.0, 1.0])
     Gamma = np.array([[d, 0, 0], [-d, d, 0], [d * (e - 2), -d * e, d]])
     inverse = np.linalg.inv(Gamma)
@@ -260,8 +260,8 @@ def _rosenbrock23() -> RosenbrockTableau:
         name="rosenbrock23",
         order=2,
         gamma=d,
-        A=alpha @ inverse,
-        C=np.eye(3) / d - inverse,
+        A=np.tril(alpha @ inverse, -1),
+        C=np.tril(-inverse, -1),
         alpha=np.array([0, 1 / 2, 1]),
         gammas=np.array([d, 0.0, -d]),
         m=np.array([0, 1.0, 0]) @ inverse,
