@@ -31,6 +31,14 @@ class UnknownMethod(PyJLODEError, ValueError):
     """No solver or gradient method has this name; the message lists the near ones."""
 
 
+class InconsistentStart(PyJLODEError, ValueError):
+    """`h0` does not satisfy the algebraic equations of a system with a singular mass matrix."""
+
+
+class HighIndex(PyJLODEError, ValueError):
+    """A system with a singular mass matrix is not of index 1."""
+
+
 class EngineUnavailable(PyJLODEError, RuntimeError):
     """The engine that was asked for is not there; the message says how to get it."""
 

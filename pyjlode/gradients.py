@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -35,15 +35,17 @@ class Gradients(NamedTuple):
     params: Sequence[Tensor | None]
 
 
-def time_gradient(p: ODEProblem, record: Any, g: Tensor, a: Tensor) -> Tensor | None:
-    """dL/dt_i = g_i f(t_i, y_i), and dL/dt_0 = -a(t_0) f(t_0, y_0) with a before g_0 is added to it."""
+def time_gradient(
+    p: ODEProblem, record: Any, g: Tensor, a: Tensor, slope: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor | None:
+    """dL/dt_i = g_i y'(t_i), and dL/dt_0 = -a(t_0) y'(t_0) with a before g_0 is added to it; y' is `slope(t, y)`."""
     if not p.t.requires_grad:
         return None
     values = [0.0] * len(p.times)
     with torch.no_grad():
         for i in range(1, len(p.times) if record.event_t is None else 1):
-            values[i] = float(g[i] @ p.f(p.time(p.times[i]), record.ys[i]))
-        values[0] = -float(a @ p.f(p.time(p.times[0]), p.y0)) if len(p.times) > 1 else 0.0
+            values[i] = float(g[i] @ slope(p.time(p.times[i]), record.ys[i]))
+        values[0] = -float(a @ slope(p.time(p.times[0]), p.y0)) if len(p.times) > 1 else 0.0
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -52,6 +54,10 @@ class Engine(Protocol):
 
     NAME: str
     RECOMMENDED: str
+
+    def consistent(self, p: ODEProblem) -> Tensor: ...
+
+    def slope(self, p: ODEProblem, t: Tensor, y: Tensor) -> Tensor: ...
 
     def solve(self, p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = False) -> Any: ...
 
@@ -72,6 +78,14 @@ def find(adjoint: bool | str, engine: Engine, p: ODEProblem) -> str | None:
         return "interpolating" if p.method.kind == "scipy" else engine.RECOMMENDED
     if adjoint not in GRADIENTS:
         raise BadOption(unknown(adjoint, "gradient method (adjoint=)", list(GRADIENTS)))
+    if adjoint == "backsolve" and p.mass is not None:
+        raise BadOption("adjoint='backsolve' does not solve systems with a mass_matrix; use 'discrete' or 'gauss'.")
+    if adjoint == "backsolve" and p.method.controlled and not p.options.allow_unstable:
+        raise BadOption(
+            "adjoint='backsolve' solves h' = f(t, h) backward in time, where what a stiff system damps grows: its "
+            f"gradient would be wrong ({p.method.name} is for stiff systems). Use adjoint=True, 'interpolating' or "
+            "'gauss', or insist by options={'allow_unstable': True}."
+        )
     return adjoint
 
 

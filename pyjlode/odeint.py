@@ -371,6 +371,9 @@ def _read(
         if needed and gradient is None and chosen is julia:
             chosen, reason = _engine(engine, p, adjoint, recorded=True)
     p.f0 = f0 if gradient is None else f0.detach()
+    if p.mass is not None:
+        p.y0 = chosen.consistent(p)
+        p.f0 = p.f0 if p.options.consistent == "check" else None
     p.adjoint = _adjoint(f, p, gradient, adjoint, rtol, atol, options, adjoint_given, h0, layout)
 
     stats = Stats(chosen.NAME, reason, row.name)
@@ -453,7 +456,7 @@ def _through_event(p: ODEProblem, record: Any, made: _Made) -> tuple[Tensor, Ten
         return t, y
     recorded = made.gradient is None and p.method.kind != "scipy"
     with torch.no_grad():
-        slope = p.f(t.to(y), y)
+        slope = made.engine.slope(p, t.to(y), y)
     at, state = t.to(torch.float64).clone(), y
     step = record.last if recorded else None
     for _ in range(2 if recorded else 1):

@@ -245,6 +245,7 @@ class ODEProblem:
         layout: how the user's state lies in `y0`.
         batch: number B of independent systems, which lie in `y0` one after the other.
         mass: (n / B, n / B), M of `M y' = f(t, y)`, the same for each system; None is the identity.
+        products: `v -> J v` and `v -> Jᵀ v` at a time t, `(t: 0-d, v: (n,)) -> (n,)`, for a large linear f.
         jac: `(t: 0-d, y: (n,)) -> (B, n / B, n / B)` or what reshapes to it, the user's df/dy.
     """
 
@@ -267,6 +268,7 @@ class ODEProblem:
     batch: int = 1
     mass: Tensor | None = None
     jac: Callable[[Tensor, Tensor], Tensor] | None = None
+    products: tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]] | None = None
     adjoint: AdjointSettings | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
 

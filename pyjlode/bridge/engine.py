@@ -81,6 +81,10 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
         return f"adjoint={gradient!r} replays or extends the steps of the native engine"
     if p.batch > 1:
         return "options['batch_dims'] is of the native engine's linear algebra"
+    if p.mass is not None and gradient is not None:
+        return "with a mass_matrix it solves, and does not differentiate"
+    if p.mass is not None and p.event_fn is not None:
+        return "with a mass_matrix it takes no event_fn"
     default = SolverOptions()
     changed = {name for name, value in vars(p.options).items() if value != getattr(default, name)}
     if changed - _OPTIONS:
@@ -88,6 +92,16 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
     if any((p.callbacks.step, p.callbacks.accept, p.callbacks.reject)):
         return "f has callbacks (callback_step and the like), which the native engine calls"
     return None
+
+
+def consistent(p: ODEProblem) -> Tensor:
+    """y0 as it is: Julia's solver checks it, and an inconsistent one is a failure of the solve."""
+    return p.y0
+
+
+def slope(p: ODEProblem, t: Tensor, y: Tensor) -> Tensor:
+    """dy/dt of the solution through (t, y), shape (n,)."""
+    return p.f(t, y)
 
 
 def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = False) -> Record:
@@ -105,7 +119,7 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     """Gradients of a loss with cotangents g (T, n) of the states at the output times."""
     p, record, rhs = memory.problem, memory.record, memory.rhs
     if rhs is None:  # nothing was solved
-        return Gradients(g.sum(0), time_gradient(p, record, g, torch.zeros_like(p.y0)), [None] * len(p.params))
+        return Gradients(g.sum(0), time_gradient(p, record, g, torch.zeros_like(p.y0), p.f), [None] * len(p.params))
     assert p.adjoint is not None
     times = p.times if record.event_t is None else [p.times[0], record.event_t]
     settings = p.adjoint
@@ -123,7 +137,7 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
         runtime.sensitivity()
         _call(rhs, jl.adjoint_b, memory.solve, memory.gradient, _algorithm(jl, settings.method), request.address)
     params = [x.to(q.device, q.dtype) for x, q in zip(rhs.params.leaves(theta), p.params)]
-    return Gradients(a + g[0], time_gradient(p, record, g, a), params)
+    return Gradients(a + g[0], time_gradient(p, record, g, a, p.f), params)
 
 
 def _solve(p: ODEProblem, stats: Stats, gradient: str | None, dense: bool) -> tuple[Record, Callbacks | None, Any]:
@@ -202,6 +216,8 @@ def _failure(p: ODEProblem, code: str, t: float, dt: float) -> SolveError:
         return ends.too_small(p, t, dt, 1.0)
     if code in ("DtNaN", "Unstable"):
         return ends.too_small(p, t, dt, math.nan)
+    if code == "InitialFailure":
+        return SolveError(f"{p.method.name}: h0 does not hold the algebraic equations of the mass matrix.", t=t, dt=dt)
     if code == "ConvergenceFailure":
         return NotConverged(f"{p.method.name}: the equations of a step at t={t:.6g} were not solved.", t=t, dt=dt)
     return SolveError(f"{p.method.name}: Julia's solver gave up at t={t:.6g}: {code}.", t=t, dt=dt)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import BadOption
 from ..problem import ODEProblem
 from ..solution import Stats
-from . import loop, scipy_ivp, sensitivity
+from . import dae, loop, scipy_ivp, sensitivity
 from .loop import Record
 from .sensitivity import Gradients
 
@@ -36,6 +36,16 @@ def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = 
     if p.method.kind == "scipy":
         return scipy_ivp.solve(p, stats, dense=dense)
     return loop.solve(p, stats, recorded=math.inf if recorded else 0, dense=dense)
+
+
+def consistent(p: ODEProblem) -> Tensor:
+    """y0 as the algebraic equations of `p`, which has a mass matrix, allow it; with a graph."""
+    return dae.consistent(p)
+
+
+def slope(p: ODEProblem, t: Tensor, y: Tensor) -> Tensor:
+    """dy/dt of the solution through (t, y), shape (n,)."""
+    return p.f(t, y) if p.mass is None else dae.Algebra(p).slope(t, y)
 
 
 def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = False) -> Memory:

@@ -23,7 +23,7 @@ _KEEP = 1.2  # a step that could grow by less keeps its size, and with it its fa
 
 
 class Coefficients:
-    """rows[i], (i,): A before the diagonal; B, E (s,)."""
+    """rows[i], (i,): A before the diagonal; B, E (s,); P (s, q) float64."""
 
     def __init__(self, tab: EsdirkTableau, dtype: torch.dtype, device: torch.device) -> None:
         def tensor(x: np.ndarray) -> Tensor:
@@ -31,6 +31,7 @@ class Coefficients:
 
         self.rows = [tensor(tab.A[i, :i]) for i in range(tab.stages)]
         self.B, self.E = tensor(tab.B), tensor(tab.E)
+        self.P = torch.tensor(tab.P, dtype=torch.float64, device=device)
 
 
 coefficients = functools.lru_cache(maxsize=16)(Coefficients)
@@ -132,7 +133,7 @@ class Esdirk:
 
 
 class EsdirkStep:
-    """A step and its slopes K, (s, n); the first and the last are those at its ends, for cubic output."""
+    """A step and its slopes K, (s, n)."""
 
     def __init__(self, rk: Esdirk, interval: Interval, y: Tensor, y1: Tensor, K: Tensor) -> None:
         self.rk, self.interval, self.y, self.y1, self.K = rk, interval, y, y1, K
@@ -142,5 +143,6 @@ class EsdirkStep:
         return self.K.detach()
 
     def interpolate(self, times: list[float] | Tensor) -> Tensor:
-        theta = fraction(self.interval, times)
-        return interpolation.hermite(theta, self.interval.dt, self.y, self.y1, self.K[0], self.K[-1])
+        theta, P = fraction(self.interval, times), self.rk.c.P
+        weights = interpolation.powers(theta, P.shape[1]) @ P.T.to(theta) * self.interval.dt
+        return self.y + weights.to(self.y) @ self.K

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import warn_once
-from ..problem import ODEProblem
+from ..problem import ODEProblem, is_finite
 from ..solution import Stats
 
 # Above this size of one system GMRES with Jacobian-vector products replaces LU of the dense Jacobian. Measured by
@@ -23,7 +23,7 @@ from ..solution import Stats
 DENSE_LIMIT = 2000
 
 # What torch.func says of an f that it cannot differentiate; an error of the user's own comes again in the next call.
-_REFUSALS = (RuntimeError, TypeError)
+REFUSALS = (RuntimeError, TypeError)
 
 
 class Jacobian(NamedTuple):
@@ -92,8 +92,9 @@ class Linear:
             for columns in (self.reverse_columns, self.forward_columns):
                 try:
                     blocks, slope = columns(t, y, rate)
-                    return Jacobian(t, y, blocks, self.seen(t, y, slope) if rate else None)
-                except _REFUSALS as refusal:
+                    slope = self.seen(t, y, slope) if rate else None
+                    return self.made_finite(Jacobian(t, y, blocks, slope))
+                except REFUSALS as refusal:
                     reason = str(refusal).split("\n")[0][:120]
             self.difference = True
             warn_once(
@@ -103,6 +104,15 @@ class Linear:
                 "shown once.)",
             )
         return Jacobian(t, y, self.difference_columns(t, y), self.time_derivative(t, y) if rate else None)
+
+    def made_finite(self, J: Jacobian) -> Jacobian:
+        """J; where it has NaN and f has none near by (the derivative of `where` has, if the branch not taken has) the
+        differences of f."""
+        assert J.blocks is not None
+        if is_finite(J.blocks) and (J.rate is None or is_finite(J.rate)):
+            return J
+        rate = None if J.rate is None else self.time_difference(J.t, J.y)
+        return J._replace(blocks=self.difference_columns(J.t, J.y), rate=rate)
 
     def tangents(self, y: Tensor) -> Tensor:
         """(d, n): unit vector j in every system at once."""
@@ -195,6 +205,8 @@ class Linear:
             return torch.complex(self.product(J, v.real), self.product(J, v.imag))
         if J.blocks is not None:
             return (J.blocks @ v.reshape(self.B, self.d, 1)).reshape(-1)
+        if self.p.products:
+            return self.p.products[0](J.t, v)
         return directional(self.p, J.t, J.y, None, v)
 
     def product_transposed(self, J: Jacobian, v: Tensor) -> Tensor:
@@ -203,6 +215,8 @@ class Linear:
             return torch.complex(self.product_transposed(J, v.real), self.product_transposed(J, v.imag))
         if J.blocks is not None:
             return (J.blocks.mT @ v.reshape(self.B, self.d, 1)).reshape(-1)
+        if self.p.products:
+            return self.p.products[1](J.t, v)
         with torch.enable_grad():
             y = J.y.detach().requires_grad_()
             k = self.p.f(J.t, y)
@@ -228,7 +242,7 @@ def directional(p: ODEProblem, t: Tensor, y: Tensor, dt: Tensor | None, dy: Tens
         if dt is None:
             return torch.func.jvp(lambda y: p.f(t, y), (y,), (dy,))[1]
         return torch.func.jvp(p.f, (t, y), (dt.to(t), dy))[1]
-    except _REFUSALS:
+    except REFUSALS:
         return _directional_by_reverse(p, t, y, dt, dy)
 
 

@@ -60,9 +60,11 @@ def newton(
     Args:
         change: the Newton correction at x.
         size: norm of a correction, in units of the step's tolerance.
-        eta: rate / (1 - rate) of the last iteration, by which one correction may be found enough.
+        eta: rate / (1 - rate) of the last iteration with this Jacobian, by which one correction may be found enough;
+            1 where there was none, and then one is never enough: a wrong Jacobian makes small corrections too.
     """
     last, rate = math.nan, math.nan
+    known = eta < 1
     eta = max(eta, torch.finfo(x.dtype).eps) ** 0.8
     for k in range(max_iters):
         dx = change(x)
@@ -78,7 +80,7 @@ def newton(
             if rate ** (max_iters - k - 1) * eta * length > tol:
                 return Converged(x, k + 1, rate, 1.0, f"{max_iters} Newton iterations are not enough")
         x = x + dx
-        if length == 0 or eta * length <= tol:
+        if length == 0 or ((k or known) and eta * length <= tol):
             return Converged(x, k + 1, rate, eta)
         last = length
     return Converged(x, max_iters, rate, 1.0, f"{max_iters} Newton iterations are not enough")
@@ -103,7 +105,7 @@ class Frozen:
         self.J, self.current = None, False
 
     def renew(self, t: Tensor, y: Tensor) -> None:
-        self.J, self.current = self.linear.jacobian(t, y), True
+        self.J, self.current, self.eta = self.linear.jacobian(t, y), True, 1.0
         self.dt = math.nan
 
     def factors(self, dt: float) -> list[Factors | Krylov]:
@@ -124,10 +126,12 @@ class Frozen:
             systems = self.factors(dt)
             ok = all(system.ok for system in systems)
             done = iterate(systems) if ok else Converged(None, 0, math.nan, 1.0, SINGULAR)
-            if not done.why or self.current:
-                self.eta = done.eta
+            self.eta = done.eta
+            if not done.why:
                 return done
-            self.eta = 1.0
+            if self.current:  # a shorter step gets a Jacobian of its own, if it fails with this one
+                self.current = False
+                return done
             self.forget()
 
     def judge(self, done: Converged) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,16 @@ from torch import Tensor
 from ..problem import ODEProblem
 from ..solution import Stats
 from . import controller, interpolation
-from .linear import Factors, Jacobian, Krylov, Linear, directional
+from .linear import REFUSALS, Factors, Jacobian, Krylov, Linear, directional
 from .newton import POLISH_RECORDED, SINGULAR
 from .step import Interval, fraction, stage_times
 from .stiff_tableaus import RosenbrockTableau
 from .stiffness import Attempt
+
+Solve = Callable[[Tensor, Any], Tensor]
+
+# Up to this size of a system its recorded Jacobian costs less than a recorded product with it in each stage.
+_RECORDED = 32
 
 
 class Coefficients:
@@ -94,33 +100,54 @@ class Rosenbrock:
         return controller.next_factor(err, self.previous, False, self.order, self.p.method.pi, self.p.options)
 
     def again(self, interval: Interval, y: Tensor, data: Any = (), polish: int = POLISH_RECORDED) -> RosenbrockStep:
-        """The step under autograd. Each stage is the solution of a linear system whose matrix depends on y: what it
-        lacks to solve the recorded system is nothing, but has the derivative that the solution has."""
-        p, tab, c = self.p, self.tab, self.c
+        """The step under autograd."""
+        tab, c = self.tab, self.c
         t = stage_times(interval, tab.alpha, y)
-        J = self.linear.jacobian(t[0], y, rate=True)
-        W = self.linear.system(J, 1 / (tab.gamma * (interval.t1 - interval.t0)))
         dt = interval.dt.to(y) if isinstance(interval.dt, Tensor) else interval.dt
+        solve = self.recorded_system(t[0], y, dt) or self.polished_system(t[0], y, dt, interval, polish)
         U: list[Tensor] = []
         for i in range(tab.stages):
             Y, carry = y, torch.zeros_like(y)
             if i:
                 stacked = torch.stack(U).T
                 Y, carry = y + stacked @ c.A[i], self.linear.times_mass(stacked @ c.C[i]) / dt
-            rhs = p.f(t[i], Y) + carry
-            along = tab.gammas[i] * dt
+            U.append(solve(self.p.f(t[i], Y) + carry, tab.gammas[i] * dt))
+        stacked = torch.stack(U)
+        return RosenbrockStep(self, interval, y, y + stacked.T @ c.m, stacked)
+
+    def recorded_system(self, t: Tensor, y: Tensor, dt: float | Tensor) -> Solve | None:
+        """(rhs, weight of df/dt) -> u with a Jacobian that has a graph: for small systems."""
+        linear = self.linear
+        if linear.d > _RECORDED or linear.difference or linear.blind_to_time or self.p.jac is not None:
+            return None
+        try:
+            J, rate = linear.reverse_columns(t, y, True)
+        except REFUSALS:
+            return None
+        mass = torch.eye(linear.d, dtype=y.dtype, device=y.device) if linear.mass is None else linear.mass
+        W = Factors(mass * (1 / (self.tab.gamma * dt)) - J)
+        return lambda rhs, along: W.solve(rhs + rate * along)
+
+    def polished_system(self, t: Tensor, y: Tensor, dt: float | Tensor, interval: Interval, polish: int) -> Solve:
+        """The same with products alone. A stage solves a linear system whose matrix depends on y: what it lacks to
+        solve the recorded system is nothing, but has the derivative that the solution has."""
+        p, linear = self.p, self.linear
+        J = linear.jacobian(t, y, rate=True)
+        W = linear.system(J, 1 / (self.tab.gamma * (interval.t1 - interval.t0)))
+
+        def solve(rhs: Tensor, along: float | Tensor) -> Tensor:
             assert J.rate is not None
             with torch.no_grad():
                 u = W.solve(rhs + J.rate * along)
             for _ in range(polish):
-                if self.linear.blind_to_time:
-                    product = directional(p, t[0], y, None, u) + J.rate * along
+                if linear.blind_to_time:
+                    product = directional(p, t, y, None, u) + J.rate * along
                 else:
-                    product = directional(p, t[0], y, torch.as_tensor(along), u)
-                u = u + W.solve(rhs + product - self.linear.times_mass(u) / (tab.gamma * dt))
-            U.append(u)
-        stacked = torch.stack(U)
-        return RosenbrockStep(self, interval, y, y + stacked.T @ c.m, stacked)
+                    product = directional(p, t, y, torch.as_tensor(along), u)
+                u = u + W.solve(rhs + product - linear.times_mass(u) / (self.tab.gamma * dt))
+            return u
+
+        return solve
 
 
 class RosenbrockStep:

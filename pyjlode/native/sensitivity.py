@@ -7,8 +7,9 @@ Bettencourt & Duvenaud 2018, appendix B; Pontryagin et al. 1962).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from ..errors import GradientUnavailable
 from ..gradients import Gradients, time_gradient
 from ..problem import Callbacks, Field, Layout, Norm, ODEProblem, max_rms_norm, rms_norm
 from ..solution import Stats
-from . import bdf, loop, scipy_ivp
+from . import bdf, dae, loop, scipy_ivp
+from .linear import Jacobian, Linear
 from .loop import Head, Kept, Record
 from .multistep import Past
 from .step import Step
@@ -196,6 +198,8 @@ def continuous(p: ODEProblem, record: Record, g: Tensor, name: str) -> Gradients
     `interpolating` reads y off the forward solve's dense output, the integral over theta being part of the solve.
     `quadrature` keeps a(t), then integrates a df/dtheta by adaptive Gauss-Kronrod quadrature.
     `gauss` integrates it by Gauss-Legendre quadrature within each step of a as that step is made.
+    A stiff method takes the integral of the first two within its steps too: states of the size of theta would only
+    make its linear systems larger.
     The last three are those of Ma, Dixit, Innes, Guo & Rackauckas, A comparison of automatic differentiation and
     continuous sensitivity analysis for derivatives of differential equation solutions, 2021.
     """
@@ -204,7 +208,8 @@ def continuous(p: ODEProblem, record: Record, g: Tensor, name: str) -> Gradients
     a = torch.zeros_like(p.y0)
     for i in reversed(range(1, len(times))):
         a = backward.run(times[i], times[i - 1], a + g[i], record.ys[i])
-    return Gradients(a + g[0], time_gradient(p, record, g, a), backward.params())
+    slope = p.f if p.mass is None else dae.Algebra(p).slope
+    return Gradients(a + g[0], time_gradient(p, record, g, a, slope), backward.params())
 
 
 class _Backward:
@@ -217,14 +222,18 @@ class _Backward:
         self.layout = Layout(list(p.params))
         self.total = p.y0.new_zeros(self.layout.size)
         self.with_y = name == "backsolve"
-        self.with_params = name in ("backsolve", "interpolating")
+        stiff = self.settings.method.controlled
+        self.with_params = name in ("backsolve", "interpolating") and not stiff
+        self.inline = self.integrate if self.layout.size and not self.with_params else None
+        self.linear = Linear(p, Stats("", "", "")) if stiff else None
+        self.algebra = dae.Algebra(p) if p.mass is not None else None
         self.first_step = self.settings.options.first_step
         self.nodes = gauss_legendre(self.settings.method.order // 2 + 1)
 
     def rhs(self, t: Tensor, z: Tensor) -> Tensor:
         """z = (y?, a, theta?) -> dz/dt."""
         n, p = self.n, self.p
-        y = z[:n] if self.with_y else self.record.dense.at(float(t))
+        y = z[:n] if self.with_y else self.record.dense.at(float(t.detach()))
         a = z[n : 2 * n] if self.with_y else z[:n]
         k, (mu, *grads) = vjp(p, t, y, a, None if self.with_params else ())
         parts = [k] if self.with_y else []
@@ -240,6 +249,9 @@ class _Backward:
     def run(self, t1: float, t0: float, a: Tensor, y: Tensor) -> Tensor:
         """a(t1) -> a(t0), with the integral over theta added up."""
         p, s, n = self.p, self.settings, self.n
+        if self.algebra:
+            a, mu = self.algebra.adjoint_start(p.time(t1), y, a)
+            self.total -= self.flat(vjp(p, p.time(t1), y, mu)[1][1:])
         z = torch.cat([*([y] if self.with_y else []), a, *([self.total] if self.with_params else [])])
         problem = ODEProblem(
             f=Field(self.rhs),
@@ -252,24 +264,63 @@ class _Backward:
             options=replace(s.options, first_step=self.first_step),
             norm=self.norm(),
             callbacks=self.callbacks(),
+            **self.implicit(),
         )
-        inline = self.integrate if self.name in ("gauss", "quadrature") and self.layout.size else None
         if s.method.kind == "scipy":
             done = scipy_ivp.solve(problem, Stats("", "", ""), dense=False)
         else:
-            done = loop.solve(problem, Stats("", "", ""), on_step=inline)
+            done = loop.solve(problem, Stats("", "", ""), on_step=self.inline)
         self.first_step = done.next_dt or self.first_step
         z = done.ys[-1]
         if self.with_y:
             z = z[n:]
         if self.with_params:
             self.total = z[n:]
-        return z[:n]
+        return z[:n] if self.linear is None else self.linear.times_mass_transposed(z[:n])
+
+    def implicit(self) -> dict[str, Any]:
+        """What a stiff method needs to know of the adjoint equation: Mᵀ λ' = -Jᵀ λ, and its Jacobian."""
+        if self.linear is None:
+            return {}
+        linear, p = self.linear, self.p
+        if self.with_y:
+            return {"jac": self.jacobian_with_y}
+
+        def at(t: Tensor) -> Jacobian:
+            return linear.jacobian(t, self.record.dense.at(float(t.detach())))
+
+        if linear.free:
+            products = (lambda t, v: -linear.product_transposed(at(t), v), lambda t, v: -linear.product(at(t), v))
+            return {"products": products, "batch": p.batch}
+
+        def jac(t: Tensor, z: Tensor) -> Tensor:
+            J = at(t).blocks
+            assert J is not None
+            return -J.mT
+
+        return {"jac": jac, "batch": p.batch, "mass": None if p.mass is None else p.mass.T}
+
+    def jacobian_with_y(self, t: Tensor, z: Tensor) -> Tensor:
+        """Of (f, -Jᵀ a) by (y, a): (2 n, 2 n)."""
+        n, p = self.n, self.p
+        with torch.enable_grad():
+            y = z[:n].detach().requires_grad_()
+            k = p.f(t, y)
+            J, _ = jacobians(p, k, y, Layout([]))
+            out = z.new_zeros(2 * n, 2 * n)
+            out[:n, :n], out[n:, n:] = J, -J.mT
+            mu = torch.autograd.grad(k, y, z[n:], create_graph=True, allow_unused=True)[0] if k.requires_grad else None
+            if mu is not None and mu.requires_grad:
+                for i in range(n):
+                    row = torch.autograd.grad(mu[i], y, retain_graph=True, allow_unused=True)[0]
+                    if row is not None:
+                        out[n + i, :n] = -row
+        return out
 
     def integrate(self, step: Step) -> None:
         """Add the integral of a df/dtheta over one step of a."""
         t0, t1 = step.interval.t0, step.interval.t1
-        if self.name == "gauss":
+        if self.name != "quadrature":
             self.total += self.rule(step, t0, t1, *self.nodes)
         else:
             self.total += self.kronrod(step, t0, t1)
@@ -282,8 +333,9 @@ class _Backward:
         """Weighted sums of a df/dtheta at `times`: weights (r, M) -> (r, |theta|)."""
         p = self.p
         with torch.no_grad():
-            a = step.interpolate(times)
-            y = self.record.dense(torch.tensor(times, dtype=torch.float64))
+            z = step.interpolate(times)
+            a = z[:, -self.n :]
+            y = z[:, : self.n] if self.with_y else self.record.dense(torch.tensor(times, dtype=torch.float64))
         total = self.total.new_zeros(len(weights), self.layout.size)
         for i, t in enumerate(times):
             with torch.enable_grad():
@@ -398,12 +450,16 @@ def solve_forward(p: ODEProblem, stats: Stats, *, dense: bool = False) -> tuple[
         return torch.cat([tol, tol[:, None].expand(n, width).reshape(-1)]) if isinstance(tol, Tensor) else tol
 
     S0 = torch.eye(n, width, dtype=p.y0.dtype, device=p.y0.device)
+    start = S0 if p.mass is None else consistent_sensitivities(p, S0, layout)
     event = p.event_fn
     augmented = replace(
         p,
         f=Field(rhs),
-        y0=torch.cat([p.y0, S0.reshape(-1)]),
+        y0=torch.cat([p.y0, start.reshape(-1)]),
         f0=None,
+        jac=SensitivityJacobian(p, rhs, layout) if p.method.controlled else None,
+        mass=None if p.mass is None else sensitivity_mass(p, width),
+        batch=1,
         norm=norm,
         rtol=extend(p.rtol),
         atol=extend(p.atol),
@@ -415,8 +471,58 @@ def solve_forward(p: ODEProblem, stats: Stats, *, dense: bool = False) -> tuple[
         whole = record.dense
         record.dense = lambda times: whole(times)[:, :n]
     S = record.ys[:, n:].reshape(len(record.ys), n, width)
+    S[0] = S0  # y(t0) is y0 itself
     record.ys = record.ys[:, :n].clone()
     return record, S
+
+
+def consistent_sensitivities(p: ODEProblem, S: Tensor, layout: Layout) -> Tensor:
+    """S with its algebraic part as the derivative of the algebraic equations has it: (n, n + |theta|)."""
+    algebra = dae.Algebra(p)
+    if algebra.none:
+        return S
+    t, n = p.time(p.times[0]), p.y0.numel()
+    with torch.enable_grad():
+        y = p.y0.detach().requires_grad_()
+        k = p.f(t, y)
+    J, rows = jacobians(p, k, y, layout)
+    change = J @ S
+    change[:, n:] += rows
+    G = algebra.pivot(algebra.blocks(t, p.y0.detach()), t)
+    B, d = algebra.linear.B, algebra.linear.d
+    residual = torch.einsum("dm,bdw->bmw", algebra.N, change.view(B, d, -1))
+    return S - (algebra.V @ torch.linalg.solve(G, residual)).reshape(S.shape)
+
+
+def sensitivity_mass(p: ODEProblem, width: int) -> Tensor:
+    """M of (y, S) with S (n, width) row by row."""
+    assert p.mass is not None
+    mass = p.mass.to(p.y0)
+    whole = torch.block_diag(*[mass] * p.batch)
+    return torch.block_diag(whole, torch.kron(whole, torch.eye(width, dtype=mass.dtype, device=mass.device)))
+
+
+class SensitivityJacobian:
+    """The Jacobian of `(y, S) -> (f, J S + (0, df/dtheta))`, with that of its second half by y, which has second
+    derivatives of f, by central differences."""
+
+    def __init__(self, p: ODEProblem, rhs: Callable[[Tensor, Tensor], Tensor], layout: Layout) -> None:
+        self.p, self.rhs, self.layout = p, rhs, layout
+
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        n = self.p.y0.numel()
+        with torch.enable_grad():
+            y = z[:n].detach().requires_grad_()
+            k = self.p.f(t, y)
+        J, _ = jacobians(self.p, k, y, Layout([]))
+        width = len(z) // n - 1
+        out = torch.block_diag(J, torch.kron(J, torch.eye(width, dtype=J.dtype, device=J.device)))
+        steps = torch.finfo(z.dtype).eps ** (1 / 3) * z[:n].abs().clamp_min(1e-4)
+        for i, step in enumerate(steps.tolist()):
+            e = torch.zeros_like(z)
+            e[i] = step
+            out[n:, i] = ((self.rhs(t, z + e) - self.rhs(t, z - e)) / (2 * step))[n:]
+        return out
 
 
 def jacobians(p: ODEProblem, k: Tensor, y: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -446,5 +552,5 @@ def contract(p: ODEProblem, record: Record, S: Tensor, g: Tensor) -> Gradients:
     n, layout = p.y0.numel(), Layout(list(p.params))
     flat = torch.einsum("ti,tij->j", g, S)
     a = torch.einsum("ti,tij->j", g[1:], S[1:, :, :n])
-    t = time_gradient(p, record, g, a)
+    t = time_gradient(p, record, g, a, p.f)
     return Gradients(flat[:n], t, [x.to(q.device) for x, q in zip(layout.leaves(flat[n:]), p.params)])

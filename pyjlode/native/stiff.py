@@ -74,7 +74,8 @@ def stiff_steps(p: ODEProblem, stats: Stats, record: Any, recorded: bool, tracke
         # A step that would end just short of a stop ends on it: no sliver is left over.
         if sign * (t1 - stop) >= -1e-10 * dt:
             t1 = stop
-        if t1 == t:  # floating-point time has nothing in between
+        # Floating-point time has nothing in between, or so little that dt is mostly rounding.
+        if t1 == t or (t1 != stop and abs(t1 - t) < 10 * math.ulp(t) and dt > o.min_step):
             raise failed(p, t, sign * dt, err, why)
         if math.isinf(t1):
             raise no_event(p, t, sign * dt)

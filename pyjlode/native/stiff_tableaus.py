@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .tableaus import hermite_dense
+
 
 @dataclass(frozen=True, eq=False)
 class RosenbrockTableau:
@@ -57,6 +59,9 @@ class EsdirkTableau:
     E: np.ndarray
     """(s,), the local error estimate is dt E K, before it is smoothed."""
     error_order: int
+    P: np.ndarray
+    """(s, q): dense output y(t + θ dt) = y + dt Σ_i K[i] Σ_j P[i, j] θ^(j+1)."""
+    dense_order: int
 
     @property
     def stages(self) -> int:
@@ -101,6 +106,7 @@ class RadauTableau:
     """(3,): the error estimate is (real M / dt - J)⁻¹ (f(t, y) + M Σ_i e_i z_i / dt), HW (IV.8.19)."""
     P: np.ndarray
     """(3, 3): dense output, the collocation polynomial y + Σ_i z_i Σ_j P[i, j] θ^(j+1)."""
+    dense_order: int
 
     @property
     def stages(self) -> int:
@@ -246,7 +252,7 @@ def _rosenbrock23() -> RosenbrockTableau:
 
     Its own variables k_i are turned into u_i = dt Σ_j Γ[i, j] k_j.
     """
-    d, e = 1 / (2 + np.sqrt(2)), 6 + np.sqrt(2)
+    d, e = float(1 / (2 + np.sqrt(2))), float(6 + np.sqrt(2))
     alpha = _lower([1 / 2], [0.0, 1.0])
     Gamma = np.array([[d, 0, 0], [-d, d, 0], [d * (e - 2), -d * e, d]])
     inverse = np.linalg.inv(Gamma)
@@ -254,8 +260,8 @@ def _rosenbrock23() -> RosenbrockTableau:
         name="rosenbrock23",
         order=2,
         gamma=d,
-        A=alpha @ inverse,
-        C=np.eye(3) / d - inverse,
+        A=np.tril(alpha @ inverse, -1),
+        C=np.tril(-inverse, -1),
         alpha=np.array([0, 1 / 2, 1]),
         gammas=np.array([d, 0.0, -d]),
         m=np.array([0, 1.0, 0]) @ inverse,
@@ -272,6 +278,35 @@ ROSENBROCK23 = _rosenbrock23()
 # ---------------------------------------------------------------------------------------------------------------------
 # ESDIRK methods
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _hermite(B: np.ndarray) -> np.ndarray:
+    """P of the cubic Hermite polynomial: the first and the last stage are the slopes at the ends."""
+    P = hermite_dense(B)
+    P[-2] += P[-1]
+    return P[:-1]
+
+
+def _continuous(A: np.ndarray) -> np.ndarray:
+    """P of order 4 and degree 4 whose value and slope at the ends are those of the step; of these the one of least
+    norm.
+
+    The method has stage order 2, so that the order conditions left (HNW II.2) are those of the vectors below, each of
+    which meets one power of θ.
+    """
+    s, c = len(A), A.sum(1)
+    phi = np.stack([np.ones(s), c, c**2, c**3, A @ c**2])
+    exact = np.zeros((5, 4))
+    exact[[0, 1, 2, 3, 4], [0, 1, 2, 3, 3]] = 1, 1 / 2, 1 / 3, 1 / 4, 1 / 12
+    unit = np.eye(s)
+    powers = np.eye(4)
+    rows = [np.kron(phi, powers), np.kron(unit, powers[:1]), np.kron(unit, np.ones((1, 4)))]
+    rows.append(np.kron(unit, np.arange(1, 5)[None]))
+    right = np.concatenate([exact.reshape(-1), unit[0], A[-1], unit[-1]])
+    matrix = np.concatenate(rows)
+    P = np.linalg.lstsq(matrix, right, rcond=None)[0]
+    P += np.linalg.lstsq(matrix, right - matrix @ P, rcond=None)[0]  # what rounding left
+    return P.reshape(s, 4)
 
 
 def _kvaerno5() -> EsdirkTableau:
@@ -293,7 +328,7 @@ def _kvaerno5() -> EsdirkTableau:
         0.06962479448202728,
         g,
     ]
-    return EsdirkTableau(name="kvaerno5", order=5, A=A, E=A[6] - A[5], error_order=4)
+    return EsdirkTableau(name="kvaerno5", order=5, A=A, E=A[6] - A[5], error_order=4, P=_continuous(A), dense_order=4)
 
 
 def _kencarp4() -> EsdirkTableau:
@@ -315,7 +350,9 @@ def _kencarp4() -> EsdirkTableau:
             61727 / 225920,
         ]
     )
-    return EsdirkTableau(name="kencarp4", order=4, A=A, E=A[5] - embedded, error_order=3)
+    return EsdirkTableau(
+        name="kencarp4", order=4, A=A, E=A[5] - embedded, error_order=3, P=_continuous(A), dense_order=4
+    )
 
 
 def _trbdf2() -> EsdirkTableau:
@@ -325,7 +362,7 @@ def _trbdf2() -> EsdirkTableau:
     d, w = g / 2, np.sqrt(2) / 4
     A = np.array([[0, 0, 0], [d, d, 0], [w, w, d]])
     embedded = np.array([(1 - w) / 3, (3 * w + 1) / 3, d / 3])
-    return EsdirkTableau(name="trbdf2", order=2, A=A, E=A[2] - embedded, error_order=2)
+    return EsdirkTableau(name="trbdf2", order=2, A=A, E=A[2] - embedded, error_order=2, P=_hermite(A[2]), dense_order=2)
 
 
 KVAERNO5 = _kvaerno5()
@@ -363,6 +400,7 @@ def _radau5() -> RadauTableau:
         pair=complex(values[pair]),
         e=np.array([-13 - 7 * r, -13 + 7 * r, -1]) / 3,
         P=np.linalg.inv(C[:, None] ** np.arange(1, 4)).T,  # the polynomial through 0 at θ = 0 and z_i at C_i
+        dense_order=3,
     )
 
 

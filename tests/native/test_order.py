@@ -10,10 +10,16 @@ from problems import FEHLBERG as P
 from problems import rms_error, slope
 
 from pyjlode import METHODS, odeint, odeint_dense, solve
+from pyjlode.methods import CONTROLLED
+from pyjlode.native.stiff_tableaus import EsdirkTableau
 
 NATIVE = [m for m in METHODS.values() if m.kind != "scipy"]
 ADAPTIVE = [m for m in METHODS.values() if m.adaptive]
 FIXED = [m for m in NATIVE if not m.adaptive]
+# Those of one order, with error control or without. `trbdf2` is both: here on a grid, below without one.
+ONE_ORDER = [m for m in NATIVE if m.kind != "auto" and m.name != "bdf"] + [CONTROLLED["trbdf2"]]
+PAIRS = [m for m in ONE_ORDER if m.adaptive]
+SMOOTH = [m for m in ONE_ORDER if m.kind != "stiff" or isinstance(m.tableau, EsdirkTableau)]
 SPAN = P.t1 - P.t0
 # Numbers of steps: dt is exact, and half of the span is a whole number of steps.
 COUNTS = (48, 32, 24, 16, 12, 8, 6, 4)
@@ -27,8 +33,9 @@ def each(methods):
 
 def steps_of(method, dt, **more):
     """Options that make every step `dt` long."""
-    if method.kind == "adaptive":
-        return {"first_step": dt, "min_step": dt, "max_step": dt, **more}
+    if method.adaptive:
+        iterations = {"max_iters": 50} if method.kind == "stiff" else {}
+        return {"first_step": dt, "min_step": dt, "max_step": dt, **iterations, **more}
     if method.kind == "adams":
         more = {"max_iters": 50, **more}
     return {"step_size": dt, **more}
@@ -65,7 +72,7 @@ def observed(f):
 # --- The state at the end of steps -----------------------------------------------------------------------------------
 
 
-@each(NATIVE)
+@each(ONE_ORDER)
 def test_order(method):
     """Error ~ dt^order, not less. Not much more either: the table would understate the method."""
     t, order = P.times(3), order_in_theory(method)
@@ -80,7 +87,7 @@ def test_order(method):
         assert measured < order + 1.5
 
 
-@each([m for m in NATIVE if m.kind == "adaptive"])
+@each(PAIRS)
 @pytest.mark.parametrize("n", [4, 12, 16])
 def test_an_embedded_pair_can_be_forced_into_fixed_steps(method, n):
     """min_step = max_step = first_step: n steps, none rejected, however bad their error estimate."""
@@ -123,7 +130,7 @@ def test_adams_order_holds_on_a_grid_that_is_not_uniform(method):
 
 # RKF1(2)'s error estimate is (k1 - k3)/512 (Fehlberg made the error of the first-order solution small), while the error
 # of the solution of order 2, which goes on, has no such factor.
-WITHIN = {"fehlberg2": 512.0}
+WITHIN = {"fehlberg2": 512.0, "bdf": 100.0, "rosenbrock23": 100.0, "kencarp4": 30.0}
 
 
 @each(ADAPTIVE)
@@ -132,13 +139,15 @@ def test_error_is_proportional_to_tolerance(method):
     tolerances = [10.0**-k for k in {2: (3, 4, 5), 3: (3, 4, 5, 6, 7)}.get(method.order, range(4, 11))]
     t = P.times(17)
     errors = [rms_error(odeint(P.f, P.h0, t, method=method.name, rtol=tol, atol=tol), P.exact(t)) for tol in tolerances]
-    assert slope(tolerances, errors) > 0.75
+    # The local error of a method that goes on with the less accurate of its solutions is the tolerance; its error is a
+    # power of the step less.
+    assert slope(tolerances, errors) > (0.75 if method.name != "rosenbrock23" else 2 / 3 - 0.1)
     assert slope(tolerances, errors) < 1.25
     for tol, error in zip(tolerances, errors):
         assert error < WITHIN.get(method.name, 10.0) * tol
 
 
-@each([m for m in ADAPTIVE if m.kind == "adaptive"])
+@each([m for m in PAIRS if m.name not in {"rosenbrock23", "trbdf2", "radau5"}])
 def test_a_tighter_tolerance_takes_steps_as_the_order_says(method):
     """Steps ~ tolerance^(-1/order): the reason to have methods of high order."""
     tolerances = [1e-4, 1e-5, 1e-6] if method.order <= 3 else [1e-6, 1e-8, 1e-10, 1e-12]
@@ -154,11 +163,11 @@ def test_a_tighter_tolerance_takes_steps_as_the_order_says(method):
 
 def dense_order_in_theory(method):
     """Error over one step is O(dt^(q+1)) for a polynomial of order q; q = 3 for the cubic Hermite one."""
-    q = method.tableau.dense_order if method.kind == "adaptive" else 3
+    q = method.tableau.dense_order if method.adaptive else 3
     return min(order_in_theory(method), q + 1)
 
 
-@each(NATIVE)
+@each(ONE_ORDER)
 def test_order_of_the_dense_output(method):
     """Interior points: the dense output does not spoil the order, or has at least the order that it states."""
 
@@ -174,7 +183,7 @@ def test_order_of_the_dense_output(method):
     assert measured_order(error) > dense_order_in_theory(method) - 0.3
 
 
-@each([m for m in NATIVE if m.kind == "adaptive"])
+@each([m for m in PAIRS if m.name != "radau5"])
 def test_dense_output_is_as_good_as_the_steps(method):
     """At a tolerance, errors between the steps are of the size of those at the ends of the steps."""
     f, ends = observed(P.f)
@@ -197,7 +206,7 @@ def test_order_of_outputs_inside_fixed_steps(method, interp, q):
     assert measured_order(error) > min(order_in_theory(method), q + 1) - 0.3
 
 
-@each(NATIVE)
+@each(SMOOTH)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_dense_output_is_continuously_differentiable_across_steps(method, backward):
     """At the end of each step both polynomials have its state, and its slope f."""

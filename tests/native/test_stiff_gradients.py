@@ -1,0 +1,224 @@
+"""Gradients through stiff methods: Robertson as an ODE and a DAE, and a pendulum of index 1, against differences."""
+
+import functools
+
+import pytest
+import torch
+
+import pyjlode
+from pyjlode import METHODS, errors, odeint
+
+F64 = torch.float64
+STIFF = [m.name for m in METHODS.values() if m.controlled]
+MASS = [m.name for m in METHODS.values() if m.mass]
+# ode23s takes 10⁵ steps to the accuracy that is asked for here.
+ACCURATE = [m for m in STIFF if METHODS[m].order > 2]
+ADJOINTS = [False, "discrete", "interpolating", "gauss", "quadrature", "forward"]
+adjoints = pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+RATES = torch.tensor([0.04, 3e7, 1e4], dtype=F64)
+WEIGHTS = torch.tensor([1.0, 1e4, -0.7], dtype=F64)
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=F64)
+
+
+def robertson(h, k):
+    a, b, c = h.unbind(-1)
+    slow, fast, back = k[0] * a, k[1] * b * b, k[2] * b * c
+    return torch.stack([back - slow, slow - back - fast, fast], -1)
+
+
+def robertson_dae(h, k):
+    a, b, c = h.unbind(-1)
+    slow, fast, back = k[0] * a, k[1] * b * b, k[2] * b * c
+    return torch.stack([back - slow, slow - back - fast, a + b + c - 1], -1)
+
+
+def pendulum(h, p):
+    """A pendulum with friction as a system of index 1: the constraint is that of the acceleration."""
+    x, y, u, v, tension = h.unbind(-1)
+    gravity, friction = p
+    force = u * u + v * v - tension * (x * x + y * y) - gravity * y
+    return torch.stack([u, v, -tension * x - friction * u, -tension * y - gravity - friction * v, force], -1)
+
+
+def loss(f, logs, h0, scale, t, method, adjoint, tol, atol, weights, mass=None):
+    h = odeint(
+        lambda t, h: f(h, scale * torch.exp(logs)),
+        h0,
+        t,
+        method=method,
+        rtol=tol,
+        atol=atol,
+        adjoint=adjoint,
+        mass_matrix=mass,
+        options={} if mass is None else {"consistent": "compute"},
+    )
+    return h[-1] @ weights + 0.5 * (h[1] @ weights)
+
+
+def differences(value, n, step):
+    """Central differences of order 4 at zero."""
+    out = []
+    for i in range(n):
+        e = torch.zeros(n, dtype=F64)
+        e[i] = step
+        out.append((8 * (value(e) - value(-e)) - (value(2 * e) - value(-2 * e))) / (12 * step))
+    return torch.tensor(out, dtype=F64)
+
+
+@functools.cache
+def robertson_reference():
+    h0, t = tensor(1.0, 0.0, 0.0), tensor(0.0, 1.0, 40.0)
+    return differences(
+        lambda x: float(loss(robertson, x, h0, RATES, t, "radau5", False, 1e-11, 1e-15, WEIGHTS)), 3, 1e-3
+    )
+
+
+@adjoints
+@pytest.mark.parametrize("method", ACCURATE)
+def test_robertsons_rate_constants(method, adjoint):
+    """To 1e-6 relative."""
+    logs = torch.zeros(3, dtype=F64, requires_grad=True)
+    h0, t = tensor(1.0, 0.0, 0.0), tensor(0.0, 1.0, 40.0)
+    tol = 1e-9 if method == "bdf" else 3e-8
+    value = loss(robertson, logs, h0, RATES, t, method, adjoint, tol, tol * 1e-4, WEIGHTS)
+    (grad,) = torch.autograd.grad(value, logs)
+    assert float(((grad - robertson_reference()) / robertson_reference()).abs().max()) < 1e-6
+
+
+DAES = {
+    "robertson": (robertson_dae, torch.diag(tensor(1.0, 1.0, 0.0)), RATES, tensor(1.0, 0.0, 0.0), WEIGHTS, 1e-4, 4.0),
+    "pendulum": (
+        pendulum,
+        torch.diag(tensor(1.0, 1.0, 1.0, 1.0, 0.0)),
+        tensor(9.81, 0.2),
+        tensor(1.0, 0.0, 0.1, 0.0, 0.0),
+        tensor(1.0, 0.5, -0.3, 0.2, 0.1),
+        1.0,
+        0.6,
+    ),
+}
+
+
+@functools.cache
+def dae_reference(name):
+    f, mass, scale, h0, weights, small, end = DAES[name]
+    n, t = len(scale), tensor(0.0, end / 4, end)
+    # Differential components only, and those that stay in the domain: the algebraic one is computed from them.
+    which = [0] if name == "robertson" else [0, 1, 2, 3]
+
+    def value(x):
+        start = h0.index_add(0, torch.tensor(which), x[n:])
+        return float(loss(f, x[:n], start, scale, t, "radau5", False, 1e-11, small * 1e-11, weights, mass))
+
+    return which, differences(value, n + len(which), 1e-3)
+
+
+@adjoints
+@pytest.mark.parametrize("method", MASS)
+@pytest.mark.parametrize("name", DAES)
+def test_systems_of_index_1(name, method, adjoint):
+    """With respect to parameters and to the start (Cao, Li, Petzold & Serban 2003): the start's algebraic component has
+    no derivative, because it is computed from the others."""
+    f, mass, scale, h0, weights, small, end = DAES[name]
+    logs, start = torch.zeros(len(scale), dtype=F64, requires_grad=True), h0.clone().requires_grad_()
+    tol = 1e-9 if method == "bdf" else 3e-8
+    t = tensor(0.0, end / 4, end)
+    value = loss(f, logs, start, scale, t, method, adjoint, tol, small * tol, weights, mass)
+    of_logs, of_start = torch.autograd.grad(value, (logs, start))
+    which, reference = dae_reference(name)
+    grad = torch.cat([of_logs, of_start[which]])
+    assert float(((grad - reference) / reference.abs().max()).abs().max()) < 1e-6
+    assert float(of_start[-1].abs()) < 1e-6
+
+
+def forced(t, h, p):
+    return torch.stack([-p[0] * h[0] ** 2 + torch.sin(p[1] * t), p[1] * h[0] * h[1] - h[1] ** 3])
+
+
+def forced_loss(h0, t, p, method, adjoint, tol=1e-8):
+    h = odeint(lambda t, h: forced(t, h, p), h0, t, method=method, rtol=tol, atol=tol, adjoint=adjoint)
+    return h[1].square().sum() + 2 * h[-1].prod()
+
+
+@pytest.mark.parametrize("method", ACCURATE)
+@pytest.mark.parametrize("adjoint", [False, "discrete", "gauss"], ids=str)
+def test_times_start_and_parameters(method, adjoint):
+    point = [tensor(1.0, 0.5), tensor(0.1, 0.6, 1.3), tensor(2.0, 0.7)]
+    sizes = [2, 3, 2]
+
+    def value(x):
+        h0, t, p = (a + b for a, b in zip(point, x.split(sizes)))
+        return float(forced_loss(h0, t, p, "dopri8", False, 1e-12))
+
+    inputs = [x.clone().requires_grad_() for x in point]
+    grads = torch.autograd.grad(forced_loss(*inputs, method, adjoint), inputs)
+    torch.testing.assert_close(torch.cat(grads), differences(value, 7, 1e-3), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ACCURATE)
+def test_second_derivatives(method):
+    """adjoint=False: the Hessian is symmetric, and that of a non-stiff method."""
+
+    def hessian(method):
+        h0, p = tensor(1.0, 0.5).requires_grad_(), tensor(2.0, 0.7).requires_grad_()
+        value = forced_loss(h0, tensor(0.1, 0.4, 0.8), p, method, False)
+        grad = torch.cat(torch.autograd.grad(value, (h0, p), create_graph=True))
+        rows = [torch.cat(torch.autograd.grad(g, (h0, p), retain_graph=True)) for g in grad]
+        return torch.stack(rows)
+
+    H = hessian(method)
+    torch.testing.assert_close(H, H.T, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(H, hessian("dopri8"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", STIFF)
+def test_discrete_is_the_derivative_of_the_numbers_that_came_out(method):
+    """At a loose tolerance the replay still agrees with differentiation through the solver."""
+    grads = []
+    for adjoint in (False, "discrete"):
+        h0, p = tensor(1.0, 0.5).requires_grad_(), tensor(2.0, 0.7).requires_grad_()
+        value = forced_loss(h0, tensor(0.1, 0.6, 1.3), p, method, adjoint, 1e-3)
+        grads.append(torch.cat(torch.autograd.grad(value, (h0, p))))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("adjoint", [True, "gauss"])
+@pytest.mark.parametrize("method", ["rodas5p", "radau5", "bdf", "kvaerno5"])
+def test_batches(method, adjoint):
+    """The gradient of a batch is that of its systems."""
+    k = RATES * torch.logspace(-0.5, 0.5, 3, dtype=F64)[:, None]
+    h0, t = tensor(1.0, 0.0, 0.0).repeat(3, 1), tensor(0.0, 5.0)
+    kwargs = {"method": method, "rtol": 1e-8, "atol": 1e-12, "adjoint": adjoint}
+
+    def gradient(h0, k, **more):
+        logs = torch.zeros_like(k, requires_grad=True)
+        rate = k * torch.exp(logs)
+        h = odeint(lambda t, h: robertson(h, rate.unbind(-1)), h0, t, **kwargs, **more)
+        return torch.autograd.grad((h[-1] @ WEIGHTS).sum(), logs)[0]
+
+    together = gradient(h0, k, options={"batch_dims": 1})
+    for i in range(3):
+        torch.testing.assert_close(together[i], gradient(h0[i], k[i]), rtol=2e-5, atol=1e-8)
+
+
+def test_backsolve_is_refused_with_the_reason_and_works_where_insisted():
+    h0 = tensor(1.0).requires_grad_()
+    kwargs = {"method": "radau5", "rtol": 1e-8, "atol": 1e-8}
+    with pytest.raises(errors.BadOption, match="backward in time"):
+        pyjlode.odeint_adjoint(lambda t, h: -3 * h, h0, tensor(0.0, 1.0), **kwargs)
+    for method in ("radau5", "rodas5p"):
+        p = torch.tensor(3.0, dtype=F64, requires_grad=True)
+        h = pyjlode.odeint_adjoint(
+            lambda t, h, p=p: -p * h,
+            h0,
+            tensor(0.0, 1.0),
+            **{**kwargs, "method": method},
+            options={"allow_unstable": True},
+        )
+        grads = torch.autograd.grad(h[-1].sum(), (h0, p))
+        exact = torch.exp(tensor(-3.0))
+        torch.testing.assert_close(grads[0], exact, rtol=1e-5, atol=0)
+        torch.testing.assert_close(grads[1], -exact[0], rtol=1e-5, atol=0)

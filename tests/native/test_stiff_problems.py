@@ -1,0 +1,140 @@
+"""Published reference values of stiff problems, numbers of steps, switching, and closed orbits."""
+
+import numpy as np
+import pytest
+import stiff_problems as sp
+import torch
+from scipy.integrate import solve_ivp
+
+from pyjlode import METHODS, solve
+
+F64 = torch.float64
+METHOD = pytest.mark.parametrize("method", [m.name for m in METHODS.values() if m.controlled and m.order > 2])
+
+
+def each(problems):
+    return pytest.mark.parametrize("problem", problems, ids=lambda problem: problem.name)
+
+
+def end(problem, method, tol, **options):
+    return solve(
+        problem.f,
+        problem.y0,
+        problem.times,
+        method=method,
+        rtol=tol,
+        atol=problem.atol(tol),
+        dense=False,
+        options=options,
+    )
+
+
+@each(sp.STIFF)
+@METHOD
+def test_reference_value(problem, method):
+    """The error is within 30 times the tolerance, at an easy one and at a tighter one."""
+    # The phase of the Oregonator's oscillation gathers the errors of its periods; SciPy's BDF is as far off.
+    limit = 60 if problem is sp.OREGONATOR and method == "bdf" else 30
+    for tol in (1e-4, 1e-6):
+        assert problem.error(end(problem, method, tol).h[-1], tol) < limit
+
+
+@each([sp.ROBERTSON_40, sp.HIRES, sp.VAN_DER_POL])
+@pytest.mark.parametrize("method", ["radau5", "bdf"])
+def test_tight_tolerance(problem, method):
+    assert problem.error(end(problem, method, 1e-8).h[-1], 1e-8) < 30
+
+
+@each(sp.STIFF)
+@pytest.mark.parametrize(("method", "theirs"), [("radau5", "Radau"), ("bdf", "BDF")])
+@pytest.mark.parametrize("tol", [1e-4, 1e-6])
+def test_as_few_steps_as_scipy(problem, method, theirs, tol):
+    atol = problem.atol(tol).numpy()
+    steps = len(solve_ivp(problem.f_numpy, (0, problem.t1), problem.h0, method=theirs, rtol=tol, atol=atol).t) - 1
+    assert end(problem, method, tol).stats.naccept <= 1.5 * steps
+
+
+def test_counts_of_work():
+    """Reuse: fewer Jacobians than factorisations, fewer of these than steps allow."""
+    stats = end(sp.VAN_DER_POL, "radau5", 1e-5).stats
+    assert 0 < stats.njac < stats.naccept
+    assert stats.njac < stats.nlu < 2 * (stats.naccept + stats.nreject) + 2 * stats.njac
+    assert stats.nfe > 3 * stats.nnewton > 0
+    stats = end(sp.VAN_DER_POL, "bdf", 1e-5).stats
+    assert stats.njac < 0.2 * stats.naccept
+    stats = end(sp.VAN_DER_POL, "rodas5p", 1e-5).stats
+    assert stats.njac == stats.naccept
+    assert stats.nlu == stats.naccept + stats.nreject
+    assert stats.nnewton == 0
+
+
+# --- Switching -------------------------------------------------------------------------------------------------------
+
+
+def test_auto_switches_at_the_jumps_of_van_der_pol():
+    """Two slow phases, stiff, and the jump between them at t = 807, which is not."""
+    solution = end(sp.VAN_DER_POL, "auto", 1e-6)
+    assert [name for _, name in solution.stats.switches[:3]] == ["rodas5p", "tsit5", "rodas5p"]
+    assert solution.stats.switches[0][0] < 1
+    assert solution.stats.switches[1][0] == pytest.approx(807, abs=1)
+    assert solution.stats.naccept < 600
+
+
+@each([sp.ARENSTORF, sp.TWO_BODY])
+def test_auto_stays_explicit_on_orbits_which_close(problem):
+    solution = end(problem, "auto", 1e-10)
+    assert solution.stats.switches == []
+    # The orbits are unstable: HNW II.0 and Kepler's third law say by how much.
+    assert float((solution.h[-1] - torch.tensor(problem.end, dtype=F64)).abs().max()) < 1e-3
+
+
+def test_auto_takes_bdf_for_large_systems(monkeypatch):
+    from pyjlode.native import auto, linear
+
+    monkeypatch.setattr(auto, "DENSE_LIMIT", 20)
+    monkeypatch.setattr(linear, "DENSE_LIMIT", 20)
+    n = 40
+    h0, t = torch.tensor(sp.heat_modes(n, 0.0), dtype=F64), torch.tensor([0.0, 0.2], dtype=F64)
+    problem = sp.Stiff("heat", sp.heat, h0.tolist(), 0.2, sp.heat_modes(n, 0.2))
+    solution = solve(problem.f, h0, t, method="auto", rtol=1e-5, atol=1e-5, dense=False)
+    assert solution.stats.switches[0][1] == "bdf"
+    assert problem.error(solution.h[-1], 1e-5) < 30
+
+
+# --- Batches ---------------------------------------------------------------------------------------------------------
+
+
+@METHOD
+def test_batch_of_systems(method):
+    """Each system of a batch is solved as well as it is alone, with blocks of the Jacobian only."""
+    k = torch.tensor([0.04, 3e7, 1e4], dtype=F64) * torch.logspace(-1, 1, 5, dtype=F64)[:, None]
+
+    def f(t, h):
+        return torch.stack(sp.robertson_terms(h.unbind(-1), k.unbind(-1)), -1)
+
+    h0, t = torch.tensor([[1.0, 0.0, 0.0]], dtype=F64).repeat(5, 1), torch.tensor([0.0, 40.0], dtype=F64)
+    atol = 1e-6 * torch.tensor([1.0, 1e-4, 1.0], dtype=F64)
+    options = {"batch_dims": 1}
+    h = solve(f, h0, t, method=method, rtol=1e-6, atol=atol, options=options, dense=False).h[-1]
+    for i in range(5):
+        alone = solve_ivp(
+            lambda t, h, i=i: sp.robertson(t, h, np, k[i].tolist()),
+            (0, 40),
+            [1.0, 0, 0],
+            method="Radau",
+            rtol=1e-9,
+            atol=1e-3 * atol.numpy(),
+        )
+        end = torch.tensor(alone.y[:, -1], dtype=F64)
+        assert float(((h[i] - end) / (atol + 1e-6 * end)).square().mean().sqrt()) < 30
+
+
+def test_batch_with_several_dimensions_is_the_same_batch():
+    def f(t, h):
+        return -torch.stack([1e3 * h[..., 0] * h[..., 1] ** 2, h[..., 1]], -1)
+
+    h0 = torch.rand(2, 3, 2, dtype=F64) + 0.5
+    t = torch.tensor([0.0, 1.0], dtype=F64)
+    whole = solve(f, h0, t, method="radau5", options={"batch_dims": 2}).h
+    flat = solve(f, h0.reshape(6, 2), t, method="radau5", options={"batch_dims": 1}).h
+    torch.testing.assert_close(whole.reshape(2, 6, 2), flat, rtol=0, atol=0)
