@@ -125,7 +125,7 @@ _ROWS = [
     _implicit("gl4", tb.GAUSS_LEGENDRE4, "Gauss-Legendre, 2 stages (symplectic)"),
     _implicit("gl6", tb.GAUSS_LEGENDRE6, "Gauss-Legendre, 3 stages (symplectic)"),
     _implicit("sdirk2", tb.SDIRK2, "SDIRK, 2 stages (L-stable)"),
-    _implicit("trbdf2", tb.TRBDF2, "trapezoid then BDF2, one step (L-stable)", "TRBDF2()"),
+    _implicit("trbdf2", tb.TRBDF2, "trapezoid then BDF2, one step (L-stable)"),
     _stiff("rodas5p", st.RODAS5P, "Rosenbrock 5(4), Steinebach (L-stable)", "Rodas5P()"),
     _stiff("rosenbrock23", st.ROSENBROCK23, "Rosenbrock 2(3), Shampine & Reichelt's ode23s", "Rosenbrock23()"),
     _stiff("radau5", st.RADAU5, "Radau IIA, 3 stages, Hairer & Wanner's RADAU5 (L-stable)", "RadauIIA5()"),
