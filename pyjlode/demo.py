@@ -223,7 +223,7 @@ def table(r: Result, years: Tensor) -> str:
         cells = (f"{f'{e[i]:.2f} ({e[i] / r.amplitude[i]:.0%})':>21}" for _, e in columns)
         rows.append(f"{name:<6}{r.amplitude[i]:>11.2f}" + "".join(cells))
     weights = sum(p.numel() for p in r.model.net.parameters())
-    last = r.history.loss[-1]
+    last, backward = r.history.loss[-1], sum(r.history.nfe_backward)
     return "\n".join(
         [
             "",
@@ -239,7 +239,7 @@ def table(r: Result, years: Tensor) -> str:
             "tanh",
             f"parameters  {weights} in the network, {r.model.h0.numel()} for the state of {int(years[0])}",
             f"training    {len(r.history.loss)} iterations, last loss {last:.4f}, {r.wall:.1f} s",
-            f"nfe         {sum(r.history.nfe)} forward and {sum(r.history.nfe_backward)} backward in training, "
+            f"nfe         {sum(r.history.nfe)} forward, {backward or 'none needed'} backward in training, "
             f"{stats.nfe} for the solve of {int(years[0])}-{int(years[-1])}",
             f"solver      {stats.method}, adjoint={r.model.ode.solver_options['adjoint']}",
             f"engine      {stats.engine}: {stats.reason}",
@@ -252,9 +252,12 @@ def _spans(years: Tensor) -> tuple[str, str]:
     return f"{first}-{told - 1}", f"{told}-{last}"
 
 
-INK, FAINT, SHADE = "#22262e", "#b9bec9", "#eef0f4"
+INK, MUTED, FAINT, SHADE = "#22262e", "#4a505c", "#b9bec9", "#eef0f4"
 COLORS = ("#d9730d", "#1b6ca8")  # hare, lynx
-NFE = ("#6b4c9a", "#a58fc7")  # forward, backward
+FORECAST = "#c2334d"  # in the phase plane, where colours are free of species
+NFE = ("#6b4c9a", "#3aa6b9")  # forward, backward
+# A legend on the title's line, where it hides nothing.
+ABOVE: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "handlelength": 1.6, "borderaxespad": 0.2}
 STYLE = {
     "font.size": 12,
     "axes.titlesize": 13,
@@ -267,8 +270,8 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "text.color": INK,
-    "xtick.color": "#4a505c",
-    "ytick.color": "#4a505c",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "legend.frameon": False,
     "lines.solid_capstyle": "round",
 }
@@ -297,7 +300,7 @@ def _draw_fit(ax: Axes, years: Tensor, pelts: Tensor, fine: Tensor, curve: Tenso
     split = float(years[seen - 1])
     inside = fine <= split
     ax.axvspan(split, float(years[-1]) + 0.4, color=SHADE, lw=0)
-    ax.text(split + 0.15, 86, "held back: forecast", va="top", color="#4a505c")
+    ax.text(split + 0.15, 86, "never seen in training:\nforecast dashed, counts open", va="top", color=MUTED)
     plot.trajectory(
         ax, fine[inside], curve[inside], colors=COLORS, lw=2.6, labels=[f"{s}, neural ODE" for s in SPECIES]
     )
@@ -325,7 +328,7 @@ def _draw_fit(ax: Axes, years: Tensor, pelts: Tensor, fine: Tensor, curve: Tenso
         ylim=(0, 90),
     )
     ax.set_xticks(range(1900, 1921, 2))
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, columnspacing=1.6, handlelength=1.6, borderaxespad=0.2)
+    ax.legend(**ABOVE, ncols=4, columnspacing=1.6)
 
 
 def _draw_plane(ax: Axes, model: Populations, pelts: Tensor, inside: Tensor, curve: Tensor, seen: int) -> None:
@@ -336,13 +339,13 @@ def _draw_plane(ax: Axes, model: Populations, pelts: Tensor, inside: Tensor, cur
     plot.vector_field(
         ax, slope, xlim=(2, 92), ylim=(2, 72), points=60, color=FAINT, density=1.15, linewidth=0.9, arrowsize=0.9
     )
-    plot.phase_portrait(ax, curve[inside], color=INK, lw=2.4, label="1900-1915")
-    plot.phase_portrait(ax, curve[~inside], color=INK, lw=2.4, linestyle=(0, (2, 1.3)), label="forecast")
-    dots: dict[str, Any] = {"linestyle": "none", "marker": "o", "ms": 6.5, "color": INK}
-    plot.phase_portrait(ax, pelts[:seen], **dots, mec="white", mew=0.8, label="counted")
-    plot.phase_portrait(ax, pelts[seen:], **dots, mfc="white", mew=1.6, label="held back")
-    ax.set(title="Phase plane and learned field", xlabel="hare pelts (thousands)", ylabel="lynx pelts (thousands)")
-    ax.legend(loc="upper right", frameon=True, framealpha=0.92, edgecolor="none")
+    dots: dict[str, Any] = {"linestyle": "none", "marker": "o", "ms": 6.5}
+    plot.phase_portrait(ax, curve[inside], color=INK, lw=2.4, label="fit")
+    plot.phase_portrait(ax, pelts[:seen], **dots, color=INK, mec="white", mew=0.8, label="counts")
+    plot.phase_portrait(ax, curve[~inside], color=FORECAST, lw=2.4, linestyle=(0, (2, 1.3)), label="forecast")
+    plot.phase_portrait(ax, pelts[seen:], **dots, color=FORECAST, mfc="white", mew=1.6, label="held back")
+    ax.set(title="Learned field", xlabel="hare pelts (thousands)", ylabel="lynx pelts (thousands)")
+    ax.legend(**ABOVE, ncols=4, columnspacing=1.0, handletextpad=0.5, fontsize=11)
 
 
 def _draw_training(above: Axes, below: Axes, history: History, seen: int) -> None:
@@ -350,10 +353,23 @@ def _draw_training(above: Axes, below: Axes, history: History, seen: int) -> Non
     plot.trajectory(above, i, torch.tensor(history.loss), colors=[INK], lw=1.6)
     above.set(title="Training", ylabel="loss", yscale="log")
     above.tick_params(labelbottom=False)
-    counts = torch.tensor([history.nfe, history.nfe_backward]).T
-    plot.trajectory(below, i, counts, colors=NFE, labels=["forward", "backward"], lw=1.6)
-    below.set(xlabel="iteration", ylabel="evaluations of the field", xlim=(0, len(i)), ylim=(0, None))
-    below.legend(loc="lower right", ncols=2)
+    counts = {"forward": history.nfe, "backward": history.nfe_backward}
+    for (name, nfe), color in zip(counts.items(), NFE):
+        name = name if any(nfe) else f"{name}: none needed"
+        plot.trajectory(below, i, torch.tensor(nfe), colors=[color], labels=[name], lw=1.8, clip_on=False)
+    below.set(xlabel="iteration", ylabel="calls of the field", xlim=(0, len(i)))
+    below.set_ylim(0, 1.5 * max(map(max, counts.values())))  # room for the legend
+    below.legend(loc="upper left", ncols=2, handlelength=1.6, borderaxespad=0.2)
     full = history.years.index(seen) + 1
     for ax in (above, below):
-        ax.axvline(full, color=FAINT, lw=1.2, zorder=0)
+        ax.axvline(full, ymax=0.72 if ax is below else 1, color=FAINT, lw=1.2, zorder=0)
+    above.annotate(
+        f"from here on all {seen} years",
+        xy=(full, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(6, -2),
+        textcoords="offset points",
+        va="top",
+        color=MUTED,
+    )
+    above.figure.align_ylabels([above, below])
