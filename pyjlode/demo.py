@@ -132,7 +132,9 @@ def run(
         ImportError: matplotlib is not installed.
         What `pyjlode.solve` raises.
     """
-    canvas = plot.figure(12, 8.2)  # before the training: who has no matplotlib should not wait for the news
+    # Before the training, so that nobody waits for the news: is there a matplotlib, and a place for the picture?
+    canvas = plot.figure(12, 8.2)
+    plot.check_target(canvas, out)
     start = time.perf_counter()
     years, pelts = hudson_bay()
     seen = len(years) - HELD_BACK
@@ -143,6 +145,8 @@ def run(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Populations(pelts[:seen], method=method, adjoint=adjoint, engine=engine, **options)
+    with torch.no_grad():
+        model(years[:2])  # a wrong method, adjoint or engine is said here, before there is a progress bar
     history = train(model, years[:seen], pelts[:seen], iterations=100 if quick else 400)
     wall = time.perf_counter() - start
 

@@ -286,7 +286,7 @@ def _engine(name: str, p: ODEProblem, adjoint: bool | str, *, recorded: bool = F
     if isinstance(found, str):
         if name == "julia":
             raise EngineUnavailable(f"engine='julia': {found}")
-        return native, f"Julia is not set up here: {found}"
+        return native, found
     gradient = gradients.find(adjoint, julia, p)
     obstacle = julia.cannot(p, gradient)
     if recorded:

@@ -60,8 +60,11 @@ end
             T == Float64 && solve_linear(T, alg; first_step = 0.1)
             T == Float64 && solve_linear(T, alg; event = true)
         end
-        for text in ("Vern7()", "Rodas5P()", "FBDF()")
-            solve_linear(Float64, algorithm(text))
+        for text in (
+                "BS3()", "DP8()", "Vern7()", "Vern9()", "Rosenbrock23()", "Rodas5P()", "RadauIIA5()", "FBDF()",
+                "KenCarp4()", "Kvaerno5()", "TRBDF2()", "DefaultODEAlgorithm()",
+            )
+            solve_linear(Float64, algorithm(text); dense = true)
         end
     end
 end
