@@ -92,23 +92,20 @@ class Field:
         return k if self.flat else k.reshape(-1)
 
     def shaped(self, t: Tensor, y: Tensor) -> Tensor:
-        """f(t, y) as f returned it, for a solver that copies it anyway."""
-        return self.raw(t, y if self.flat else y.reshape(self.shape))  # type: ignore[arg-type]
-
-    def raw(self, t: Tensor, h: Tensor) -> Tensor:
-        """f of a state that has the user's shape already.
+        """f(t, y) as f returned it, for a solver that copies it anyway.
 
         Raises:
-            BadShape: the result has another shape than at the start of the solve.
+            BadShape: it has another shape than at the start of the solve.
         """
         self.nfe += 1
-        k = self.f(t, h)
+        k = self.f(t, y if self.flat else y.reshape(self.shape))  # type: ignore[arg-type]
         if self.shape is not None and k.shape != self.shape:
-            raise BadShape(
-                f"f returned a tensor of shape {tuple(k.shape)} at t={float(t):.6g}, "
-                f"of shape {tuple(self.shape)} at the start."
-            )
+            raise self.changed(float(t), k)
         return k
+
+    def changed(self, t: float, k: Tensor) -> BadShape:
+        start = tuple(self.shape or ())
+        return BadShape(f"f returned a tensor of shape {tuple(k.shape)} at t={t:.6g}, of shape {start} at the start.")
 
 
 def rms_norm(y: Tensor) -> float:

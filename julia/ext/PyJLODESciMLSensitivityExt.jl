@@ -2,7 +2,7 @@
 module PyJLODESciMLSensitivityExt
 
 using PrecompileTools: @compile_workload, @setup_workload
-using PyJLODE: PyJLODE, AdjointRequest, Field, Solve, Source, adjoint!, algorithm, lend, solve_linear, tolerance
+using PyJLODE: PyJLODE, AdjointRequest, Field, IMPLICIT, Solve, Source, adjoint!, algorithm, lend, solve_linear, tolerance
 using SciMLSensitivity: BacksolveAdjoint, GaussAdjoint, GaussKronrodAdjoint, InterpolatingAdjoint, QuadratureAdjoint,
     ReverseDiffVJP, adjoint_sensitivities
 
@@ -57,6 +57,10 @@ end
     @compile_workload begin
         for text in ("Tsit5()", "DP5()"), name in ("interpolating", "gauss"), T in (Float32, Float64)
             adjoint_linear(T, name, algorithm(text))
+        end
+        # Loading SciMLSensitivity invalidates what was compiled for these.
+        for text in IMPLICIT
+            solve_linear(Float64, algorithm(text); dense = true)
         end
     end
 end

@@ -51,6 +51,10 @@ function solve_linear(::Type{T}, alg; dense = false, event = false, first_step =
     return (; s, outcome, times, out)
 end
 
+const IMPLICIT = (
+    "Rosenbrock23()", "Rodas5P()", "RadauIIA5()", "FBDF()", "KenCarp4()", "Kvaerno5()", "TRBDF2()", "DefaultODEAlgorithm()",
+)
+
 @setup_workload begin
     @compile_workload begin
         for text in ("DP5()", "Tsit5()"), T in (Float32, Float64)
@@ -60,11 +64,11 @@ end
             T == Float64 && solve_linear(T, alg; first_step = 0.1)
             T == Float64 && solve_linear(T, alg; event = true)
         end
-        for text in (
-                "BS3()", "DP8()", "Vern7()", "Vern9()", "Rosenbrock23()", "Rodas5P()", "RadauIIA5()", "FBDF()",
-                "KenCarp4()", "Kvaerno5()", "TRBDF2()", "DefaultODEAlgorithm()",
-            )
+        for text in ("BS3()", "DP8()", "Vern7()", "Vern9()", IMPLICIT...)
             solve_linear(Float64, algorithm(text); dense = true)
+        end
+        for T in (Float32, Float64)
+            field(T, 1, 0, 0, 0, 0, 0, 0, 0)
         end
     end
 end

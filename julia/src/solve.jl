@@ -99,13 +99,13 @@ Solve from `u0` at `times[1]` and write the states at all of `times` into `out`.
 A [`Solve`](@ref), and `(retcode, t, dt, naccept, nreject, njac, nlu, nnewton, nf, event_time)`; the last is NaN without
 an event.
 """
-function solve(field, alg, address::Int64, owner)
+function solve(field, alg, address::Int64, @nospecialize(owner))
     GC.@preserve owner begin
         return solve(field, alg, unsafe_load(Ptr{Request}(address)), owner)
     end
 end
 
-function solve(field::Union{Field{T}, Source{T}}, alg, r::Request, owner) where {T}
+function solve(field::Union{Field{T}, Source{T}}, alg, r::Request, @nospecialize(owner)) where {T}
     times = copy(Vector{Float64}(r.times))
     u0 = Vector{T}(r.u0)
     states = reshape(Vector{T}(r.out), field.n, length(times))

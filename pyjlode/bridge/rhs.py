@@ -104,7 +104,7 @@ class RHS(Callbacks):
         self.pending: list[Tensor | None] | None = None
         self.views = Views(p.f.shape or torch.Size([self.n]), self.dtype)
         self.functions |= {
-            "f": _PLAIN(self.guard(self.f())),
+            "f": _PLAIN(self.f()),
             "jac": _PLAIN(self.guard(self.jac)),
             "tgrad": _PLAIN(self.guard(self.tgrad)),
             "vjp": _PRODUCT(self.guard(self.vjp)),
@@ -124,12 +124,22 @@ class RHS(Callbacks):
                 "which is overwritten as the solve goes on: keep h.clone(). (This warning is shown once.)",
             )
 
-    def f(self) -> Callable[[int, int, float], None]:
-        # Every name that the innermost call of all uses is a local one.
-        views, f, dtype, tensor = self.views, self.p.f.raw, self.dtype, torch.tensor
+    def f(self) -> Callable[[int, int, float], int]:
+        # The innermost call of all: one Python function, and every name that it uses a local one.
+        views, field, dtype, tensor = self.views, self.p.f, self.dtype, torch.scalar_tensor
+        f, shape = field.f, self.views.shape
 
-        def call(du: int, u: int, t: float) -> None:
-            views[du].copy_(f(tensor(t, dtype=dtype), views[u]))
+        def call(du: int, u: int, t: float) -> int:
+            try:
+                field.nfe += 1
+                k = f(tensor(t, dtype=dtype), views[u])
+                if k.shape != shape:
+                    raise field.changed(t, k)
+                views[du].copy_(k)
+            except BaseException as error:
+                self.error = error
+                return 1
+            return 0
 
         return call
 
