@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,15 +26,38 @@ GRADIENTS: dict[str, str] = {
 }
 
 
+class Gradients(NamedTuple):
+    """dL/dy0 (n,), dL/dt (T,) or None where t wants none, dL/dparam for each parameter or None where f never used
+    it."""
+
+    y0: Tensor
+    t: Tensor | None
+    params: Sequence[Tensor | None]
+
+
+def time_gradient(
+    p: ODEProblem, record: Any, g: Tensor, a: Tensor, slope: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Tensor | None:
+    """dL/dt_i = g_i y'(t_i), and dL/dt_0 = -a(t_0) y'(t_0) with a before g_0 is added to it.
+
+    Args:
+        slope: (t, y) -> y', where it is not f.
+    """
+    if not p.t.requires_grad:
+        return None
+    values, slope = [0.0] * len(p.times), slope or p.f
+    with torch.no_grad():
+        for i in range(1, len(p.times) if record.event_t is None else 1):
+            values[i] = float(g[i] @ slope(p.time(p.times[i]), record.ys[i]))
+        values[0] = -float(a @ slope(p.time(p.times[0]), p.y0)) if len(p.times) > 1 else 0.0
+    return torch.tensor(values, dtype=torch.float64)
+
+
 class Engine(Protocol):
     """What an engine offers; `pyjlode.native.engine` is one."""
 
     NAME: str
     RECOMMENDED: str
-
-    def consistent(self, p: ODEProblem) -> Tensor: ...
-
-    def slope(self, p: ODEProblem, t: Tensor, y: Tensor) -> Tensor: ...
 
     def solve(self, p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = False) -> Any: ...
 

@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import failures
 from ..errors import BadOption, NonFiniteState
 from ..problem import ODEProblem, is_finite
 from ..solution import Stats
 from . import controller, interpolation
-from .ends import no_event, stops, too_many_steps, too_small
 from .events import EventFinder
 from .explicit import ExplicitRK, ExplicitStep
 from .implicit import ImplicitRK
 from .interpolation import DenseOutput
 from .multistep import Adams, AdamsStep, Past
-from .step import Interval, Step, fraction
+from .step import Interval, Step, fraction, stops
 from .stiff import replayer, stiff_steps
 from .tableaus import ExplicitTableau
 
@@ -224,7 +224,7 @@ def adaptive_steps(
     rejected = math.nan  # where a step from here ended that was not accepted
     while t != end:
         if n == o.max_num_steps:
-            raise too_many_steps(p, t, dt, end)
+            raise failures.too_many_steps(p, t, dt, end)
         n += 1
         dt = min(max(dt, o.min_step), o.max_step)
         t1 = t + sign * dt
@@ -233,9 +233,9 @@ def adaptive_steps(
         if sign * (t1 - stop) >= -1e-10 * dt:
             t1 = stop
         if t1 in (t, rejected):  # floating-point time has nothing in between
-            raise too_small(p, t, sign * dt, err)
+            raise failures.too_small(p, t, sign * dt, err)
         if math.isinf(t1):
-            raise no_event(p, t, sign * dt)
+            raise failures.no_event(p, t, sign * dt)
         reach = t1 - t
         h: float | Tensor = reach
         if tracked:
@@ -276,7 +276,7 @@ def adaptive_steps(
             if p.callbacks.reject:
                 p.callbacks.reject(t, shown, reach)
             if abs(reach) <= o.min_step:
-                raise too_small(p, t, reach, err)
+                raise failures.too_small(p, t, reach, err)
             rejected = t1
             dt = abs(reach) * controller.next_factor(err, previous, False, order, p.method.pi, o)
             k0 = step.f0
@@ -320,13 +320,13 @@ def _grid(p: ODEProblem, tracked: bool) -> Iterator[Interval]:
         elif o.grid_constructor:
             raise BadOption("with event_fn a fixed-step method needs options['step_size'], not a grid.")
         if n > o.max_num_steps and p.event_fn is None:
-            raise too_many_steps(p, t0, o.step_size, times[-1])
+            raise failures.too_many_steps(p, t0, o.step_size, times[-1])
         i = 0
         with torch.enable_grad():
             at: float | Tensor = p.t[0].to(torch.float64) if tracked else t0
         while i < n:
             if i == o.max_num_steps:
-                raise no_event(p, t0 + sign * i * o.step_size, sign * o.step_size)
+                raise failures.no_event(p, t0 + sign * i * o.step_size, sign * o.step_size)
             start, stop = t0 + sign * i * o.step_size, t0 + sign * (i + 1) * o.step_size
             if i + 1 == n:
                 stop = times[-1]

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..problem import ODEProblem
+
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -80,3 +82,10 @@ def fraction(interval: Interval, times: list[float] | Tensor) -> Tensor:
     if isinstance(interval.dt, Tensor):
         times = times.to(interval.dt)
     return (times.to(torch.float64) - interval.at) / interval.dt
+
+
+def stops(p: ODEProblem, end: float) -> list[float]:
+    """Times that a step must end at, in the order of integration; the last is `end`."""
+    sign, t0 = p.direction, p.times[0]
+    inside = {t for t in (*p.options.step_t, *p.options.jump_t) if sign * t0 < sign * t < sign * end}
+    return [*sorted(inside, key=lambda t: sign * t), end]

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteState, NotConverged
+from ..failures import no_event, too_many_steps, too_small
 from ..problem import Field, ODEProblem, is_finite
 from ..solution import Stats
 from . import controller
 from .auto import Auto
 from .bdf import Bdf, linked
-from .ends import no_event, stops, too_many_steps, too_small
 from .esdirk import Esdirk
 from .linear import Linear
 from .newton import POLISH_RECORDED, POLISH_REPLAY
 from .radau import Radau
 from .rosenbrock import Rosenbrock
-from .step import Interval, Step
+from .step import Interval, Step, stops
 from .stiff_tableaus import EsdirkTableau, NDFTableau, RadauTableau, RosenbrockTableau
 from .stiffness import Maker
 

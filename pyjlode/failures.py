@@ -1,19 +1,11 @@
-"""Where a solve ends: the times that steps must end at, and the errors of a solve that cannot go on."""
+"""What a failed solve says: the same words whichever engine failed."""
 
 from __future__ import annotations
 
 import math
 
-from ..errors import EventNotFound, MaxStepsReached, NonFiniteState, StepSizeTooSmall
-from ..problem import ODEProblem
-
-
-def stops(p: ODEProblem, end: float) -> list[float]:
-    """Times that a step must end at, in the order of integration; the last is `end`."""
-    sign, t0 = p.direction, p.times[0]
-    inside = {t for t in (*p.options.step_t, *p.options.jump_t) if sign * t0 < sign * t < sign * end}
-    return [*sorted(inside, key=lambda t: sign * t), end]
-
+from .errors import EventNotFound, MaxStepsReached, NonFiniteState, StepSizeTooSmall
+from .problem import ODEProblem
 
 _STIFF = "method='auto', which finds out, or one for stiff systems ('radau5', 'rodas5p', 'bdf')"
 
