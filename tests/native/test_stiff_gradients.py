@@ -176,13 +176,13 @@ def test_second_derivatives(method):
 
 @pytest.mark.parametrize("method", STIFF)
 def test_discrete_is_the_derivative_of_the_numbers_that_came_out(method):
-    """At a loose tolerance the replay still agrees with differentiation through the solver."""
+    """At a loose tolerance the replay agrees with differentiation through the solver to what Newton leaves."""
     grads = []
     for adjoint in (False, "discrete"):
         h0, p = tensor(1.0, 0.5).requires_grad_(), tensor(2.0, 0.7).requires_grad_()
-        value = forced_loss(h0, tensor(0.1, 0.6, 1.3), p, method, adjoint, 1e-3)
+        value = forced_loss(h0, tensor(0.1, 0.6, 1.3), p, method, adjoint, 1e-4)
         grads.append(torch.cat(torch.autograd.grad(value, (h0, p))))
-    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("adjoint", [True, "gauss"])
@@ -201,7 +201,7 @@ def test_batches(method, adjoint):
 
     together = gradient(h0, k, options={"batch_dims": 1})
     for i in range(3):
-        torch.testing.assert_close(together[i], gradient(h0[i], k[i]), rtol=2e-5, atol=1e-8)
+        torch.testing.assert_close(together[i], gradient(h0[i], k[i]), rtol=1e-4, atol=1e-7)
 
 
 def test_backsolve_is_refused_with_the_reason_and_works_where_insisted():
