@@ -72,7 +72,7 @@ def differences(value, n, step):
 def robertson_reference():
     h0, t = tensor(1.0, 0.0, 0.0), tensor(0.0, 1.0, 40.0)
     return differences(
-        lambda x: float(loss(robertson, x, h0, RATES, t, "radau5", False, 1e-10, 1e-14, WEIGHTS)), 3, 1e-3
+        lambda x: float(loss(robertson, x, h0, RATES, t, "radau5", False, 1e-9, 1e-13, WEIGHTS)), 3, 1e-2
     )
 
 
@@ -111,9 +111,9 @@ def dae_reference(name):
 
     def value(x):
         start = h0.index_add(0, torch.tensor(which), x[n:])
-        return float(loss(f, x[:n], start, scale, t, "radau5", False, 1e-10, small * 1e-10, weights, mass))
+        return float(loss(f, x[:n], start, scale, t, "radau5", False, 1e-9, small * 1e-9, weights, mass))
 
-    return which, differences(value, n + len(which), 1e-3)
+    return which, differences(value, n + len(which), 1e-2)
 
 
 @adjoints
