@@ -22,6 +22,8 @@ format: .venv/dev
 bench: .venv/bench
 	$(BIN)/python benchmarks/nonstiff.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/stiff.py
+	$(BIN)/python benchmarks/stiff.py --steps --batch
 
 # One marker file for each set of extras that is installed.
 .venv/%: pyproject.toml constraints.txt

@@ -36,12 +36,16 @@ class Gradients(NamedTuple):
 
 
 def time_gradient(
-    p: ODEProblem, record: Any, g: Tensor, a: Tensor, slope: Callable[[Tensor, Tensor], Tensor]
+    p: ODEProblem, record: Any, g: Tensor, a: Tensor, slope: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> Tensor | None:
-    """dL/dt_i = g_i y'(t_i), and dL/dt_0 = -a(t_0) y'(t_0) with a before g_0 is added to it; y' is `slope(t, y)`."""
+    """dL/dt_i = g_i y'(t_i), and dL/dt_0 = -a(t_0) y'(t_0) with a before g_0 is added to it.
+
+    Args:
+        slope: (t, y) -> y', where it is not f.
+    """
     if not p.t.requires_grad:
         return None
-    values = [0.0] * len(p.times)
+    values, slope = [0.0] * len(p.times), slope or p.f
     with torch.no_grad():
         for i in range(1, len(p.times) if record.event_t is None else 1):
             values[i] = float(g[i] @ slope(p.time(p.times[i]), record.ys[i]))
@@ -54,10 +58,6 @@ class Engine(Protocol):
 
     NAME: str
     RECOMMENDED: str
-
-    def consistent(self, p: ODEProblem) -> Tensor: ...
-
-    def slope(self, p: ODEProblem, t: Tensor, y: Tensor) -> Tensor: ...
 
     def solve(self, p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = False) -> Any: ...
 

@@ -372,7 +372,7 @@ def _read(
             chosen, reason = _engine(engine, p, adjoint, recorded=True)
     p.f0 = f0 if gradient is None else f0.detach()
     if p.mass is not None:
-        p.y0 = chosen.consistent(p)
+        p.y0 = native.consistent(p)
         p.f0 = p.f0 if p.options.consistent == "check" else None
     p.adjoint = _adjoint(f, p, gradient, adjoint, rtol, atol, options, adjoint_given, h0, layout)
 
@@ -456,7 +456,7 @@ def _through_event(p: ODEProblem, record: Any, made: _Made) -> tuple[Tensor, Ten
         return t, y
     recorded = made.gradient is None and p.method.kind != "scipy"
     with torch.no_grad():
-        slope = made.engine.slope(p, t.to(y), y)
+        slope = native.slope(p, t.to(y), y)
     at, state = t.to(torch.float64).clone(), y
     step = record.last if recorded else None
     for _ in range(2 if recorded else 1):

@@ -18,8 +18,9 @@ from ..arguments import warn_once
 from ..problem import ODEProblem, is_finite
 from ..solution import Stats
 
-# Above this size of one system GMRES with Jacobian-vector products replaces LU of the dense Jacobian. Measured by
-# `python benchmarks/stiff.py --dense-limit`.
+# Above this size of one system GMRES with Jacobian-vector products replaces LU of the dense Jacobian. GMRES has no
+# preconditioner here: LU is the faster of the two wherever its matrices fit well (`python benchmarks/stiff.py
+# --dense-limit`), so that the limit is one of memory: the Jacobian's products take some ten times d² numbers.
 DENSE_LIMIT = 2000
 
 # What torch.func says of an f that it cannot differentiate; an error of the user's own comes again in the next call.

@@ -74,8 +74,8 @@ class Radau:
         return Attempt(self.tried, self.error(self.tried, t0, dt))
 
     def norm(self, stages: Tensor) -> float:
-        """Of (3, n): the root mean square of the stages' norms."""
-        return math.sqrt(sum(self.p.norm(row) ** 2 for row in stages) / 3)
+        """Of (3, n): that of the stages' root mean square."""
+        return self.p.norm(stages.square().mean(0).sqrt())
 
     def predict(self, interval: Interval, y: Tensor) -> Tensor:
         """Stages from the last step's collocation polynomial, extended (HW (IV.8.5)): (3, n)."""

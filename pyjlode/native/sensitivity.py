@@ -208,8 +208,11 @@ def continuous(p: ODEProblem, record: Record, g: Tensor, name: str) -> Gradients
     a = torch.zeros_like(p.y0)
     for i in reversed(range(1, len(times))):
         a = backward.run(times[i], times[i - 1], a + g[i], record.ys[i])
-    slope = p.f if p.mass is None else dae.Algebra(p).slope
-    return Gradients(a + g[0], time_gradient(p, record, g, a, slope), backward.params())
+    return Gradients(a + g[0], time_gradient(p, record, g, a, _slope(p)), backward.params())
+
+
+def _slope(p: ODEProblem) -> Callable[[Tensor, Tensor], Tensor] | None:
+    return None if p.mass is None else dae.Algebra(p).slope
 
 
 class _Backward:
@@ -552,5 +555,5 @@ def contract(p: ODEProblem, record: Record, S: Tensor, g: Tensor) -> Gradients:
     n, layout = p.y0.numel(), Layout(list(p.params))
     flat = torch.einsum("ti,tij->j", g, S)
     a = torch.einsum("ti,tij->j", g[1:], S[1:, :, :n])
-    t = time_gradient(p, record, g, a, p.f)
+    t = time_gradient(p, record, g, a, _slope(p))
     return Gradients(flat[:n], t, [x.to(q.device) for x, q in zip(layout.leaves(flat[n:]), p.params)])

@@ -1,0 +1,265 @@
+"""Stiff problems: work and precision beside SciPy, numbers of steps, a batch against a loop, and the dense limit.
+
+    python benchmarks/stiff.py [--quick]       work-precision of every problem; writes docs/stiff.png
+    python benchmarks/stiff.py --steps         accepted steps of radau5 and bdf over SciPy's, and errors in tolerances
+    python benchmarks/stiff.py --batch         256 Robertson systems in one call, over a loop of SciPy's Radau
+    python benchmarks/stiff.py --dense-limit   LU of the Jacobian against GMRES by size of the system
+
+One thread; float64. The error is that of the last state in units of the tolerance `atol + rtol |h|`, root mean square,
+against published values (see tests/stiff_problems.py) or, for the Brusselator, a solution at rtol 1e-11. SciPy is given
+the same field in NumPy. diffrax's Kvaerno5 runs under jit, compiled before the clock starts, where it is installed
+(`pip install .[bench]`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.integrate import solve_ivp
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import stiff_problems as sp
+
+import pyjlode
+from pyjlode.native import auto, linear
+
+warnings.filterwarnings("ignore")
+torch.set_num_threads(1)
+
+OURS = ["radau5", "rodas5p", "bdf", "kvaerno5", "auto"]
+THEIRS = ["Radau", "BDF", "LSODA"]
+
+
+def brusselator(n: int) -> sp.Stiff:
+    """2 n equations to t = 10."""
+    h0 = sp.brusselator_start(n)
+    problem = sp.Stiff(f"Brusselator, 2N = {2 * n}", sp.brusselator, h0, 10.0, h0)
+    end = pyjlode.odeint(problem.f, problem.y0, problem.times, method="radau5", rtol=1e-11, atol=1e-11)[-1]
+    return sp.Stiff(problem.name, sp.brusselator, h0, 10.0, end.tolist())
+
+
+def problems(quick: bool) -> list[sp.Stiff]:
+    stiff = [sp.ROBERTSON_40, sp.ROBERTSON, sp.VAN_DER_POL, sp.VAN_DER_POL_SCALED]
+    found = [*stiff, sp.OREGONATOR, sp.HIRES, sp.ARENSTORF, sp.TWO_BODY, sp.HEAT, brusselator(20)]
+    return found if quick else [*found, brusselator(500)]
+
+
+def ours(problem: sp.Stiff, method: str, tol: float) -> tuple[Any, int]:
+    solution = pyjlode.solve(
+        problem.f, problem.y0, problem.times, method=method, rtol=tol, atol=problem.atol(tol), dense=False
+    )
+    return solution.h[-1], solution.stats.naccept
+
+
+def theirs(problem: sp.Stiff, method: str, tol: float) -> tuple[Any, int]:
+    found = solve_ivp(
+        problem.f_numpy, (0, problem.t1), problem.h0, method=method, rtol=tol, atol=problem.atol(tol).numpy()
+    )
+    return found.y[:, -1], len(found.t) - 1
+
+
+def diffrax_kvaerno5(problem: sp.Stiff, tol: float) -> Callable[[], tuple[Any, int]] | None:
+    try:
+        import diffrax
+        import jax
+        import jax.numpy as jnp
+    except ImportError:
+        return None
+    jax.config.update("jax_enable_x64", True)
+
+    class Like:  # the field's own names for JAX
+        array = staticmethod(jnp.array)
+        concatenate = staticmethod(jnp.concatenate)
+
+    term = diffrax.ODETerm(lambda t, h, args: jnp.asarray(_with(jnp, problem, t, h)))
+    control = diffrax.PIDController(rtol=tol, atol=jnp.asarray(problem.atol(tol).numpy()))
+    solve = jax.jit(
+        lambda h0: diffrax.diffeqsolve(
+            term, diffrax.Kvaerno5(), 0.0, problem.t1, None, h0, stepsize_controller=control, max_steps=1_000_000
+        )
+    )
+    h0 = jnp.asarray(problem.h0, dtype=float)
+
+    def run() -> tuple[Any, int]:
+        found = solve(h0)
+        return np.asarray(found.ys[-1]), int(found.stats["num_accepted_steps"])
+
+    return run
+
+
+def _with(jnp: Any, problem: sp.Stiff, t: Any, h: Any) -> Any:
+    """The problem's field with jax.numpy in place of NumPy."""
+    module, kept = sys.modules[sp.__name__], np
+    module.np = jnp  # type: ignore[attr-defined]
+    try:
+        return problem.field(t, h, jnp)
+    finally:
+        module.np = kept  # type: ignore[attr-defined]
+
+
+def timed(run: Callable[[], tuple[Any, int]], budget: float) -> tuple[Any, int, float]:
+    """The result, and the least time of at most three runs within the budget."""
+    best, spent = float("inf"), 0.0
+    while True:
+        start = time.perf_counter()
+        end, steps = run()
+        wall = time.perf_counter() - start
+        best, spent = min(best, wall), spent + wall
+        if spent > budget or spent >= 3 * best:
+            return end, steps, best
+
+
+def work_precision(quick: bool) -> None:
+    exponents = (4, 6) if quick else (4, 5, 6, 7, 8, 9, 10)
+    rows: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    print("problem, method, rtol: error over tolerance, accepted steps, seconds")
+    for problem in problems(quick):
+        curves = rows.setdefault(problem.name, {})
+        for method in [*OURS, *THEIRS, "Kvaerno5"]:
+            for k in exponents:
+                tol = 10.0**-k
+                run: Callable[[], tuple[Any, int]] | None
+                if method == "Kvaerno5":
+                    run = diffrax_kvaerno5(problem, tol)
+                    if run is None:
+                        break
+                    run()
+                else:
+                    run = functools.partial(ours if method in OURS else theirs, problem, method, tol)
+                try:
+                    end, steps, wall = timed(run, 0.1 if quick else 2.0)
+                except (pyjlode.errors.SolveError, ValueError, RuntimeError) as failure:
+                    print(f"{problem.name:24} {method:9} 1e-{k:02}  {type(failure).__name__}")
+                    break
+                error = problem.error(end, tol)
+                print(f"{problem.name:24} {method:9} 1e-{k:02} {error:9.2g} {steps:7} {wall:8.3f}", flush=True)
+                curves.setdefault(method, []).append((error * tol, wall))
+                if wall > 20:
+                    break
+    draw(rows)
+
+
+def draw(rows: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
+    from pyjlode.plot import figure
+
+    across = 4
+    down = -(-len(rows) // across)
+    fig = figure(4 * across, 3.2 * down)
+    axes = fig.subplots(down, across, squeeze=False).reshape(-1)
+    methods = [*OURS, *THEIRS, "Kvaerno5"]
+    for ax, (name, curves) in zip(axes, rows.items()):
+        for i, method in enumerate(methods):
+            if method in curves:
+                line = "-" if method in OURS else "--"
+                ax.loglog(*zip(*curves[method]), line, marker=".", color=f"C{i}", label=method)
+        ax.set_title(name, fontsize=10)
+        ax.invert_xaxis()
+    for ax in axes[len(rows) :]:
+        ax.set_axis_off()
+    for ax in axes[::across]:
+        ax.set_ylabel("seconds")
+    fig.supxlabel("error at the end, relative to the problem's size")
+    handles = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), frameon=False)
+    target = Path(__file__).resolve().parent.parent / "docs" / "stiff.png"
+    fig.savefig(target, dpi=110)
+    print(f"wrote {target.name}")
+
+
+def steps(quick: bool) -> None:
+    print("accepted steps over SciPy's, and error over tolerance (ours, SciPy's)")
+    worst: dict[str, float] = {}
+    for problem in problems(True):
+        for method, other in (("radau5", "Radau"), ("bdf", "BDF")):
+            for k in (4, 6, 8):
+                tol = 10.0**-k
+                (a, n), (b, m) = ours(problem, method, tol), theirs(problem, other, tol)
+                worst[method] = max(worst.get(method, 0.0), n / m)
+                errors = f"{problem.error(a, tol):9.2g} {problem.error(b, tol):9.2g}"
+                print(f"{problem.name:24} {method:7} 1e-{k:02} {n:6} / {m:6} = {n / m:5.2f} {errors}", flush=True)
+    print("largest ratio:", {method: round(ratio, 2) for method, ratio in worst.items()})
+
+
+def batch(quick: bool) -> None:
+    """Rate constants spread over a factor of 100 each; our tolerance is searched for SciPy's accuracy."""
+    B, tol, every = 256, 1e-6, 8 if quick else 1
+    generator = torch.Generator().manual_seed(0)
+    k = sp.robertson.__defaults__[0]  # type: ignore[index]
+    rates = torch.tensor(k, dtype=sp.F64) * 10 ** (2 * torch.rand(B, 3, generator=generator, dtype=sp.F64) - 1)
+
+    def f(t: Any, h: Any) -> Any:
+        return torch.stack(sp.robertson_terms(h.unbind(-1), rates.unbind(-1)), -1)
+
+    h0 = torch.tensor([[1.0, 0.0, 0.0]], dtype=sp.F64).repeat(B, 1)
+    for t1 in (40.0, 1e5):
+        size = torch.tensor([1.0, 1e-4, 1.0] if t1 == 40 else [1e-3, 1e-8, 1.0], dtype=sp.F64)
+        t = torch.tensor([0.0, t1], dtype=sp.F64)
+
+        def solve(method: str, tol: float, t: Any = t, size: Any = size) -> Any:
+            options = {"batch_dims": 1}
+            return pyjlode.odeint(f, h0, t, method=method, rtol=tol, atol=tol * size, options=options)[-1]
+
+        exact = solve("radau5", 1e-10)
+
+        def error(h: Any, which: Any = slice(None), exact: Any = exact, size: Any = size) -> float:
+            scaled = (h - exact[which]) / (tol * size + tol * exact[which].abs())
+            return float(scaled.square().mean(-1).sqrt().max())
+
+        start, ends = time.perf_counter(), []
+        for row in rates[::every].tolist():
+            found = solve_ivp(
+                lambda t, h, row=row: sp.robertson(t, h, np, row),
+                (0, t1),
+                [1.0, 0.0, 0.0],
+                method="Radau",
+                rtol=tol,
+                atol=tol * size.numpy(),
+            )
+            ends.append(found.y[:, -1])
+        loop = (time.perf_counter() - start) * every
+        target = error(torch.tensor(np.array(ends), dtype=sp.F64), slice(None, None, every))
+        print(f"t = {t1:g}: a loop of {B} calls of SciPy's Radau, rtol {tol:g}: {loop:.2f} s, error {target:.3g}")
+        for method in ("radau5", "rodas5p", "kvaerno5", "bdf"):
+            for ours_tol in 10.0 ** -np.arange(4, 9, 0.25):
+                reached = error(solve(method, ours_tol))
+                if reached <= target:
+                    _, _, wall = timed(lambda m=method, tol=ours_tol: (solve(m, tol), 0), 2.0)
+                    print(
+                        f"  {method:9} rtol {ours_tol:.1e} {wall:.3f} s, error {reached:.3g}, ratio {loop / wall:.0f}"
+                    )
+                    break
+
+
+def dense_limit(quick: bool) -> None:
+    """One solve of the Brusselator with bdf, by LU and by GMRES, over the size of the system."""
+    print("2N, seconds by LU, by GMRES")
+    for n in (100, 250, 500, 1000) if quick else (100, 250, 500, 1000, 2000):
+        h0 = sp.brusselator_start(n)
+        problem = sp.Stiff("", sp.brusselator, h0, 1.0, h0)
+        walls = []
+        for limit in (10**9, 0):
+            linear.DENSE_LIMIT = auto.DENSE_LIMIT = limit
+            walls.append(timed(lambda p=problem: ours(p, "bdf", 1e-5), 1.0)[2])
+        print(f"{2 * n:6} {walls[0]:8.3f} {walls[1]:8.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer tolerances and sizes")
+    modes = {"steps": steps, "batch": batch, "dense-limit": dense_limit}
+    for mode in modes:
+        parser.add_argument(f"--{mode}", action="store_true")
+    chosen = parser.parse_args()
+    wanted = [run for mode, run in modes.items() if getattr(chosen, mode.replace("-", "_"))]
+    for run in wanted or [work_precision]:
+        run(chosen.quick)

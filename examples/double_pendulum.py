@@ -1,0 +1,112 @@
+"""Learn the friction of a double pendulum: a small network inside a law of motion that is known.
+
+python examples/double_pendulum.py     prints the error of the learned friction and writes double_pendulum.png
+
+A universal differential equation (Rackauckas et al. 2020): Lagrange's equations with an unknown torque at each joint,
+which depends on how fast that joint turns. The data are angles and speeds with noise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import pyjlode
+from pyjlode.plot import figure
+
+G = 9.81
+
+
+def acceleration(h: Tensor, torque: Tensor) -> Tensor:
+    """Two rods of length 1 with masses 1 at their ends: M(θ) θ'' = forces + torque. h (..., 4), torque (..., 2)."""
+    a, b, u, v = h.unbind(-1)
+    c, s = torch.cos(a - b), torch.sin(a - b)
+    p = torque[..., 0] - torque[..., 1] - s * v * v - 2 * G * torch.sin(a)
+    q = torque[..., 1] + s * u * u - G * torch.sin(b)
+    det = 2 - c * c
+    return torch.stack([(p - c * q) / det, (2 * q - c * p) / det], -1)
+
+
+def joint_speeds(h: Tensor) -> Tensor:
+    return torch.stack([h[..., 2], h[..., 3] - h[..., 2]], -1)
+
+
+def true_friction(speed: Tensor) -> Tensor:
+    """Bearings that drag at once, and air."""
+    return -0.3 * torch.tanh(4 * speed) - 0.05 * speed * speed.abs()
+
+
+class Pendulum(nn.Module):
+    """The law, with friction as a function of a joint's speed: (..., 2) -> (..., 2)."""
+
+    def __init__(self, friction: nn.Module) -> None:
+        super().__init__()
+        self.friction = friction
+
+    def forward(self, t: Tensor, h: Tensor) -> Tensor:
+        torque = self.friction(joint_speeds(h)[..., None])[..., 0]
+        return torch.cat([h[..., 2:], acceleration(h, torque)], -1)
+
+
+class Odd(nn.Module):
+    """An odd function: friction against a motion is that against its reverse, turned round."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(1, width), nn.Tanh(), nn.Linear(width, 1)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.net(x) - self.net(-x)) / 2
+
+
+class Truth(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return true_friction(x)
+
+
+def main(epochs: int = 200, out: str = "double_pendulum.png") -> float:
+    torch.manual_seed(0)
+    t = torch.linspace(0, 2, 41, dtype=torch.float64)
+    h0 = torch.tensor([[1.2, 0.8, 0.0, 0.0], [-0.6, 1.0, 0.0, 0.0], [0.4, -1.2, 0.0, 0.0]], dtype=torch.float64)
+    with torch.no_grad():
+        clean = pyjlode.odeint(Pendulum(Truth()), h0, t, rtol=1e-8, atol=1e-8)
+    data = clean + 0.01 * torch.randn_like(clean)
+
+    model = Pendulum(Odd())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for epoch in range(epochs):
+        optimizer.zero_grad()
+        h = pyjlode.odeint(model, h0, t, adjoint=True, method="tsit5", rtol=1e-5, atol=1e-5)
+        loss = (h - data).square().mean()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if epoch % 50 == 0 or epoch == epochs - 1:
+            print(f"epoch {epoch:4}: root mean square error {float(loss.detach().sqrt()):.4f}")
+
+    speeds = joint_speeds(clean).abs().quantile(0.95)
+    x = torch.linspace(-float(speeds), float(speeds), 101, dtype=torch.float64)
+    with torch.no_grad():
+        learned = model.friction(x[:, None])[:, 0]
+        h = pyjlode.odeint(model, h0, t, rtol=1e-6, atol=1e-6)
+    error = float((learned - true_friction(x)).norm() / true_friction(x).norm())
+    print(f"the learned friction is off by {100 * error:.1f} % of the true one")
+
+    fig = figure(8, 3.2)
+    left, right = fig.subplots(1, 2)
+    left.plot(t, data[:, 0, :2], ".", color="0.6", markersize=3)
+    left.plot(t, h[:, 0, :2])
+    left.set_xlabel("t")
+    left.set_ylabel("angles")
+    right.plot(x, true_friction(x), "--", color="0.4", label="true")
+    right.plot(x, learned, label="learned")
+    right.set_xlabel("speed of a joint")
+    right.set_ylabel("torque of friction")
+    right.legend(frameon=False)
+    fig.savefig(out, dpi=120)
+    return error
+
+
+if __name__ == "__main__":
+    main()
