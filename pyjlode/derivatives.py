@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +11,9 @@ from torch import Tensor
 
 from .errors import GradientUnavailable
 from .problem import ODEProblem
+
+# What torch.func says of an f that it cannot differentiate; an error of the user's own comes again in the next call.
+REFUSALS = (RuntimeError, TypeError)
 
 
 def vjp(
@@ -74,3 +79,40 @@ def jacobian(p: ODEProblem, t: Tensor, y: Tensor) -> Tensor:
             J = torch.autograd.functional.jacobian(f, y)
     assert isinstance(J, Tensor)
     return J
+
+
+@functools.cache
+def load_forward_mode() -> None:
+    """What torch loads at the first use of its forward mode; it warns of a deprecation of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
+
+
+def directional(p: ODEProblem, t: Tensor, y: Tensor, dt: Tensor | None, dy: Tensor) -> Tensor:
+    """Derivative of f along (dt, dy), None being zero: shape (n,). With a graph, where autograd records."""
+    load_forward_mode()
+    try:
+        if dt is None:
+            return torch.func.jvp(lambda y: p.f(t, y), (y,), (dy,))[1]
+        return torch.func.jvp(p.f, (t, y), (dt.to(t), dy))[1]
+    except REFUSALS:
+        return directional_by_reverse(p, t, y, dt, dy)
+
+
+def directional_by_reverse(p: ODEProblem, t: Tensor, y: Tensor, dt: Tensor | None, dy: Tensor | None) -> Tensor:
+    """The same by the reverse mode taken twice: the product with v is linear in v, and its derivative is the answer."""
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        t, y = (x if x.requires_grad else x.detach().requires_grad_() for x in (t, y))
+        k = p.f(t, y)
+        if not k.requires_grad:
+            return torch.zeros_like(k)
+        v = torch.zeros_like(k, requires_grad=True)
+        pairs = [(x, dx.to(x)) for x, dx in ((t, dt), (y, dy)) if dx is not None]
+        back = torch.autograd.grad(k, [x for x, _ in pairs], v, create_graph=True, allow_unused=True)
+        terms = [(g * dx).sum() for g, (_, dx) in zip(back, pairs) if g is not None and g.requires_grad]
+        if not terms:
+            return torch.zeros_like(k)
+        out = torch.autograd.grad(torch.stack(terms).sum(), v, create_graph=recorded, allow_unused=True)[0]
+    return torch.zeros_like(k) if out is None else out

@@ -270,11 +270,11 @@ def _engine(name: str, p: ODEProblem, adjoint: bool | str, *, recorded: bool = F
     if name not in ("auto", "torch", "julia"):
         raise BadOption(f"engine must be 'auto', 'julia' or 'torch'; got {name!r}.")
     reason = f"asked for by engine={name!r}"
-    if name == "auto" and os.environ.get(ENGINE_VARIABLE, "auto") != "auto":
+    only_julia = p.method.kind == "julia" or isinstance(p.f.f, JuliaFunction)
+    if name == "auto" and not only_julia and os.environ.get(ENGINE_VARIABLE, "auto") != "auto":
         name, reason = os.environ[ENGINE_VARIABLE], f"asked for by {ENGINE_VARIABLE}"
         if name not in ("torch", "julia"):
             raise BadOption(f"{ENGINE_VARIABLE} must be 'torch', 'julia' or 'auto'; it is {name!r}.")
-    only_julia = p.method.kind == "julia" or isinstance(p.f.f, JuliaFunction)
     if name == "torch" and not only_julia:
         return native, reason
     if only_julia:

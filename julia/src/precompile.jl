@@ -25,7 +25,7 @@ for T in (Float32, Float64)
                 f = @cfunction(c_field, Cint, (Ptr{$T}, Ptr{$T}, Cdouble)),
                 jac = @cfunction(c_jacobian, Cint, (Ptr{$T}, Ptr{$T}, Cdouble)),
                 tgrad = @cfunction(c_zero, Cint, (Ptr{$T}, Ptr{$T}, Cdouble)),
-                vjp, vjp_p = vjp, parameters = 1,
+                jvp = vjp, vjp, vjp_p = vjp, parameters = 1,
                 event = event ? @cfunction(c_margin, Cint, (Ptr{Cdouble}, Ptr{$T}, Cdouble)) : C_NULL
             )
         end
@@ -68,7 +68,7 @@ const IMPLICIT = (
             solve_linear(Float64, algorithm(text); dense = true)
         end
         for T in (Float32, Float64)
-            field(T, 1, 0, 0, 0, 0, 0, 0, 0)
+            field(T, 1, 0, 0, 0, 0, 0, 0, 0, 0)
         end
     end
 end

@@ -10,12 +10,13 @@ struct Abandoned <: Exception end
 const PINNED = 32
 
 """
-    Field{T}(n; f, jac, tgrad, vjp, vjp_p, event, parameters)
+    Field{T}(n; f, jac, tgrad, jvp, vjp, vjp_p, event, parameters)
 
 A vector field over `n` numbers of type `T`, by the addresses of C functions (0 where there is none). All return 0, or
 another number to give the solve up:
 
-    f(du, u, t)    jac(J, u, t)    tgrad(dT, u, t)    vjp(out, v, u, t)    vjp_p(out, v, u, t)    event(margin, u, t)
+    f(du, u, t)          jac(J, u, t)         tgrad(dT, u, t)        event(margin, u, t)
+    jvp(out, v, u, t)    vjp(out, v, u, t)    vjp_p(out, v, u, t)
 
 with pointers to contiguous numbers and `t` a double; `J` is in column-major order, and `margin` one double.
 `parameters` says how many `vjp_p` differentiates by; their values are known to the functions alone.
@@ -29,6 +30,7 @@ mutable struct Field{T}
     const f::Ptr{Cvoid}
     const jac::Ptr{Cvoid}
     const tgrad::Ptr{Cvoid}
+    const jvp::Ptr{Cvoid}
     const vjp::Ptr{Cvoid}
     const vjp_p::Ptr{Cvoid}
     const event::Ptr{Cvoid}
@@ -40,14 +42,16 @@ end
 
 pointer_to(address) = Ptr{Cvoid}(UInt(address))
 
-function Field{T}(n::Integer; f, jac = 0, tgrad = 0, vjp = 0, vjp_p = 0, event = 0, parameters::Integer = 0) where {T}
-    pointers = map(pointer_to, (f, jac, tgrad, vjp, vjp_p, event))
+function Field{T}(
+        n::Integer; f, jac = 0, tgrad = 0, jvp = 0, vjp = 0, vjp_p = 0, event = 0, parameters::Integer = 0
+    ) where {T}
+    pointers = map(pointer_to, (f, jac, tgrad, jvp, vjp, vjp_p, event))
     return Field{T}(n, pointers..., Vector{T}[], T[], T[], zeros(T, parameters))
 end
 
 "The same by position."
 function field(::Type{T}, n, parameters, f, jac, tgrad, vjp, vjp_p, event) where {T}
-    return Field{T}(n; f, jac, tgrad, vjp, vjp_p, event, parameters)
+    return Field{T}(n; f, jac, tgrad, jvp, vjp, vjp_p, event, parameters)
 end
 
 "Whether a callback may look at `a` itself."
@@ -106,6 +110,11 @@ struct TimeGradient{T}
 end
 (g::TimeGradient)(dT, u, p, t) = (call(g.field.tgrad, dT, u, t); nothing)
 
+struct JVP{T}
+    field::Field{T}
+end
+(jvp::JVP)(out, v, u, p, t) = (call(jvp.field.jvp, out, v, u, t); nothing)
+
 struct VJP{T}
     field::Field{T}
 end
@@ -125,7 +134,9 @@ are of one type, for which solvers are compiled ahead.
 function ode_function(field::Field; mass_matrix = I, full = true)
     return ODEFunction{true, FullSpecialize}(
         RHS(field);
-        mass_matrix, jac = Jacobian(field), tgrad = TimeGradient(field), vjp = VJP(field), vjp_p = ParameterVJP(field)
+        mass_matrix,
+        jac = Jacobian(field), tgrad = TimeGradient(field), jvp = JVP(field), vjp = VJP(field),
+        vjp_p = ParameterVJP(field)
     )
 end
 

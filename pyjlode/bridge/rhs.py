@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import warn_once
-from ..derivatives import jacobian, pull_back, vjp
+from ..derivatives import directional, directional_by_reverse, jacobian, pull_back, vjp
 from ..events import Margin
 from ..problem import Layout, ODEProblem
 from .function import JuliaFunction
@@ -107,10 +107,11 @@ class RHS(Callbacks):
             "f": _PLAIN(self.f()),
             "jac": _PLAIN(self.guard(self.jac)),
             "tgrad": _PLAIN(self.guard(self.tgrad)),
+            "jvp": _PRODUCT(self.guard(self.jvp)),
             "vjp": _PRODUCT(self.guard(self.vjp)),
             "vjp_p": _PRODUCT(self.guard(self.vjp_p)),
         }
-        names = ("f", "jac", "tgrad", "vjp", "vjp_p", "event")
+        names = ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "event")
         parameters = self.params.size if gradient else 0
         self.field = jl.field(julia_type(jl, self.dtype), self.n, parameters, *(self.pointers[name] for name in names))
         self.views.owner = self.field
@@ -151,22 +152,11 @@ class RHS(Callbacks):
 
     def tgrad(self, dT: int, u: int, t: float) -> None:
         time, y = self.p.time(t), self.state(u)
-        with torch.enable_grad():
-            time.requires_grad_()
-            k = self.p.f(time, y)
-        out = look(dT, self.n, self.dtype)
-        if not k.requires_grad:
-            out.zero_()
-            return
-        # df/dt of all components by forward mode through reverse mode: v -> v df/dt is linear, and its derivative by v.
-        v = torch.zeros_like(k, requires_grad=True)
-        with torch.enable_grad():
-            (product,) = torch.autograd.grad(k, time, v, create_graph=True, allow_unused=True)
-        if product is None or not product.requires_grad:
-            out.zero_()
-            return
-        (rate,) = torch.autograd.grad(product, v, allow_unused=True)
-        out.zero_() if rate is None else out.copy_(rate)
+        look(dT, self.n, self.dtype).copy_(directional_by_reverse(self.p, time, y, torch.ones_like(time), None))
+
+    def jvp(self, out: int, v: int, u: int, t: float) -> None:
+        product = directional(self.p, self.p.time(t), self.state(u), None, self.state(v))
+        look(out, self.n, self.dtype).copy_(product)
 
     def vjp(self, out: int, v: int, u: int, t: float) -> None:
         wrt = self.p.params if self.joint else ()

@@ -6,8 +6,6 @@ No matrix here has more than B d² numbers.
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import warn_once
+from ..derivatives import REFUSALS, directional, directional_by_reverse, load_forward_mode
 from ..problem import ODEProblem, is_finite
 from ..solution import Stats
 
@@ -22,9 +21,6 @@ from ..solution import Stats
 # preconditioner here: LU is the faster of the two wherever its matrices fit well (`python benchmarks/stiff.py
 # --dense-limit`), so that the limit is one of memory: the Jacobian's products take some ten times d² numbers.
 DENSE_LIMIT = 2000
-
-# What torch.func says of an f that it cannot differentiate; an error of the user's own comes again in the next call.
-REFUSALS = (RuntimeError, TypeError)
 
 
 class Jacobian(NamedTuple):
@@ -156,7 +152,7 @@ class Linear:
         """df/dt, (n,). By the reverse mode twice: nothing is left to do where f does not depend on t."""
         if self.difference or self.blind_to_time:
             return self.time_difference(t, y)
-        return self.seen(t, y, _directional_by_reverse(self.p, t, y, torch.ones_like(t), None))
+        return self.seen(t, y, directional_by_reverse(self.p, t, y, torch.ones_like(t), None))
 
     def time_difference(self, t: Tensor, y: Tensor) -> Tensor:
         step = torch.finfo(y.dtype).eps ** (1 / 3) * max(abs(float(t)), 1e-3)
@@ -226,43 +222,6 @@ class Linear:
 
 
 Apply = Callable[[Tensor], Tensor]
-
-
-@functools.cache
-def load_forward_mode() -> None:
-    """What torch loads at the first use of its forward mode; it warns of a deprecation of its own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
-
-
-def directional(p: ODEProblem, t: Tensor, y: Tensor, dt: Tensor | None, dy: Tensor) -> Tensor:
-    """Derivative of f along (dt, dy), None being zero: shape (n,). With a graph, where autograd records."""
-    load_forward_mode()
-    try:
-        if dt is None:
-            return torch.func.jvp(lambda y: p.f(t, y), (y,), (dy,))[1]
-        return torch.func.jvp(p.f, (t, y), (dt.to(t), dy))[1]
-    except REFUSALS:
-        return _directional_by_reverse(p, t, y, dt, dy)
-
-
-def _directional_by_reverse(p: ODEProblem, t: Tensor, y: Tensor, dt: Tensor | None, dy: Tensor | None) -> Tensor:
-    """The same by the reverse mode taken twice: the product with v is linear in v, and its derivative is the answer."""
-    recorded = torch.is_grad_enabled()
-    with torch.enable_grad():
-        t, y = (x if x.requires_grad else x.detach().requires_grad_() for x in (t, y))
-        k = p.f(t, y)
-        if not k.requires_grad:
-            return torch.zeros_like(k)
-        v = torch.zeros_like(k, requires_grad=True)
-        pairs = [(x, dx.to(x)) for x, dx in ((t, dt), (y, dy)) if dx is not None]
-        back = torch.autograd.grad(k, [x for x, _ in pairs], v, create_graph=True, allow_unused=True)
-        terms = [(g * dx).sum() for g, (_, dx) in zip(back, pairs) if g is not None and g.requires_grad]
-        if not terms:
-            return torch.zeros_like(k)
-        out = torch.autograd.grad(torch.stack(terms).sum(), v, create_graph=recorded, allow_unused=True)[0]
-    return torch.zeros_like(k) if out is None else out
 
 
 class Factors:

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..derivatives import REFUSALS, directional
 from ..problem import ODEProblem
 from ..solution import Stats
 from . import controller, interpolation
-from .linear import REFUSALS, Factors, Jacobian, Krylov, Linear, directional
+from .linear import Factors, Jacobian, Krylov, Linear
 from .newton import POLISH_RECORDED, SINGULAR
 from .step import Interval, fraction, stage_times
 from .stiff_tableaus import RosenbrockTableau

@@ -246,3 +246,65 @@ def test_nfe_counts_every_call():
     stats = solve(f, H0, T, engine="julia", dense=False).stats
     assert stats.nfe == calls
     assert stats.naccept > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What only Julia has
+# ----------------------------------------------------------------------------------------------------------------------
+
+LOTKA = """
+function lotka(du, u, p, t)
+    du[1] = p[1] * u[1] - p[2] * u[1] * u[2]
+    du[2] = -p[3] * u[2] + p[4] * u[1] * u[2]
+end
+"""
+RATES = torch.tensor([1.5, 1.0, 3.0, 1.0], dtype=F64)
+
+
+def lotka(p):
+    def f(t, h):
+        x, y = h
+        return torch.stack([p[0] * x - p[1] * x * y, -p[2] * y + p[3] * x * y])
+
+    return f
+
+
+def test_julia_method():
+    method = pyjlode.julia_method("KenCarp47(linsolve=KrylovJL_GMRES())")
+    h = odeint(linear, H0, T, method=method, engine="julia", rtol=1e-7, atol=1e-8)
+    assert torch.allclose(h, exact(T), atol=1e-5)
+    assert solve(linear, H0, T, method=pyjlode.julia_method("BS5()"), rtol=1e-6).stats.engine == "julia"
+    with pytest.raises(errors.BadOption, match="needs Julia"):
+        odeint(linear, H0, T, method=method, engine="torch")
+    for wrong in ("NoSuchMethod()", "Tsit5("):
+        with pytest.raises(errors.BadOption, match="does not make a solver"):
+            odeint(linear, H0, T, method=pyjlode.julia_method(wrong))
+
+
+@pytest.mark.parametrize("specialize", ["auto", "full"])
+@pytest.mark.parametrize("method", ["tsit5", "rodas5p"])
+def test_julia_function(method, specialize):
+    f = pyjlode.julia_function(LOTKA, RATES)
+    h0 = torch.tensor([1.0, 1.0], dtype=F64, requires_grad=True)
+    kwargs = {"adjoint": "gauss", "rtol": 1e-9, "atol": 1e-10}
+    h = odeint(f, h0, T, method=method, options={"specialize": specialize}, **kwargs)
+    got = torch.autograd.grad(h[-1].sum(), [h0, f.params])
+    p = RATES.clone().requires_grad_()
+    want_h = odeint(lotka(p), h0, T, engine="torch", adjoint=False, rtol=1e-10, atol=1e-11)
+    want = torch.autograd.grad(want_h[-1].sum(), [h0, p])
+    assert torch.allclose(h, want_h, atol=1e-6)
+    for a, b in zip(got, want):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_julia_function_for_a_look_and_its_mistakes():
+    f = pyjlode.julia_function(LOTKA, RATES)
+    u = torch.tensor([2.0, 0.5], dtype=F64)
+    assert torch.allclose(f(torch.tensor(0.0), u), lotka(RATES)(0.0, u))
+    with pytest.raises(errors.GradientUnavailable, match="engine='julia'"):
+        f(torch.tensor(0.0), u).sum().backward()
+    with pytest.raises(errors.BadOption, match="source"):
+        pyjlode.julia_function("function f(", 1)
+    with pytest.raises(errors.BadOption, match="needs Julia"):
+        odeint(f, u, T, engine="torch")
+    assert solve(f, u, T).stats.nfe > 10

@@ -9,13 +9,15 @@ from problems import BERNOULLI, COSINE, FEHLBERG, LINEAR, LOGISTIC, OSCILLATOR, 
 import pyjlode
 from pyjlode import METHODS, odeint, solve
 from pyjlode.bridge import engine as julia_engine
+from pyjlode.methods import CONTROLLED
 
 pytestmark = pytest.mark.usefixtures("julia")
 
 F64 = torch.float64
 BOTH = [m for m in METHODS.values() if m.julia is not None]
 ADAPTIVE = [m for m in BOTH if m.kind == "adaptive"]
-FIXED = [m for m in BOTH if m.kind != "adaptive"]
+STIFF = [*(m for m in BOTH if m.kind in ("stiff", "auto")), CONTROLLED["trbdf2"]]
+FIXED = [m for m in BOTH if m.kind in ("fixed", "implicit")]
 GRADIENTS = sorted(julia_engine.GRADIENTS)
 PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, F64], ids=["float32", "float64"])
 DIRECTIONS = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -40,6 +42,49 @@ def test_adaptive_solutions(method, problem, dtype, backward):
     scale = 20 * tol * max(1.0, float(problem.exact(t).abs().max()))
     assert max_error(torch_h, julia_h) < scale
     assert max_error(julia_h, problem.exact(t)) < scale
+
+
+def robertson(t, y):
+    """Robertson's reaction (Hairer & Wanner II, IV.1)."""
+    a, b, c = y
+    slow, fast, square = 0.04 * a, 1e4 * b * c, 3e7 * b * b
+    return torch.stack([fast - slow, slow - fast - square, square])
+
+
+def van_der_pol(t, y):
+    return torch.stack([y[1], 100 * (1 - y[0] ** 2) * y[1] - y[0]])
+
+
+@each(STIFF)
+@pytest.mark.parametrize(
+    ("f", "h0", "end"), [(robertson, (1.0, 0.0, 0.0), 40.0), (van_der_pol, (2.0, 0.0), 200.0)], ids=["robertson", "vdp"]
+)
+def test_stiff_solutions(method, f, h0, end):
+    h0, t = torch.tensor(h0, dtype=F64), torch.tensor([0.0, end / 3, end], dtype=F64)
+    rtol = 1e-4 if method.order < 4 else 1e-6
+    want = odeint(f, h0, t, method="radau5", rtol=1e-10, atol=1e-14, engine="torch")
+    for engine in ("torch", "julia"):
+        solution = solve(f, h0, t, method=method.name, engine=engine, rtol=rtol, atol=1e-6 * rtol)
+        # The period of van der Pol's oscillation makes an error of the phase: a larger one of the state.
+        allowed = 100 * rtol * (1 if f is robertson else 30)
+        assert float(((solution.h - want).abs() / want.abs().amax(0)).max()) < allowed
+        assert solution.stats.njac > 0
+
+
+def test_a_mass_matrix():
+    """Robertson as a DAE: the third equation is that the masses add up to one."""
+    M = torch.diag(torch.tensor([1.0, 1.0, 0.0], dtype=F64))
+
+    def f(t, y):
+        rates = robertson(t, y)
+        return torch.stack([rates[0], rates[1], y.sum() - 1])
+
+    h0, t = torch.tensor([1.0, 0.0, 0.0], dtype=F64), torch.tensor([0.0, 40.0], dtype=F64)
+    a, b = (
+        odeint(f, h0, t, method="rodas5p", mass_matrix=M, engine=e, rtol=1e-7, atol=1e-10) for e in ("torch", "julia")
+    )
+    assert max_error(a, b) < 1e-6
+    assert abs(float(b[-1].sum()) - 1) < 1e-9
 
 
 @each(FIXED)
