@@ -49,9 +49,10 @@ def brusselator(n: int) -> sp.Stiff:
 
 
 def problems(quick: bool) -> list[sp.Stiff]:
-    stiff = [sp.ROBERTSON_40, sp.ROBERTSON, sp.VAN_DER_POL, sp.VAN_DER_POL_SCALED]
-    found = [*stiff, sp.OREGONATOR, sp.HIRES, sp.ARENSTORF, sp.TWO_BODY, sp.HEAT, brusselator(20)]
-    return found if quick else [*found, brusselator(500)]
+    found = [sp.ROBERTSON_40, sp.ROBERTSON, sp.VAN_DER_POL, sp.HIRES, sp.HEAT, brusselator(20)]
+    if quick:
+        return found
+    return [*found, sp.VAN_DER_POL_SCALED, sp.OREGONATOR, sp.ARENSTORF, sp.TWO_BODY, brusselator(500)]
 
 
 def ours(problem: sp.Stiff, method: str, tol: float) -> tuple[Any, int]:
@@ -152,7 +153,7 @@ def work_precision(quick: bool) -> None:
 def draw(rows: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
     from pyjlode.plot import figure
 
-    across = 4
+    across = 4 if len(rows) > 6 else 3
     down = -(-len(rows) // across)
     fig = figure(4 * across, 3.2 * down)
     axes = fig.subplots(down, across, squeeze=False).reshape(-1)
@@ -179,7 +180,7 @@ def draw(rows: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
 def steps(quick: bool) -> None:
     print("accepted steps over SciPy's, and error over tolerance (ours, SciPy's)")
     worst: dict[str, float] = {}
-    for problem in problems(True):
+    for problem in problems(quick):
         for method, other in (("radau5", "Radau"), ("bdf", "BDF")):
             for k in (4, 6, 8):
                 tol = 10.0**-k
@@ -255,7 +256,7 @@ def dense_limit(quick: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer tolerances and sizes")
+    parser.add_argument("--quick", action="store_true", help="fewer problems, tolerances and sizes")
     modes = {"steps": steps, "batch": batch, "dense-limit": dense_limit}
     for mode in modes:
         parser.add_argument(f"--{mode}", action="store_true")

@@ -421,6 +421,8 @@ def _adjoint(
         raise BadOption(
             "adjoint_method differs from method, so options do not carry over: give adjoint_options, {} for none."
         )
+    if p.mass is not None and not row.mass:
+        raise BadOption(f"adjoint_method={row.name!r} does not take the mass_matrix that the adjoint has too.")
     if adjoint_options is None:
         # A grid made for the forward times is not one for the backward intervals.
         adjoint_options = {k: v for k, v in (options or {}).items() if k not in ("norm", "grid_constructor")}

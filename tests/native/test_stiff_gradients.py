@@ -13,7 +13,7 @@ STIFF = [m.name for m in METHODS.values() if m.controlled]
 MASS = [m.name for m in METHODS.values() if m.mass]
 # ode23s takes 10⁵ steps to the accuracy that is asked for here.
 ACCURATE = [m for m in STIFF if METHODS[m].order > 2]
-ADJOINTS = [False, "discrete", "interpolating", "gauss", "quadrature", "forward"]
+ADJOINTS = [False, "discrete", "gauss", "quadrature", "forward"]
 adjoints = pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
 RATES = torch.tensor([0.04, 3e7, 1e4], dtype=F64)
 WEIGHTS = torch.tensor([1.0, 1e4, -0.7], dtype=F64)
@@ -82,7 +82,8 @@ def test_robertsons_rate_constants(method, adjoint):
     """To 1e-6 relative."""
     logs = torch.zeros(3, dtype=F64, requires_grad=True)
     h0, t = tensor(1.0, 0.0, 0.0), tensor(0.0, 1.0, 40.0)
-    tol = {"radau5": 3e-7, "rodas5p": 1e-7, "auto": 1e-8, "bdf": 1e-8}.get(method, 1e-9)
+    # The dense output, along which the adjoint is solved, is what costs kvaerno5 digits.
+    tol = {"radau5": 3e-7, "rodas5p": 1e-7, "auto": 1e-8, "bdf": 1e-8, "kvaerno5": 2e-10}.get(method, 1e-9)
     value = loss(robertson, logs, h0, RATES, t, method, adjoint, tol, tol * 1e-4, WEIGHTS)
     (grad,) = torch.autograd.grad(value, logs)
     assert float(((grad - robertson_reference()) / robertson_reference()).abs().max()) < 1e-6
@@ -202,6 +203,16 @@ def test_batches(method, adjoint):
     together = gradient(h0, k, options={"batch_dims": 1})
     for i in range(3):
         torch.testing.assert_close(together[i], gradient(h0[i], k[i]), rtol=1e-4, atol=1e-7)
+
+
+def test_interpolating_is_gauss():
+    """A stiff method does not carry the integral over the parameters as a state."""
+    grads = []
+    for adjoint in ("interpolating", "gauss"):
+        h0, p = tensor(1.0, 0.5).requires_grad_(), tensor(2.0, 0.7).requires_grad_()
+        value = forced_loss(h0, tensor(0.1, 0.6, 1.3), p, "radau5", adjoint, 1e-6)
+        grads.append(torch.cat(torch.autograd.grad(value, (h0, p))))
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
 
 
 def test_backsolve_is_refused_with_the_reason_and_works_where_insisted():
