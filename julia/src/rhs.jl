@@ -50,7 +50,7 @@ function Field{T}(
 end
 
 "The same by position."
-function field(::Type{T}, n, parameters, f, jac, tgrad, vjp, vjp_p, event) where {T}
+function field(::Type{T}, n, parameters, f, jac, tgrad, jvp, vjp, vjp_p, event) where {T}
     return Field{T}(n; f, jac, tgrad, jvp, vjp, vjp_p, event, parameters)
 end
 
