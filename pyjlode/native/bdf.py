@@ -120,7 +120,7 @@ class Bdf:
         self.done = done
         after = self.updated(D, q, done.x)
         past = Past(before, self.dt, q, done.x)
-        self.tried = BdfStep(self, interval, y, after, past)
+        self.tried = BdfStep(interval, y, after, past)
         self.scale = self.p.atol + self.p.rtol * after[0].abs()
         return Attempt(self.tried, self.p.norm(done.x * float(self.tab.error[q]) / self.scale))
 
@@ -185,7 +185,7 @@ class Bdf:
             d = d + W.solve(p.f(t1, predicted + d) - self.linear.times_mass(psi + d) / c)
         after = self.updated(D, q, d)
         self.D = after.detach()  # a recorded solve goes on from the polished differences
-        return BdfStep(self, interval, y, after, data)
+        return BdfStep(interval, y, after, data)
 
 
 def linked(data: Any, before: BdfStep | None) -> Any:
@@ -198,8 +198,8 @@ def linked(data: Any, before: BdfStep | None) -> Any:
 class BdfStep:
     """A step and the backward differences D at its end, (8, n): their polynomial is its dense output."""
 
-    def __init__(self, bdf: Bdf, interval: Interval, y: Tensor, D: Tensor, data: Past) -> None:
-        self.bdf, self.interval, self.y, self.D, self.data = bdf, interval, y, D, data
+    def __init__(self, interval: Interval, y: Tensor, D: Tensor, data: Past) -> None:
+        self.interval, self.y, self.D, self.data = interval, y, D, data
         self.y1 = D[0]
 
     def interpolate(self, times: list[float] | Tensor) -> Tensor:

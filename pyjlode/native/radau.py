@@ -70,7 +70,7 @@ class Radau:
             return Attempt(None, math.inf, done.why)
         self.done = done
         Z = self.T @ done.x
-        self.tried = RadauStep(self, interval, y, y + Z[-1], Z)
+        self.tried = RadauStep(self.P, interval, y, y + Z[-1], Z)
         return Attempt(self.tried, self.error(self.tried, t0, dt))
 
     def norm(self, stages: Tensor) -> float:
@@ -151,7 +151,7 @@ class Radau:
             F = torch.stack([p.f(ti, Y) for ti, Y in zip(t, y + dt * (A @ K))])
             K = K + self.unblocked(system.solve(self.blocked(F - M(K))))
         Z = dt * (A @ K)
-        return RadauStep(self, interval, y, y + Z[-1], Z)
+        return RadauStep(self.P, interval, y, y + Z[-1], Z)
 
     def blocked(self, K: Tensor) -> Tensor:
         """(3, B d) -> (B 3 d,): the stages of one system together."""
@@ -186,8 +186,8 @@ class Radau:
 class RadauStep:
     """A step and its stages less y, Z (3, n); the collocation polynomial goes through them."""
 
-    def __init__(self, rk: Radau, interval: Interval, y: Tensor, y1: Tensor, Z: Tensor) -> None:
-        self.rk, self.interval, self.y, self.y1, self.Z = rk, interval, y, y1, Z
+    def __init__(self, P: Tensor, interval: Interval, y: Tensor, y1: Tensor, Z: Tensor) -> None:
+        self.P, self.interval, self.y, self.y1, self.Z = P, interval, y, y1, Z
 
     @property
     def data(self) -> Tensor:
@@ -195,5 +195,5 @@ class RadauStep:
 
     def interpolate(self, times: list[float] | Tensor) -> Tensor:
         theta = fraction(self.interval, times)
-        weights = interpolation.powers(theta, 3) @ self.rk.P.T.to(theta)
+        weights = interpolation.powers(theta, 3) @ self.P.T.to(theta)
         return self.y + weights.to(self.y) @ self.Z

@@ -227,7 +227,6 @@ class _Backward:
         self.with_y = name == "backsolve"
         stiff = self.settings.method.controlled
         self.with_params = name in ("backsolve", "interpolating") and not stiff
-        self.inline = self.integrate if self.layout.size and not self.with_params else None
         self.linear = Linear(p, Stats("", "", "")) if stiff else None
         self.algebra = dae.Algebra(p) if p.mass is not None else None
         self.first_step = self.settings.options.first_step
@@ -269,10 +268,11 @@ class _Backward:
             callbacks=self.callbacks(),
             **self.implicit(),
         )
+        inline = self.integrate if self.layout.size and not self.with_params else None
         if s.method.kind == "scipy":
             done = scipy_ivp.solve(problem, Stats("", "", ""), dense=False)
         else:
-            done = loop.solve(problem, Stats("", "", ""), on_step=self.inline)
+            done = loop.solve(problem, Stats("", "", ""), on_step=inline)
         self.first_step = done.next_dt or self.first_step
         z = done.ys[-1]
         if self.with_y:

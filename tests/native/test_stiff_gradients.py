@@ -1,6 +1,8 @@
 """Gradients through stiff methods: Robertson, as an ODE and a DAE, and a pendulum of index 1, against differences."""
 
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -233,3 +235,22 @@ def test_backsolve_is_refused_with_the_reason_and_works_where_insisted():
         exact = torch.exp(tensor(-3.0))
         torch.testing.assert_close(grads[0], exact, rtol=1e-5, atol=0)
         torch.testing.assert_close(grads[1], -exact[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("adjoint", [False, True, "gauss"], ids=str)
+@pytest.mark.parametrize("method", ["radau5", "bdf", "rodas5p", "kvaerno5", "auto"])
+def test_a_solve_is_freed_without_the_garbage_collector(method, adjoint):
+    p = torch.tensor(2.0, dtype=F64, requires_grad=True)
+
+    def f(t, h):
+        return -p * h
+
+    gc.disable()
+    try:
+        h = odeint(f, tensor(1.0, 1.0), tensor(0.0, 1.0), method=method, rtol=1e-4, adjoint=adjoint)
+        h.sum().backward()
+        gone = weakref.ref(f)
+        del f, h
+        assert gone() is None
+    finally:
+        gc.enable()
