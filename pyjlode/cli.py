@@ -17,18 +17,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the name of the program; by default those of the process.
     """
     args = _parser().parse_args(argv)
-    # Imported here: `pyjlode --version` and a mistyped option should not wait for what the demo needs.
-    from . import demo
-
     try:
-        demo.run(
-            out=args.out, seed=args.seed, adjoint=args.adjoint, method=args.method, engine=args.engine, quick=args.quick
-        )
+        return args.run(args)
     except (PyJLODEError, ImportError, OSError) as error:
         print(f"pyjlode: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+# The commands import what they need themselves: `pyjlode --version` and a mistyped option should not wait for it.
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from . import demo
+
+    demo.run(
+        out=args.out, seed=args.seed, adjoint=args.adjoint, method=args.method, engine=args.engine, quick=args.quick
+    )
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from . import doctor
+
+    report = doctor.examine()
+    print(doctor.to_json(report) if args.json else doctor.render(report))
+    return 1 if report.problems else 0
+
+
+def _setup(args: argparse.Namespace) -> int:
+    from . import install
+
+    install.setup(sysimage=args.sysimage)
     return 0
 
 
@@ -51,6 +72,23 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--method", default="dopri5", metavar="NAME", help="the solver, one of pyjlode.METHODS")
     demo.add_argument("--engine", default="auto", metavar="NAME", help="auto, torch or julia")
     demo.add_argument("--quick", action="store_true", help="a few seconds of training, for a rougher fit")
+    demo.set_defaults(run=_demo)
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what is found of Julia and torch, and whether it works",
+        description="Look for both engines, solve and differentiate a small problem on each, and say what to do about "
+        "what is missing. The exit status is 0 if all that is there works.",
+    )
+    doctor.add_argument("--json", action="store_true", help="for scripts")
+    doctor.set_defaults(run=_doctor)
+    setup = commands.add_parser(
+        "setup",
+        help="install Julia and its packages for engine='julia'",
+        description="Install Julia and the SciML packages into an environment of their own (with juliapkg) and compile "
+        "them ahead. Needs the internet, some minutes, and about 5 GB of disk.",
+    )
+    setup.add_argument("--sysimage", action="store_true", help="build a system image too: later starts take a second")
+    setup.set_defaults(run=_setup)
     return parser
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,27 @@ GRADIENTS: dict[str, str] = {
     "gauss": "as interpolating, with the parameters' integral by Gauss quadrature in each step: no state of their size",
     "forward": "solves the sensitivities beside the state: for few parameters and few states",
 }
+
+
+class Gradients(NamedTuple):
+    """dL/dy0 (n,), dL/dt (T,) or None where t wants none, dL/dparam for each parameter or None where f never used
+    it."""
+
+    y0: Tensor
+    t: Tensor | None
+    params: Sequence[Tensor | None]
+
+
+def time_gradient(p: ODEProblem, record: Any, g: Tensor, a: Tensor) -> Tensor | None:
+    """dL/dt_i = g_i f(t_i, y_i), and dL/dt_0 = -a(t_0) f(t_0, y_0) with a before g_0 is added to it."""
+    if not p.t.requires_grad:
+        return None
+    values = [0.0] * len(p.times)
+    with torch.no_grad():
+        for i in range(1, len(p.times) if record.event_t is None else 1):
+            values[i] = float(g[i] @ p.f(p.time(p.times[i]), record.ys[i]))
+        values[0] = -float(a @ p.f(p.time(p.times[0]), p.y0)) if len(p.times) > 1 else 0.0
+    return torch.tensor(values, dtype=torch.float64)
 
 
 class Engine(Protocol):

@@ -25,6 +25,7 @@ class Method:
         tableau: coefficients of the native engine; None where a method has none.
         pi: (beta1, beta2) of the step-size controller, see `native/controller.py`; unused by fixed steps.
         about: one line for the table in the documentation.
+        julia: the same method in DifferentialEquations.jl, as a Julia expression; None where it has none.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Method:
     about: str
     tableau: tb.ExplicitTableau | tb.ImplicitTableau | None = None
     pi: tuple[float, float] = (0.0, 0.0)
+    julia: str | None = None
 
     @property
     def adaptive(self) -> bool:
@@ -54,43 +56,45 @@ def _pi42(k: int) -> tuple[float, float]:
     return 0.6 / k, 0.2 / k
 
 
-def _adaptive(name: str, tableau: tb.ExplicitTableau, pi: tuple[float, float], about: str) -> Method:
-    return Method(name, tableau.order, "adaptive", about, tableau, pi)
+def _adaptive(
+    name: str, tableau: tb.ExplicitTableau, pi: tuple[float, float], about: str, julia: str | None = None
+) -> Method:
+    return Method(name, tableau.order, "adaptive", about, tableau, pi, julia)
 
 
-def _fixed(name: str, tableau: tb.ExplicitTableau, about: str) -> Method:
-    return Method(name, tableau.order, "fixed", about, tableau)
+def _fixed(name: str, tableau: tb.ExplicitTableau, about: str, julia: str | None = None) -> Method:
+    return Method(name, tableau.order, "fixed", about, tableau, julia=julia)
 
 
-def _implicit(name: str, tableau: tb.ImplicitTableau, about: str) -> Method:
-    return Method(name, tableau.order, "implicit", about, tableau)
+def _implicit(name: str, tableau: tb.ImplicitTableau, about: str, julia: str | None = None) -> Method:
+    return Method(name, tableau.order, "implicit", about, tableau, julia=julia)
 
 
 _ROWS = [
-    _adaptive("dopri5", tb.DOPRI5, _hairer(5), "Dormand & Prince 5(4), the default"),
-    _adaptive("tsit5", tb.TSIT5, _hairer(5), "Tsitouras 5(4)"),
-    _adaptive("dopri8", tb.DOPRI8, _pi42(8), "Dormand & Prince 8(5,3) as in Hairer's DOP853"),
-    _adaptive("bosh3", tb.BOSH3, _hairer(3), "Bogacki & Shampine 3(2)"),
+    _adaptive("dopri5", tb.DOPRI5, _hairer(5), "Dormand & Prince 5(4), the default", "DP5()"),
+    _adaptive("tsit5", tb.TSIT5, _hairer(5), "Tsitouras 5(4)", "Tsit5()"),
+    _adaptive("dopri8", tb.DOPRI8, _pi42(8), "Dormand & Prince 8(5,3) as in Hairer's DOP853", "DP8()"),
+    _adaptive("bosh3", tb.BOSH3, _hairer(3), "Bogacki & Shampine 3(2)", "BS3()"),
     _adaptive("fehlberg2", tb.FEHLBERG2, _hairer(2), "Fehlberg 2(1)"),
     _adaptive("adaptive_heun", tb.ADAPTIVE_HEUN, _hairer(2), "Heun 2(1)"),
-    _adaptive("vern7", tb.VERN7, _pi42(7), "Verner's efficient 7(6)"),
-    _adaptive("vern9", tb.VERN9, _pi42(9), "Verner's efficient 9(8)"),
-    _fixed("euler", tb.EULER, "Euler"),
-    _fixed("midpoint", tb.MIDPOINT, "explicit midpoint"),
-    _fixed("heun2", tb.HEUN2, "Heun, order 2 (explicit trapezoid)"),
+    _adaptive("vern7", tb.VERN7, _pi42(7), "Verner's efficient 7(6)", "Vern7()"),
+    _adaptive("vern9", tb.VERN9, _pi42(9), "Verner's efficient 9(8)", "Vern9()"),
+    _fixed("euler", tb.EULER, "Euler", "Euler()"),
+    _fixed("midpoint", tb.MIDPOINT, "explicit midpoint", "Midpoint()"),
+    _fixed("heun2", tb.HEUN2, "Heun, order 2 (explicit trapezoid)", "Heun()"),
     _fixed("heun3", tb.HEUN3, "Heun, order 3"),
     _fixed("rk4", tb.RK4, "Kutta's 3/8 rule"),
     Method("explicit_adams", 12, "adams", "Adams-Bashforth, order up to `max_order`"),
     Method("implicit_adams", 12, "adams", "Adams-Bashforth-Moulton, order up to `max_order`"),
-    _implicit("implicit_euler", tb.IMPLICIT_EULER, "implicit Euler"),
-    _implicit("implicit_midpoint", tb.IMPLICIT_MIDPOINT, "implicit midpoint (symplectic)"),
-    _implicit("trapezoid", tb.TRAPEZOID, "trapezoidal rule"),
-    _implicit("radauIIA3", tb.RADAU_IIA3, "Radau IIA, 2 stages (L-stable)"),
-    _implicit("radauIIA5", tb.RADAU_IIA5, "Radau IIA, 3 stages (L-stable)"),
+    _implicit("implicit_euler", tb.IMPLICIT_EULER, "implicit Euler", "ImplicitEuler()"),
+    _implicit("implicit_midpoint", tb.IMPLICIT_MIDPOINT, "implicit midpoint (symplectic)", "ImplicitMidpoint()"),
+    _implicit("trapezoid", tb.TRAPEZOID, "trapezoidal rule", "Trapezoid()"),
+    _implicit("radauIIA3", tb.RADAU_IIA3, "Radau IIA, 2 stages (L-stable)", "RadauIIA3()"),
+    _implicit("radauIIA5", tb.RADAU_IIA5, "Radau IIA, 3 stages (L-stable)", "RadauIIA5()"),
     _implicit("gl4", tb.GAUSS_LEGENDRE4, "Gauss-Legendre, 2 stages (symplectic)"),
     _implicit("gl6", tb.GAUSS_LEGENDRE6, "Gauss-Legendre, 3 stages (symplectic)"),
     _implicit("sdirk2", tb.SDIRK2, "SDIRK, 2 stages (L-stable)"),
-    _implicit("trbdf2", tb.TRBDF2, "trapezoid then BDF2, one step (L-stable)"),
+    _implicit("trbdf2", tb.TRBDF2, "trapezoid then BDF2, one step (L-stable)", "TRBDF2()"),
     Method("scipy_solver", 0, "scipy", "any method of `scipy.integrate.solve_ivp`, named by options['solver']"),
 ]
 

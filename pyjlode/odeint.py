@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import arguments, gradients, parameters
+from .bridge import engine as julia
+from .bridge import runtime as julia_runtime
 from .errors import BadOption, BadShape, BadTime, EngineUnavailable, GradientUnavailable
 from .native import engine as native
 from .problem import AdjointSettings, Field, Layout, ODEProblem
@@ -60,7 +63,9 @@ def odeint(
         rtol, atol: the local error is held below `atol + rtol * |h|` in the root mean square over the elements (over
             several tensors: in each of them). A number, a tensor that broadcasts to `h0`, or a pytree with one for
             each tensor.
-        engine: "torch" (native), or "auto", which picks it in this version.
+        engine: "julia" (DifferentialEquations.jl), "torch" (native), or "auto": Julia where it is set up and can solve
+            and differentiate this problem, else torch. `Solution.stats.reason` says why. The environment variable
+            PYJLODE_ENGINE sets what "auto" means.
         options: for the solver; torchdiffeq's names, see `pyjlode.problem.SolverOptions`.
         event_fn: `event_fn(t, h) -> Tensor`; the solve ends where the first of its elements crosses zero. `t` must
             then have two elements, of which the second gives the direction only.
@@ -238,14 +243,38 @@ class _Made:
     needed: bool
 
 
-def _engine(name: str) -> tuple[gradients.Engine, str]:
-    if name == "auto":
-        return native, "the native engine is the only one in this version"
+ENGINE_VARIABLE = "PYJLODE_ENGINE"  # what "auto" means, where the user has set it: "torch" or "julia"
+
+
+def _engine(name: str, p: ODEProblem, adjoint: bool | str, *, recorded: bool = False) -> tuple[gradients.Engine, str]:
+    """The engine for a problem, and why it is that one.
+
+    Args:
+        recorded: autograd must follow the solver's own operations.
+    """
+    if name not in ("auto", "torch", "julia"):
+        raise BadOption(f"engine must be 'auto', 'julia' or 'torch'; got {name!r}.")
+    reason = f"asked for by engine={name!r}"
+    if name == "auto" and os.environ.get(ENGINE_VARIABLE, "auto") != "auto":
+        name, reason = os.environ[ENGINE_VARIABLE], f"asked for by {ENGINE_VARIABLE}"
+        if name not in ("torch", "julia"):
+            raise BadOption(f"{ENGINE_VARIABLE} must be 'torch', 'julia' or 'auto'; it is {name!r}.")
     if name == "torch":
-        return native, "asked for by engine='torch'"
+        return native, reason
+    found = julia_runtime.find()
+    if isinstance(found, str):
+        if name == "julia":
+            raise EngineUnavailable(f"engine='julia': {found}")
+        return native, f"Julia is not set up here: {found}"
+    gradient = gradients.find(adjoint, julia, p)
+    obstacle = julia.cannot(p, gradient)
+    if recorded:
+        obstacle = "adjoint=False differentiates through the solver's own operations, which are not PyTorch's there"
+    if obstacle is None:
+        return julia, reason if name == "julia" else f"Julia is set up by {found.source}"
     if name == "julia":
-        raise EngineUnavailable("this version of pyjlode has no Julia engine; use engine='torch' or 'auto'.")
-    raise BadOption(f"engine must be 'auto' or 'torch'; got {name!r}.")
+        raise BadOption(f"the Julia engine cannot do this: {obstacle}. Change that, or use engine='torch'.")
+    return native, f"the Julia engine cannot do this: {obstacle}"
 
 
 def _read(
@@ -265,7 +294,6 @@ def _read(
     """Check every argument and make the problem of them."""
     if not callable(f):
         raise BadShape(f"f must be callable as f(t, h); got a {type(f).__name__}.")
-    chosen, reason = _engine(engine)
     row = arguments.method_of(method)
     layout, y0 = arguments.state(h0)
     t, times = arguments.times(t)
@@ -288,11 +316,12 @@ def _read(
         layout=layout,
         callbacks=arguments.callbacks(f, row, layout, y0),
     )
-    gradient = gradients.find(adjoint, chosen, p)
     explicit = arguments.adjoint_params(adjoint_params)
+    grad = torch.is_grad_enabled()
+    chosen, reason = _engine(engine, p, adjoint)
+    gradient = gradients.find(adjoint, chosen, p)
 
     # One call of f at the start checks what it returns, shows what it depends on, and is the first slope of the solve.
-    grad = torch.is_grad_enabled()
     mark = parameters.graph_mark() if grad else 0
     probe = y0.detach().requires_grad_(grad) if gradient else y0
     meter = parameters.GraphMeter()
@@ -316,6 +345,8 @@ def _read(
         if gradient == "discrete":
             p.graph_bytes = meter.bytes_beside(p.params)
         needed = needed or bool(p.params) or (f0.requires_grad and gradient is None)
+        if needed and gradient is None and chosen is julia:
+            chosen, reason = _engine(engine, p, adjoint, recorded=True)
     p.f0 = f0 if gradient is None else f0.detach()
     p.adjoint = _adjoint(f, p, gradient, adjoint, rtol, atol, options, adjoint_given, h0, layout)
 
@@ -329,8 +360,7 @@ def _flat(f: Any, layout: Layout, autocast: bool) -> Field:
     if autocast:  # f answers in a lower precision than the state's
         return Field(lambda t, y: layout.flatten(f(t, layout.unflatten(y))).to(layout.dtype))
     if layout.bare:
-        shape = layout.shapes[0]
-        return Field(f, None if len(shape) == 1 else shape)
+        return Field(f, layout.shapes[0])
     return Field(lambda t, y: layout.flatten(f(t, layout.unflatten(y))))
 
 

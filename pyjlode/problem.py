@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .errors import BadShape
 from .methods import Method
 
 Norm = Callable[[Tensor], float]
@@ -76,19 +77,38 @@ class Field:
 
     Args:
         f: `f(t, y)` with `t` a 0-d tensor and `y` of shape (n,), or of `shape`; returns its like.
-        shape: of the user's state, where it is one real tensor of several dimensions. This is done here and not in one
-            more function around `f` because it is the innermost call of every solve.
+        shape: of the user's state, where it is one real tensor. This is done here and not in one more function around
+            `f` because it is the innermost call of every solve.
     """
 
     def __init__(self, f: Callable[[Tensor, Tensor], Tensor], shape: torch.Size | None = None) -> None:
         self.f, self.shape = f, shape
+        self.flat = shape is None or len(shape) == 1
         self.nfe = 0
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        """f(t, y), shape (n,)."""
+        k = self.shaped(t, y)
+        return k if self.flat else k.reshape(-1)
+
+    def shaped(self, t: Tensor, y: Tensor) -> Tensor:
+        """f(t, y) as f returned it, for a solver that copies it anyway."""
+        return self.raw(t, y if self.flat else y.reshape(self.shape))  # type: ignore[arg-type]
+
+    def raw(self, t: Tensor, h: Tensor) -> Tensor:
+        """f of a state that has the user's shape already.
+
+        Raises:
+            BadShape: the result has another shape than at the start of the solve.
+        """
         self.nfe += 1
-        if self.shape is None:
-            return self.f(t, y)
-        return self.f(t, y.reshape(self.shape)).reshape(-1)
+        k = self.f(t, h)
+        if self.shape is not None and k.shape != self.shape:
+            raise BadShape(
+                f"f returned a tensor of shape {tuple(k.shape)} at t={float(t):.6g}, "
+                f"of shape {tuple(self.shape)} at the start."
+            )
+        return k
 
 
 def rms_norm(y: Tensor) -> float:

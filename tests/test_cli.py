@@ -37,7 +37,6 @@ def test_wrong_usage_is_status_2_with_the_usage(wrong):
         (["--method", "dorpi5"], "did you mean 'dopri5'"),
         (["--adjoint", "discreet"], "did you mean 'discrete'"),
         (["--engine", "fortran"], "engine must be"),
-        (["--engine", "julia"], "no Julia engine"),
         (["--out", "nowhere/demo.png"], "nowhere"),
         (["--out", "demo.docx"], "docx"),
     ],

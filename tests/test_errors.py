@@ -202,3 +202,14 @@ def test_interpolation_outside_and_without_gradient():
         pyjlode.solve(f, H0, T, dense=False).interpolate(0.5)
     with pytest.raises(errors.GradientUnavailable):
         pyjlode.solve(f, H0.clone().requires_grad_(), T, adjoint=True).interpolate(0.5)
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_a_shape_that_changes_on_the_way_is_not_broadcast(adjoint):
+    h0 = torch.ones(3, 2, dtype=F64, requires_grad=adjoint)
+
+    def f(t, h):
+        return -h if t < 0.5 else -h[:1]
+
+    with pytest.raises(errors.BadShape, match=r"\(1, 2\) at t=.*\(3, 2\) at the start"):
+        pyjlode.odeint(f, h0, T, adjoint=adjoint)

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from ..errors import NonFiniteState
+from ..events import Margin
 from ..problem import ODEProblem
 from .step import Step
 
@@ -16,27 +16,10 @@ _LOOKS = 4
 
 
 class EventFinder:
-    """Watches the event functions of a problem from step to step.
-
-    All functions are taken times their sign at the start, so that the first one to cross is the first zero of their
-    minimum. A function that is zero at the start gets the sign that it takes next: leaving zero is not crossing it.
-    """
+    """Watches the event functions of a problem from step to step."""
 
     def __init__(self, p: ODEProblem) -> None:
-        assert p.event_fn is not None
-        self.p, self.event_fn = p, p.event_fn
-        self.signs: list[float] = []
-        self.margin(p.times[0], p.y0)
-
-    @torch.no_grad()
-    def margin(self, t: float, y: torch.Tensor) -> float:
-        """Smallest event function, positive before the crossing."""
-        values = self.event_fn(self.p.time(t), y).detach().reshape(-1).tolist()
-        if any(map(math.isnan, values)):
-            raise NonFiniteState(f"event_fn returned NaN at t={t:.6g}.", t=t, dt=0.0)
-        self.signs = self.signs or [0.0] * len(values)
-        self.signs = [s or float((v > 0) - (v < 0)) for s, v in zip(self.signs, values)]
-        return min(s * v if s else math.inf for s, v in zip(self.signs, values))
+        self.margin = Margin(p)
 
     def look(self, step: Step) -> float | None:
         """Time of the first crossing within the step, or None."""

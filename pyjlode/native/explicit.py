@@ -22,14 +22,20 @@ class Buffered:
     For solves that autograd does not record.
     """
 
-    def __init__(self, rows: int, like: Tensor) -> None:
-        self.K = torch.empty(rows, like.numel(), dtype=like.dtype, device=like.device)
-        self.rows = self.K.unbind(0)
-        columns = self.K.T
+    def __init__(self, rows: int, like: Tensor, shape: torch.Size | None) -> None:
+        K = torch.empty(rows, like.numel(), dtype=like.dtype, device=like.device)
+        self.rows = K.unbind(0)
+        self.shaped = self.rows if shape is None else K.view(rows, *shape).unbind(0)
+        columns = K.T
         self.heads = [columns.narrow(1, 0, i) for i in range(rows + 1)]
 
+    def start(self, k: Tensor) -> None:
+        """Stage 0, known from the step before: shape (n,)."""
+        self.rows[0].copy_(k)
+
     def put(self, i: int, k: Tensor) -> None:
-        self.rows[i].copy_(k)
+        """Stage i as f returned it."""
+        self.shaped[i].copy_(k)
 
     def get(self, i: int) -> Tensor:
         return self.rows[i]
@@ -49,8 +55,11 @@ class Recorded:
     def __init__(self) -> None:
         self.rows: list[Tensor] = []
 
+    def start(self, k: Tensor) -> None:
+        self.rows[:] = [k]
+
     def put(self, i: int, k: Tensor) -> None:
-        self.rows[i:] = [k]
+        self.rows[i:] = [k.reshape(-1)]
 
     def get(self, i: int) -> Tensor:
         return self.rows[i]
@@ -110,12 +119,12 @@ class ExplicitRK:
         self.s, self.fsal = tab.stages, tab.fsal
         self.rows = len(self.c.rows)
         self.C = self.c.C[: self.s + self.fsal]
-        self.buffer = None if recorded or keep else Buffered(self.rows, p.y0)
+        self.buffer = None if recorded or keep else Buffered(self.rows, p.y0, p.f.shape)
 
     def stages(self) -> Buffered | Recorded:
         if self.recorded:
             return Recorded()
-        return self.buffer or Buffered(self.rows, self.p.y0)
+        return self.buffer or Buffered(self.rows, self.p.y0, self.p.f.shape)
 
     def size(self, interval: Interval) -> float | Tensor:
         """The length of a step, as a tensor only where its graph is wanted."""
@@ -128,9 +137,12 @@ class ExplicitRK:
             k0: f at the start of the step, where it is known.
             estimate: `error` will be asked for.
         """
-        f, K, rows, dt, s = self.p.f, self.stages(), self.c.rows, self.size(interval), self.s
+        f, K, rows, dt, s = self.p.f.shaped, self.stages(), self.c.rows, self.size(interval), self.s
         t = stage_times(interval, self.C, y)
-        K.put(0, f(t[0], y) if k0 is None else k0)
+        if k0 is None:
+            K.put(0, f(t[0], y))
+        else:
+            K.start(k0)
         for i in range(1, s):
             K.put(i, f(t[i], K.add_to(y, i, rows[i], dt)))
         y1 = K.add_to(y, s, rows[s], dt)
@@ -159,7 +171,7 @@ class ExplicitStep:
         """f at the end of the step, shape (n,)."""
         if self.done == self.rk.s:
             (t1,) = stage_times(self.interval, _ONE, self.y)
-            self.K.put(self.rk.s, self.rk.p.f(t1, self.y1))
+            self.K.put(self.rk.s, self.rk.p.f.shaped(t1, self.y1))
             self.done += 1
         return self.K.get(self.rk.s)
 
@@ -183,7 +195,7 @@ class ExplicitStep:
             times = stage_times(self.interval, self.rk.c.C[self.done :], self.y)
             dt = self.rk.size(self.interval)
             for i, t in enumerate(times, self.done):
-                self.K.put(i, self.rk.p.f(t, self.K.add_to(self.y, i, self.rk.c.rows[i], dt)))
+                self.K.put(i, self.rk.p.f.shaped(t, self.K.add_to(self.y, i, self.rk.c.rows[i], dt)))
             self.done = self.rk.rows
 
     def interpolate(self, times: list[float] | Tensor) -> Tensor:

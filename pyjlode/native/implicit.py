@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..derivatives import jacobian
 from ..errors import NotConverged
 from ..problem import ODEProblem, rms_norm
 from . import interpolation
@@ -17,24 +18,6 @@ from .tableaus import ImplicitTableau
 # In a recorded solve the stages are reached by Newton iterations that autograd does not see, then polished by this many
 # that it does. With the exact Jacobian at the solution each of them makes one more order of derivative exact.
 _RECORDED_NEWTON = 2
-
-
-def jacobian(p: ODEProblem, t: Tensor, y: Tensor) -> Tensor:
-    """df/dy at one point: y (n,) -> (n, n), without graph."""
-
-    def f(y: Tensor) -> Tensor:
-        return p.f(t.detach(), y)
-
-    y = y.detach()
-    if y.numel() == 0:
-        return y.new_zeros(0, 0)
-    with torch.enable_grad():
-        try:
-            J = torch.autograd.functional.jacobian(f, y, vectorize=True)
-        except RuntimeError:  # something in f has no batching rule: one backward pass a row
-            J = torch.autograd.functional.jacobian(f, y)
-    assert isinstance(J, Tensor)
-    return J
 
 
 class ImplicitRK:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import BadOption, EventNotFound, MaxStepsReached, NonFiniteState, StepSizeTooSmall
+from .. import failures
+from ..errors import BadOption, NonFiniteState
 from ..problem import ODEProblem, is_finite
 from ..solution import Stats
 from . import controller, interpolation
@@ -216,7 +217,7 @@ def adaptive_steps(
     rejected = math.nan  # where a step from here ended that was not accepted
     while t != end:
         if n == o.max_num_steps:
-            raise _too_many_steps(p, t, dt, end)
+            raise failures.too_many_steps(p, t, dt, end)
         n += 1
         dt = min(max(dt, o.min_step), o.max_step)
         t1 = t + sign * dt
@@ -225,9 +226,9 @@ def adaptive_steps(
         if sign * (t1 - stop) >= -1e-10 * dt:
             t1 = stop
         if t1 in (t, rejected):  # floating-point time has nothing in between
-            raise _too_small(p, t, sign * dt, err)
+            raise failures.too_small(p, t, sign * dt, err)
         if math.isinf(t1):
-            raise _no_event(p, t, sign * dt)
+            raise failures.no_event(p, t, sign * dt)
         reach = t1 - t
         h: float | Tensor = reach
         if tracked:
@@ -268,7 +269,7 @@ def adaptive_steps(
             if p.callbacks.reject:
                 p.callbacks.reject(t, shown, reach)
             if abs(reach) <= o.min_step:
-                raise _too_small(p, t, reach, err)
+                raise failures.too_small(p, t, reach, err)
             rejected = t1
             dt = abs(reach) * controller.next_factor(err, previous, False, order, p.method.pi, o)
             k0 = step.f0
@@ -312,13 +313,13 @@ def _grid(p: ODEProblem, tracked: bool) -> Iterator[Interval]:
         elif o.grid_constructor:
             raise BadOption("with event_fn a fixed-step method needs options['step_size'], not a grid.")
         if n > o.max_num_steps and p.event_fn is None:
-            raise _too_many_steps(p, t0, o.step_size, times[-1])
+            raise failures.too_many_steps(p, t0, o.step_size, times[-1])
         i = 0
         with torch.enable_grad():
             at: float | Tensor = p.t[0].to(torch.float64) if tracked else t0
         while i < n:
             if i == o.max_num_steps:
-                raise _no_event(p, t0 + sign * i * o.step_size, sign * o.step_size)
+                raise failures.no_event(p, t0 + sign * i * o.step_size, sign * o.step_size)
             start, stop = t0 + sign * i * o.step_size, t0 + sign * (i + 1) * o.step_size
             if i + 1 == n:
                 stop = times[-1]
@@ -355,47 +356,6 @@ def _stops(p: ODEProblem, end: float) -> list[float]:
     sign, t0 = p.direction, p.times[0]
     inside = {t for t in (*p.options.step_t, *p.options.jump_t) if sign * t0 < sign * t < sign * end}
     return [*sorted(inside, key=lambda t: sign * t), end]
-
-
-_STIFF = "method='radauIIA5' or 'trbdf2' with options={'step_size': ...}"
-
-
-def _too_small(p: ODEProblem, t: float, dt: float, err: float) -> StepSizeTooSmall | NonFiniteState:
-    if not math.isfinite(err):
-        return NonFiniteState(
-            f"f or the state is NaN or infinite just after t={t:.9g}, however small the step (tried: dt={dt:.3g}). "
-            "f leaves its domain there, or the solution blows up at that time.",
-            t=t,
-            dt=dt,
-        )
-    return StepSizeTooSmall(
-        f"{p.method.name}: at t={t:.9g} the tolerance (rtol, atol) asks for steps below dt={dt:.3g}, which no longer "
-        "moves t or is at min_step. The problem is stiff, f jumps there, or the solution blows up. If it is stiff use "
-        f"an implicit method: {_STIFF}. If f jumps at known times, list them in options['jump_t'].",
-        t=t,
-        dt=dt,
-    )
-
-
-def _too_many_steps(p: ODEProblem, t: float, dt: float, end: float) -> MaxStepsReached | EventNotFound:
-    if math.isinf(end):
-        return _no_event(p, t, dt)
-    return MaxStepsReached(
-        f"{p.method.name}: max_num_steps={p.options.max_num_steps} steps did not reach t={end:.6g}; the solve is at "
-        f"t={t:.6g} with dt={dt:.3g}. If steps are this small because the problem is stiff, use {_STIFF}; otherwise "
-        "loosen rtol and atol or raise options['max_num_steps'].",
-        t=t,
-        dt=dt,
-    )
-
-
-def _no_event(p: ODEProblem, t: float, dt: float) -> EventNotFound:
-    return EventNotFound(
-        f"event_fn did not cross zero up to t={t:.6g} (dt={dt:.3g}); the solve ends here. Check its sign and the "
-        "direction of time (t[1] against t[0], or reverse_time), or raise options['max_num_steps'].",
-        t=t,
-        dt=dt,
-    )
 
 
 def _non_finite_output(p: ODEProblem, ys: Tensor) -> NonFiniteState:

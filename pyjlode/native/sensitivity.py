@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..derivatives import grad, pull_back, vjp
 from ..errors import GradientUnavailable
+from ..gradients import Gradients, time_gradient
 from ..problem import Callbacks, Field, Layout, Norm, ODEProblem, max_rms_norm, rms_norm
 from ..solution import Stats
 from . import loop, scipy_ivp
@@ -23,62 +24,6 @@ from .loop import Head, Kept, Record
 from .multistep import Past
 from .step import Step
 from .tableaus import ExplicitTableau
-
-
-class Gradients(NamedTuple):
-    """dL/dy0 (n,), dL/dt (T,) or None where t wants none, dL/dparam for each parameter or None where f never used
-    it."""
-
-    y0: Tensor
-    t: Tensor | None
-    params: Sequence[Tensor | None]
-
-
-def vjp(
-    p: ODEProblem, t: Tensor, y: Tensor, cotangent: Tensor, wrt: Sequence[Tensor] | None = None
-) -> tuple[Tensor, list[Tensor | None]]:
-    """f and the products of `cotangent` with its Jacobians.
-
-    Args:
-        t: 0-d. y, cotangent: (n,).
-        wrt: what to differentiate by besides y; the parameters if None.
-
-    Returns:
-        f(t, y) without graph, and the products with respect to (y, *wrt); None where f does not depend on one.
-    """
-    wrt = p.params if wrt is None else wrt
-    with torch.enable_grad():
-        y = y.detach().requires_grad_()
-        k = p.f(t, y)
-    return k.detach(), pull_back(p, k, (y, *wrt), cotangent)
-
-
-def pull_back(p: ODEProblem, k: Tensor, inputs: Sequence[Tensor], cotangent: Tensor) -> list[Tensor | None]:
-    """The product of `cotangent` with dk/dinputs; a k without graph depends on nothing."""
-    if not k.requires_grad:
-        return [None] * len(inputs)
-    return grad(p, [k], inputs, [cotangent])
-
-
-def grad(
-    p: ODEProblem, outputs: Sequence[Tensor], inputs: Sequence[Tensor], bars: Sequence[Tensor], **kwargs: bool
-) -> list[Tensor | None]:
-    """`torch.autograd.grad` for a graph that f is part of.
-
-    Raises:
-        GradientUnavailable: f uses a tensor whose gradient would be lost.
-    """
-    hidden = [x for x in (ref() for ref in p.suspects) if x is not None]
-    kwargs = {"retain_graph": p.retain_graph, **kwargs}
-    grads = torch.autograd.grad(outputs, [*inputs, *hidden], bars, allow_unused=True, **kwargs)
-    for x, g in zip(hidden, grads[len(inputs) :]):
-        if g is not None:
-            raise GradientUnavailable(
-                f"f uses the result of an earlier operation, of shape {tuple(x.shape)}, that it did not use at t[0], "
-                "where its tensors are found. Name it, with the others to differentiate by, in adjoint_params, or use "
-                "it at t[0] too (times 0, say)."
-            )
-    return list(grads[: len(inputs)])
 
 
 class Sum:
@@ -247,19 +192,7 @@ def continuous(p: ODEProblem, record: Record, g: Tensor, name: str) -> Gradients
     a = torch.zeros_like(p.y0)
     for i in reversed(range(1, len(times))):
         a = backward.run(times[i], times[i - 1], a + g[i], record.ys[i])
-    return Gradients(a + g[0], _time_gradient(p, record, g, a), backward.params())
-
-
-def _time_gradient(p: ODEProblem, record: Record, g: Tensor, a: Tensor) -> Tensor | None:
-    """dL/dt_i = g_i f(t_i, y_i), and dL/dt_0 = -a(t_0) f(t_0, y_0) with a before g_0 is added to it."""
-    if not p.t.requires_grad:
-        return None
-    values = [0.0] * len(p.times)
-    with torch.no_grad():
-        for i in range(1, len(p.times) if record.event_t is None else 1):
-            values[i] = float(g[i] @ p.f(p.time(p.times[i]), record.ys[i]))
-        values[0] = -float(a @ p.f(p.time(p.times[0]), p.y0)) if len(p.times) > 1 else 0.0
-    return torch.tensor(values, dtype=torch.float64)
+    return Gradients(a + g[0], time_gradient(p, record, g, a), backward.params())
 
 
 class _Backward:
@@ -501,5 +434,5 @@ def contract(p: ODEProblem, record: Record, S: Tensor, g: Tensor) -> Gradients:
     n, layout = p.y0.numel(), Layout(list(p.params))
     flat = torch.einsum("ti,tij->j", g, S)
     a = torch.einsum("ti,tij->j", g[1:], S[1:, :, :n])
-    t = _time_gradient(p, record, g, a)
+    t = time_gradient(p, record, g, a)
     return Gradients(flat[:n], t, [x.to(q.device) for x, q in zip(layout.leaves(flat[n:]), p.params)])

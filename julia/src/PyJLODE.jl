@@ -1,0 +1,24 @@
+"""
+The Julia half of PyJLODE: solves vector fields that lie behind C function pointers with the solvers of
+DifferentialEquations.jl, from memory and into memory that belongs to the caller.
+
+Nothing here knows of Python. `PyJLODESciMLSensitivityExt`, loaded with SciMLSensitivity, adds the adjoints.
+"""
+module PyJLODE
+
+using CommonSolve: init, solve!
+using DiffEqBase: DEVerbosity
+using LinearAlgebra: I
+using OrdinaryDiffEqCore: OrdinaryDiffEqCore, isadaptive, isimplicit
+using PrecompileTools: @compile_workload, @setup_workload
+using SciMLBase: CallbackSet, ContinuousCallback, DiscreteCallback, FullSpecialize, ODEFunction, ODEProblem, terminate!,
+    u_modified!
+using SciMLLogging: SciMLLogging
+
+include("memory.jl")
+include("rhs.jl")
+include("algorithms.jl")
+include("solve.jl")
+include("precompile.jl")
+
+end

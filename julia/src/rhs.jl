@@ -1,0 +1,121 @@
+# A vector field, and its products, behind C function pointers.
+#
+# The types here do not depend on what is behind the pointers, so that solvers are compiled for them once, when the
+# package is precompiled, and a new field compiles nothing.
+
+"A callback asked for the solve to be given up; the caller knows why."
+struct Abandoned <: Exception end
+
+"Arrays that a field may show to its callbacks themselves; beyond these it shows copies."
+const PINNED = 32
+
+"""
+    Field{T}(n; f, jac, tgrad, vjp, vjp_p, event)
+
+A vector field over `n` numbers of type `T`, by the addresses of C functions (0 where there is none). All return 0, or
+another number to give the solve up:
+
+    f(du, u, t)    jac(J, u, t)    tgrad(dT, u, t)    vjp(out, v, u, t)    vjp_p(out, v, u, t)    event(margin, u, t)
+
+with pointers to contiguous numbers and `t` a double; `J` is in column-major order, and `margin` one double.
+
+A callback may keep looking at the arrays of `f` after it has returned (a tensor made of such memory is cached, and may
+be kept by the user): they live for as long as the field does. There are at most $(2PINNED) of them: what a solver makes
+for a moment is copied into one that stays.
+"""
+mutable struct Field{T}
+    const n::Int
+    const f::Ptr{Cvoid}
+    const jac::Ptr{Cvoid}
+    const tgrad::Ptr{Cvoid}
+    const vjp::Ptr{Cvoid}
+    const vjp_p::Ptr{Cvoid}
+    const event::Ptr{Cvoid}
+    const pinned::Vector{Vector{T}}
+    const u::Vector{T}
+    const du::Vector{T}
+end
+
+function Field{T}(n::Integer; f, jac = 0, tgrad = 0, vjp = 0, vjp_p = 0, event = 0) where {T}
+    pointers = map(address -> Ptr{Cvoid}(UInt(address)), (f, jac, tgrad, vjp, vjp_p, event))
+    return Field{T}(n, pointers..., Vector{T}[], T[], T[])
+end
+
+"Whether a callback may look at `a` itself."
+function pin!(field::Field{T}, a::Vector{T}) where {T}
+    for b in field.pinned
+        a === b && return true
+    end
+    length(field.pinned) < PINNED || return false
+    push!(field.pinned, a)
+    return true
+end
+pin!(::Field, ::AbstractArray) = false
+
+check(status::Cint) = status == 0 ? nothing : throw(Abandoned())
+
+function call(f::Ptr{Cvoid}, out, u, t)
+    GC.@preserve out u begin
+        check(@ccall $f(pointer(out)::Ptr{Cvoid}, pointer(u)::Ptr{Cvoid}, t::Cdouble)::Cint)
+    end
+end
+
+function call(f::Ptr{Cvoid}, out, v, u, t)
+    GC.@preserve out v u begin
+        check(
+            @ccall $f(
+                pointer(out)::Ptr{Cvoid}, pointer(v)::Ptr{Cvoid}, pointer(u)::Ptr{Cvoid}, t::Cdouble
+            )::Cint
+        )
+    end
+end
+
+struct RHS{T}
+    field::Field{T}
+end
+
+function (rhs::RHS)(du, u, p, t)
+    field = rhs.field
+    if pin!(field, u) && pin!(field, du)
+        call(field.f, du, u, t)
+    else
+        isempty(field.u) && (resize!(field.u, field.n); resize!(field.du, field.n))
+        copyto!(field.u, u)
+        call(field.f, field.du, field.u, t)
+        copyto!(du, field.du)
+    end
+    return nothing
+end
+
+struct Jacobian{T}
+    field::Field{T}
+end
+(j::Jacobian)(J, u, p, t) = (call(j.field.jac, J, u, t); nothing)
+
+struct TimeGradient{T}
+    field::Field{T}
+end
+(g::TimeGradient)(dT, u, p, t) = (call(g.field.tgrad, dT, u, t); nothing)
+
+struct VJP{T}
+    field::Field{T}
+end
+(vjp::VJP)(out, v, u, p, t) = (call(vjp.field.vjp, out, v, u, t); nothing)
+
+struct ParameterVJP{T}
+    field::Field{T}
+end
+(vjp::ParameterVJP)(out, v, u, p, t) = (call(vjp.field.vjp_p, out, v, u, t); nothing)
+
+"The `ODEFunction` of a field, with all the products that it has."
+function ode_function(field::Field; mass_matrix = I)
+    or_nothing(address, wrap) = address == C_NULL ? nothing : wrap(field)
+    return ODEFunction{true, FullSpecialize}(
+        RHS(field);
+        mass_matrix,
+        jac = or_nothing(field.jac, Jacobian),
+        tgrad = or_nothing(field.tgrad, TimeGradient),
+        vjp = or_nothing(field.vjp, VJP),
+        vjp_p = or_nothing(field.vjp_p, ParameterVJP),
+    )
+end

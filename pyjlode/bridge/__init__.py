@@ -1,0 +1,1 @@
+"""The Julia engine: DifferentialEquations.jl and SciMLSensitivity.jl in the same process, through juliacall."""

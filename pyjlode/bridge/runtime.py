@@ -1,0 +1,154 @@
+"""Julia itself: found without starting it, started once and late, and entered by one thread at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import EngineUnavailable
+
+log = logging.getLogger("pyjlode")
+
+
+class Found(NamedTuple):
+    """Where Julia is: its executable, the project that has the packages, and who says so."""
+
+    executable: str
+    project: str
+    source: str
+
+
+@dataclass
+class Runtime:
+    """What there is once of Julia in a process.
+
+    Attributes:
+        jl: the module `PyJLODE`; None before the start.
+        main: Julia's `Main`.
+        pid, thread: where it was started.
+        seconds: what loading took: "juliacall", "solvers" and, once the first gradient has asked for it, "sensitivity".
+    """
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    jl: Any = None
+    main: Any = None
+    pid: int = 0
+    thread: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+_runtime = Runtime()
+
+SETUP = "Run `pyjlode setup` once to install it (or set PYTHON_JULIACALL_EXE and PYTHON_JULIACALL_PROJECT)."
+
+
+@functools.cache
+def find() -> Found | str:
+    """Where Julia is set up for PyJLODE, or why it is not, in words. Starts nothing and installs nothing."""
+    executable, project = os.getenv("PYTHON_JULIACALL_EXE"), os.getenv("PYTHON_JULIACALL_PROJECT")
+    if executable and project:
+        for path in (executable, project):
+            if not os.path.exists(path):
+                return f"PYTHON_JULIACALL_EXE or PYTHON_JULIACALL_PROJECT names {path}, which does not exist."
+        return Found(executable, project, "PYTHON_JULIACALL_EXE and PYTHON_JULIACALL_PROJECT")
+    if executable or project:
+        return "PYTHON_JULIACALL_EXE and PYTHON_JULIACALL_PROJECT must both be set, and one is not."
+    try:
+        from juliapkg import deps, state
+    except ImportError:
+        return "juliacall is not installed: pip install juliacall."
+    if not os.path.exists(state.STATE["meta"]):
+        return f"no Julia is set up. {SETUP}"
+    resolved = deps.can_skip_resolve()
+    if not resolved:
+        return f"Julia's packages are not up to date. {SETUP}"
+    return Found(resolved["executable"], state.STATE["project"], "juliapkg")
+
+
+def started() -> bool:
+    return _runtime.jl is not None
+
+
+def seconds() -> dict[str, float]:
+    """What loading took so far, in seconds."""
+    return dict(_runtime.seconds)
+
+
+@contextlib.contextmanager
+def julia() -> Iterator[Any]:
+    """The Julia module `PyJLODE`, for as long as the block runs and for this thread alone; started if need be.
+
+    Raises:
+        EngineUnavailable: Julia is not set up or did not start, or this is a fork of the process that it started in.
+    """
+    with _runtime.lock:
+        if _runtime.jl is None:
+            _start()
+        if os.getpid() != _runtime.pid:
+            raise EngineUnavailable(
+                "Julia was started in the parent of this process and does not live on in a fork of it. Start the "
+                "process by 'spawn' (DataLoader: multiprocessing_context='spawn'), or use engine='torch' here."
+            )
+        if threading.get_ident() == _runtime.thread:
+            yield _runtime.jl
+            return
+        # Julia's collector waits for every thread that ran Julia to reach a safe point. The thread that started Julia
+        # may be blocked in Python just now (in autograd, which runs this backward pass on another thread), and would
+        # never reach one. A solve allocates little; what it leaves is collected when the first thread is back.
+        collecting = _runtime.main.GC.enable(False)
+        try:
+            yield _runtime.jl
+        finally:
+            _runtime.main.GC.enable(collecting)
+
+
+def sensitivity() -> None:
+    """Load SciMLSensitivity, if it is not loaded yet: it takes several times as long as the solvers."""
+    with julia() as jl:
+        if "sensitivity" in _runtime.seconds:
+            return
+        start = time.perf_counter()
+        jl.seval("import SciMLSensitivity")
+        _runtime.seconds["sensitivity"] = time.perf_counter() - start
+
+
+def _start() -> None:
+    found = find()
+    if isinstance(found, str):
+        raise EngineUnavailable(f"engine='julia': {found}")
+    # One thread, and Julia's own signal handlers off. The handlers would take Ctrl-C away from Python, and without them
+    # Julia must not run several threads: it stops threads for its garbage collector by a page fault that the handlers
+    # catch. With them off Ctrl-C raises KeyboardInterrupt in the next call of f, as in any Python program; what is lost
+    # is threads within Julia. A user who needs those sets both variables.
+    os.environ.setdefault("PYTHON_JULIACALL_HANDLE_SIGNALS", "no")
+    os.environ.setdefault("PYTHON_JULIACALL_THREADS", "1")
+    os.environ.setdefault("PYTHON_JULIACALL_AUTOLOAD_IPYTHON_EXTENSION", "no")
+    start = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            # It warns whenever torch was imported first, which here is always; the crash that it speaks of came of
+            # two copies of libstdc++ and does not occur with a Julia that finds the system's.
+            warnings.filterwarnings("ignore", message="torch was imported before juliacall")
+            import juliacall
+        loaded = time.perf_counter()
+        main = juliacall.Main
+        main.seval("import PyJLODE")
+    except Exception as error:
+        raise EngineUnavailable(
+            f"Julia ({found.executable}, found by {found.source}) did not start: {error}. `pyjlode doctor` says more."
+        ) from error
+    _runtime.main, _runtime.jl = main, main.PyJLODE
+    _runtime.pid, _runtime.thread = os.getpid(), threading.get_ident()
+    _runtime.seconds.update(juliacall=loaded - start, solvers=time.perf_counter() - loaded)
+    main.seval("import LinearAlgebra").BLAS.set_num_threads(torch.get_num_threads())
+    log.info("Julia started in %.1f s (%s)", sum(_runtime.seconds.values()), found.source)

@@ -1,0 +1,160 @@
+"""`pyjlode doctor`: what is found, whether it works, and what to do about what does not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from .bridge import runtime
+from .odeint import odeint
+
+# What `engine="julia"` is made of, in the order in which it is loaded.
+PACKAGES = ("PythonCall", "PyJLODE", "SciMLBase", "OrdinaryDiffEqCore", "SciMLSensitivity")
+
+
+@dataclass
+class Trial:
+    """One solve and one gradient: the oscillator h'' = -h over two periods, at rtol 1e-8.
+
+    Attributes:
+        solution: the last state; gradient: of its first element with respect to the initial state and the frequency.
+        first, second: seconds for both together, the first time and again.
+    """
+
+    solution: list[float]
+    gradient: list[float]
+    first: float
+    second: float
+
+
+@dataclass
+class Report:
+    """What `pyjlode doctor` found; `problems` is empty where all is well.
+
+    Attributes:
+        versions: of Python, torch, juliacall, Julia and its packages; None for what is not there.
+        julia: where Julia was found, or why not.
+        seconds: what loading each part of Julia took.
+        trials: by engine.
+        difference: largest difference of the two engines' trials; None where there is one engine.
+        cuda: what torch says of the GPU.
+        problems: what is wrong, each with what to do about it.
+        notes: what is as it should be, but worth knowing.
+    """
+
+    versions: dict[str, str | None]
+    julia: str
+    cuda: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    trials: dict[str, Trial] = field(default_factory=dict)
+    difference: float | None = None
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def examine() -> Report:
+    """Look at everything, and solve a small problem on each engine that is there."""
+    found = runtime.find()
+    report = Report(
+        versions={
+            "Python": platform.python_version(),
+            "torch": torch.__version__,
+            "juliacall": _version("juliacall"),
+        },
+        julia=found if isinstance(found, str) else f"{found.executable}, found by {found.source}",
+        cuda=_cuda(),
+    )
+    report.trials["torch"] = trial("torch")
+    if isinstance(found, str):
+        report.notes.append(f"The Julia engine is not there: {found} Everything else works without it.")
+        return report
+    try:
+        report.trials["julia"] = trial("julia")
+        with runtime.julia() as jl:
+            report.versions["Julia"] = str(jl.seval("string(VERSION)"))
+            for name in PACKAGES:
+                report.versions[name] = str(jl.seval(_VERSION_OF)(name)) or None
+    except Exception as error:
+        report.problems.append(
+            f"The Julia engine was found and does not work: {error}\nRun `pyjlode setup` to install its packages anew."
+        )
+        return report
+    report.seconds = runtime.seconds()
+    pairs = [
+        (a, b)
+        for kind in ("solution", "gradient")
+        for a, b in zip(getattr(report.trials["torch"], kind), getattr(report.trials["julia"], kind))
+    ]
+    report.difference = max(abs(a - b) for a, b in pairs)
+    if report.difference > 1e-5:
+        report.problems.append(
+            f"The engines disagree by {report.difference:.1e} on a problem that they solve to 1e-8. Please report this "
+            "with the output of `pyjlode doctor --json`."
+        )
+    return report
+
+
+_VERSION_OF = """
+name -> begin
+    loaded = [m for (id, m) in Base.loaded_modules if id.name == name]
+    isempty(loaded) ? "" : string(something(pkgversion(only(loaded)), "?"))
+end
+"""
+
+
+def trial(engine: str) -> Trial:
+    """Solve and differentiate the oscillator twice on one engine."""
+    walls = []
+    for _ in range(2):
+        start = time.perf_counter()
+        h0 = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+        frequency = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+        t = torch.tensor([0.0, 4 * torch.pi], dtype=torch.float64)
+
+        def f(t: Any, h: torch.Tensor, w: torch.Tensor = frequency) -> torch.Tensor:
+            return torch.stack([h[1], -w * w * h[0]])
+
+        h = odeint(f, h0, t, engine=engine, adjoint="gauss", method="tsit5", rtol=1e-8, atol=1e-8)[-1]
+        grads = torch.autograd.grad(h[0], [h0, frequency])
+        walls.append(time.perf_counter() - start)
+    return Trial(h.tolist(), [*grads[0].tolist(), float(grads[1])], *walls)
+
+
+def _version(package: str) -> str | None:
+    return importlib.metadata.version(package) if importlib.util.find_spec(package) else None
+
+
+def _cuda() -> str:
+    if not torch.backends.cuda.is_built():
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; solved by the native engine in this version"
+
+
+def render(report: Report) -> str:
+    """The report for a person."""
+    lines = [f"{name:20s} {version or 'not there'}" for name, version in report.versions.items()]
+    lines += [f"{'Julia at':20s} {report.julia}", f"{'CUDA':20s} {report.cuda}", ""]
+    if report.seconds:
+        lines += [f"{'load ' + name:20s} {seconds:.1f} s" for name, seconds in report.seconds.items()]
+    for engine, done in report.trials.items():
+        lines.append(
+            f"{'engine ' + engine:20s} solve and gradient {done.first:.2f} s the first time, {done.second:.3f} s after"
+        )
+    if report.difference is not None:
+        lines.append(f"{'difference':20s} {report.difference:.1e} between the engines at rtol 1e-8")
+    lines += ["", *report.notes, *report.problems] if report.notes or report.problems else []
+    lines.append("" if report.problems else "All is well.")
+    return "\n".join(lines).rstrip()
+
+
+def to_json(report: Report) -> str:
+    return json.dumps(asdict(report), indent=2)

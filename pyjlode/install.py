@@ -1,0 +1,60 @@
+"""`pyjlode setup`: install Julia and its packages, and compile them ahead."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .errors import EngineUnavailable
+
+SYSIMAGE = "pyjlode-sysimage" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+
+
+def setup(*, sysimage: bool = False) -> None:
+    """Resolve the Julia environment with juliapkg, then load everything once so that it is compiled.
+
+    Args:
+        sysimage: then build one system image of all of it with PackageCompiler, which later starts use.
+
+    Raises:
+        EngineUnavailable: something of this failed; the message says what.
+    """
+    executable, project = os.getenv("PYTHON_JULIACALL_EXE"), os.getenv("PYTHON_JULIACALL_PROJECT")
+    if executable and project:
+        print("PYTHON_JULIACALL_EXE and PYTHON_JULIACALL_PROJECT are set: their Julia is used as it is.")
+    else:
+        import juliapkg
+
+        print("Resolving Julia and its packages (juliapkg); the first time downloads about 1 GB.", flush=True)
+        try:
+            juliapkg.resolve()
+            executable, project = juliapkg.executable(), juliapkg.project()
+        except Exception as error:
+            raise EngineUnavailable(
+                f"juliapkg could not install Julia or its packages: {error}. It needs the internet; behind a proxy set "
+                "JULIA_PKG_SERVER and HTTPS_PROXY."
+            ) from error
+    _julia(executable, project, "using PyJLODE, SciMLSensitivity, PythonCall", "Compiling the packages")
+    if sysimage:
+        target = Path(project) / SYSIMAGE
+        _julia(
+            executable,
+            project,
+            'import Pkg; Pkg.activate(; temp=true); Pkg.add("PackageCompiler"); import PackageCompiler; '
+            f"PackageCompiler.create_sysimage([:PythonCall, :PyJLODE, :SciMLSensitivity]; "
+            f"sysimage_path=raw{str(target)!r}, project=raw{str(project)!r})".replace("'", '"'),
+            "Building a system image (ten minutes or more)",
+        )
+    print("Done. `pyjlode doctor` shows what there is.")
+
+
+def _julia(executable: str, project: str, code: str, what: str) -> None:
+    print(f"{what} ...", flush=True)
+    start = time.perf_counter()
+    done = subprocess.run([executable, f"--project={project}", "--startup-file=no", "-e", code], check=False)
+    if done.returncode:
+        raise EngineUnavailable(f"{what} failed: Julia ended with status {done.returncode}; its output is above.")
+    print(f"{what}: {time.perf_counter() - start:.0f} s", flush=True)

@@ -1,0 +1,248 @@
+"""The Julia engine through the front door: values, gradients, errors, and what it hands back to the native engine."""
+
+import math
+import threading
+import traceback
+
+import pytest
+import torch
+
+import pyjlode
+from pyjlode import errors, odeint, odeint_dense, odeint_event, solve
+
+pytestmark = pytest.mark.usefixtures("julia")
+
+F64 = torch.float64
+A = torch.tensor([[-0.3, 2.0], [-2.0, -0.3]], dtype=F64)
+H0 = torch.tensor([1.0, 0.5], dtype=F64)
+T = torch.linspace(0, 3, 7, dtype=F64)
+TOL = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def linear(t, h):
+    return h @ A.T.to(h)
+
+
+def exact(t, h0=H0):
+    return torch.stack([torch.matrix_exp(A * x) @ h0 for x in t])
+
+
+class MLP(torch.nn.Module):
+    def __init__(self, dtype=F64):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2)).to(dtype)
+
+    def forward(self, t, h):
+        return self.net(h) * torch.cos(t)
+
+
+def test_states_are_tensors_of_the_users_own_shape():
+    solution = solve(linear, H0.expand(3, 2), T, engine="julia", **TOL)
+    assert solution.stats.engine == "julia"
+    assert solution.h.shape == (7, 3, 2)
+    assert torch.allclose(solution.h, exact(T)[:, None].expand(7, 3, 2), atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.complex64, torch.complex128])
+def test_every_dtype(dtype):
+    h0 = torch.tensor([1.0, 0.5]).to(dtype)
+    rate = -0.5 + 1j if dtype.is_complex else -0.5
+    h = odeint(lambda t, h: rate * h, h0, T, engine="julia", rtol=1e-6, atol=1e-7)
+    assert h.dtype == dtype
+    assert torch.allclose(h, h0 * torch.exp(T[:, None] * rate).to(dtype), atol=1e-5)
+
+
+def test_pytrees():
+    h0 = {"a": torch.ones(2, dtype=F64), "b": (torch.ones(3, 1, dtype=F64), torch.tensor(2.0 + 0j))}
+    h = odeint(lambda t, h: {"a": -h["a"], "b": (h["b"][0], 1j * h["b"][1])}, h0, T, engine="julia", **TOL)
+    assert torch.allclose(h["a"][-1], torch.full((2,), math.exp(-3), dtype=F64), atol=1e-7)
+    assert torch.allclose(h["b"][0][-1], torch.full((3, 1), math.exp(3), dtype=F64), atol=1e-6)
+    assert h["b"][1].dtype == torch.complex64
+    assert abs(complex(h["b"][1][-1]) - 2 * (math.cos(3) + 1j * math.sin(3))) < 1e-5
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_time_runs_both_ways_and_reaches_f(sign):
+    seen = []
+
+    def f(t, h):
+        seen.append(float(t))
+        return torch.cos(t) * h
+
+    h = odeint(f, H0, sign * T, engine="julia", **TOL)
+    assert torch.allclose(h, H0 * torch.exp(torch.sin(sign * T))[:, None], atol=1e-8)
+    assert max(sign * t for t in seen) == 3.0
+
+
+def test_single_time_and_empty_state():
+    assert torch.equal(odeint(linear, H0, T[:1], engine="julia"), H0[None])
+    assert odeint(lambda t, h: -h, torch.zeros(0, 2), T, engine="julia").shape == (7, 0, 2)
+
+
+@pytest.mark.parametrize("name", sorted(pyjlode.bridge.engine.GRADIENTS))
+def test_gradients_are_those_of_the_native_engine(name):
+    torch.manual_seed(0)
+    f, h0 = MLP(), torch.randn(5, 2, dtype=F64, requires_grad=True)
+    t = T.clone().requires_grad_()
+    inputs = [h0, t, *f.parameters()]
+
+    def gradient(**kwargs):
+        h = odeint(f, h0, t, **kwargs, **TOL)
+        return torch.autograd.grad((h * torch.arange(7)[:, None, None]).square().sum(), inputs)
+
+    want = gradient(engine="torch", adjoint=False)
+    got = gradient(engine="julia", adjoint=name, method="tsit5")
+    for a, b in zip(got, want):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_that_f_does_not_use_and_none_at_all():
+    unused = torch.ones(3, dtype=F64, requires_grad=True)
+    h0 = H0.clone().requires_grad_()
+
+    def f(t, h, unused=unused):
+        return linear(t, h)
+
+    h = odeint(f, h0, T, engine="julia", adjoint=True, **TOL)
+    grads = torch.autograd.grad(h[-1].sum(), [h0, unused], allow_unused=True)
+    assert torch.allclose(grads[0], torch.matrix_exp(3 * A).sum(0), atol=1e-7)
+    assert grads[1] is None or not grads[1].any()
+
+
+def test_backward_twice():
+    h0 = H0.clone().requires_grad_()
+    h = odeint(linear, h0, T, engine="julia", adjoint=True, **TOL)[-1].sum()
+    (a,) = torch.autograd.grad(h, h0, retain_graph=True)
+    (b,) = torch.autograd.grad(h, h0)
+    assert torch.equal(a, b)
+
+
+def test_event_and_its_gradient():
+    """A ball falls from height x: it lands at sqrt(2 x / 9.81)."""
+
+    def fall(t, h):
+        return torch.stack([h[1], torch.full_like(h[1], -9.81)])
+
+    h0 = torch.tensor([2.0, 0.0], dtype=F64, requires_grad=True)
+    t, h = odeint_event(fall, h0, 0.0, event_fn=lambda t, h: h[0], engine="julia", adjoint=True, **TOL)
+    want = math.sqrt(2 * 2.0 / 9.81)
+    assert abs(float(t) - want) < 1e-8
+    assert abs(float(h[-1, 0])) < 1e-7
+    (grad,) = torch.autograd.grad(t, h0)
+    assert abs(float(grad[0]) - want / (2 * 2.0)) < 1e-6
+
+
+def test_dense_output():
+    dense = odeint_dense(linear, H0, 0.0, 3.0, engine="julia", **TOL)
+    t = torch.tensor([0.1, 1.7, 2.9], dtype=F64)
+    assert torch.allclose(dense(t), exact(t), atol=1e-7)
+
+
+class Broken(Exception):
+    pass
+
+
+def test_an_exception_in_f_is_that_exception_and_julia_goes_on():
+    def f(t, h):
+        if t > 1:
+            raise Broken("in the middle")
+        return -h
+
+    with pytest.raises(Broken, match="in the middle") as caught:
+        odeint(f, H0, T, engine="julia")
+    assert "raise Broken" in "".join(traceback.format_tb(caught.value.__traceback__))
+    assert odeint(linear, H0, T, engine="julia").shape == (7, 2)
+
+
+def test_an_interrupt_in_f_is_an_interrupt():
+    def f(t, h):
+        if t > 1:
+            raise KeyboardInterrupt
+        return -h
+
+    with pytest.raises(KeyboardInterrupt):
+        odeint(f, H0, T, engine="julia")
+    assert odeint(linear, H0, T, engine="julia").shape == (7, 2)
+
+
+def test_a_shape_that_changes_on_the_way():
+    with pytest.raises(errors.BadShape, match="at the start"):
+        odeint(lambda t, h: -h if t < 1 else -h[:1], H0, T, engine="julia")
+
+
+@pytest.mark.parametrize(
+    ("error", "f", "options"),
+    [
+        (errors.MaxStepsReached, linear, {"max_num_steps": 3}),
+        (errors.NonFiniteState, lambda t, h: h * h * 10, {}),
+        (errors.NonFiniteState, lambda t, h: torch.log(0.5 - t) * h, {}),
+    ],
+)
+def test_failures_are_those_of_the_native_engine(error, f, options):
+    for engine in ("torch", "julia"):
+        with pytest.raises((error, errors.StepSizeTooSmall) if error is errors.NonFiniteState else error):
+            odeint(f, H0, T, engine=engine, options=options)
+
+
+def test_what_julia_cannot_do_is_said_and_auto_leaves_it_to_torch(monkeypatch):
+    monkeypatch.setenv("PYJLODE_ENGINE", "auto")
+    h0 = H0.clone().requires_grad_()
+    for kwargs in ({"adjoint": False}, {"adjoint": "discrete"}, {"options": {"safety": 0.8}, "adjoint": True}):
+        with pytest.raises(errors.BadOption, match=r"the Julia engine cannot do this: .*torch"):
+            odeint(linear, h0, T, engine="julia", **kwargs)
+        stats = solve(linear, h0, T, engine="auto", **kwargs).stats
+        assert stats.engine == "torch"
+        assert "cannot" in stats.reason
+    assert solve(linear, H0, T, engine="auto").stats.engine == "julia"
+    assert solve(linear, h0, T, engine="auto", adjoint=True).stats.engine == "julia"
+
+
+def test_options_reach_the_solver():
+    few = solve(linear, H0, T, engine="julia", options={"first_step": 1e-6}, **TOL).stats
+    many = solve(linear, H0, T, engine="julia", options={"max_step": 0.01}, **TOL).stats
+    assert many.naccept >= 300 > few.naccept
+    times = []
+
+    def jump(t, h):
+        times.append(float(t))
+        return torch.where(t < 1.1, -h, h)
+
+    h = odeint(jump, H0, T, engine="julia", options={"jump_t": [1.1]}, **TOL)
+    assert 1.1 in times
+    assert torch.allclose(h[-1], H0 * math.exp(-1.1 + 1.9), atol=1e-6)
+
+
+def test_threads_take_turns():
+    results = {}
+
+    def work(i):
+        h0 = (H0 * (i + 1)).requires_grad_()
+        h = odeint(linear, h0, T, engine="julia", adjoint=True, **TOL)
+        results[i] = (h.detach(), torch.autograd.grad(h[-1].sum(), h0)[0])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(10):
+        assert torch.allclose(results[i][0], exact(T, H0 * (i + 1)), atol=1e-7 * (i + 1))
+        assert torch.allclose(results[i][1], torch.matrix_exp(3 * A).sum(0), atol=1e-6)
+
+
+def test_tolerances_per_element_and_per_leaf():
+    h = odeint(linear, H0, T, engine="julia", rtol=torch.tensor([1e-9, 1e-8]), atol=torch.tensor([1e-11, 1e-10]))
+    assert torch.allclose(h, exact(T), atol=1e-6)
+
+
+def test_nfe_counts_every_call():
+    calls = 0
+
+    def f(t, h):
+        nonlocal calls
+        calls += 1
+        return linear(t, h)
+
+    stats = solve(f, H0, T, engine="julia", dense=False).stats
+    assert stats.nfe == calls
+    assert stats.naccept > 0

@@ -1,0 +1,136 @@
+"""Julia in the process: its start, its lock, signals, forks, and its end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("julia")
+
+SOLVE = """
+import torch, pyjlode
+f = lambda t, h: -h
+h0, t = torch.ones(2, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+solve = lambda **k: pyjlode.odeint(f, h0, t, engine="julia", **k)
+"""
+
+
+def python(code, *flags):
+    return subprocess.run([sys.executable, *flags, "-c", SOLVE + code], capture_output=True, text=True, timeout=300)
+
+
+def test_torch_first_starts_julia_without_a_word_and_the_process_ends_cleanly():
+    done = python("print(solve()[-1].tolist())", "-W", "error")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert abs(json.loads(done.stdout)[0] - 0.36788) < 1e-4
+
+
+def test_importing_and_looking_starts_nothing():
+    done = python("from pyjlode.bridge import runtime; runtime.find(); import sys; print('juliacall' in sys.modules)")
+    assert done.stdout.strip() == "False"
+
+
+def test_a_fork_is_told_so():
+    code = """
+import os
+solve()
+child = os.fork()
+if child == 0:
+    try:
+        solve()
+    except pyjlode.errors.EngineUnavailable as error:
+        assert "spawn" in str(error)
+        print("told", flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+print(solve().shape)
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == "told"
+
+
+def test_ctrl_c_in_a_solve():
+    code = """
+import time
+def slow(t, h):
+    time.sleep(0.01)
+    return -h
+solve()
+print("ready", flush=True)
+try:
+    pyjlode.odeint(slow, h0, torch.tensor([0.0, 1e6], dtype=torch.float64), engine="julia", options={"max_step": 1.0})
+except KeyboardInterrupt:
+    print("interrupted", solve().shape, flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", SOLVE + code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip() == "ready"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert out.startswith("interrupted")
+    assert process.returncode == 0
+
+
+def test_a_thousand_solves_leave_nothing_behind():
+    code = """
+import gc, resource, time
+from pyjlode.bridge import runtime
+h0.requires_grad_()
+def rounds(n):
+    start = time.perf_counter()
+    for _ in range(n):
+        solve(adjoint=True, rtol=1e-4, atol=1e-6)[-1].sum().backward()
+    return time.perf_counter() - start
+def state():
+    gc.collect()
+    with runtime.julia() as jl:
+        jl.seval("GC.gc(true)")
+        live = jl.seval("Base.gc_live_bytes()")
+    with open("/proc/self/statm") as f:
+        return live, int(f.read().split()[1]) * resource.getpagesize()
+rounds(200)
+live, rss = state()
+first, last = rounds(500), rounds(500)
+live2, rss2 = state()
+print(live2 - live, rss2 - rss, last / first)
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    live, rss, ratio = map(float, done.stdout.split())
+    assert live < 2e6
+    assert rss < 3e7
+    assert ratio < 1.5
+
+
+def test_doctor_finds_both_engines_in_agreement():
+    done = subprocess.run(
+        [sys.executable, "-m", "pyjlode", "doctor", "--json"], capture_output=True, text=True, timeout=300
+    )
+    report = json.loads(done.stdout)
+    assert done.returncode == 0, done.stdout
+    assert report["problems"] == []
+    assert report["difference"] < 1e-6
+    assert report["versions"]["SciMLSensitivity"]
+    assert set(report["seconds"]) == {"juliacall", "solvers", "sensitivity"}
+
+
+def test_the_julia_package_alone(julia):
+    root = os.path.join(os.path.dirname(__file__), "..", "..", "julia")
+    done = subprocess.run(
+        [
+            julia.executable,
+            f"--project={julia.project}",
+            "--startup-file=no",
+            os.path.join(root, "test", "runtests.jl"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
