@@ -22,6 +22,7 @@ format: .venv/dev
 bench: .venv/bench
 	$(BIN)/python benchmarks/nonstiff.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/import_cost.py
 
 # One marker file for each set of extras that is installed.
 .venv/%: pyproject.toml constraints.txt
