@@ -24,6 +24,7 @@ bench: .venv/bench
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/stiff.py
 	$(BIN)/python benchmarks/stiff.py --steps --batch
+	$(BIN)/python benchmarks/import_cost.py
 
 # One marker file for each set of extras that is installed.
 .venv/%: pyproject.toml constraints.txt

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -30,6 +30,7 @@ _BY_KIND: dict[str, set[str]] = {
     | {"max_iters", "max_order", "batch_dims", "consistent", "allow_unstable"},
     "scipy": {"solver", "first_step", "min_step", "max_step"},
 }
+SCIPY = ("RK23", "RK45", "DOP853", "Radau", "BDF", "LSODA")
 _BY_KIND["auto"] = _BY_KIND["stiff"]
 _BY_KIND["julia"] = {"first_step", "min_step", "max_step", "step_t", "jump_t", "step_size"}
 _KNOWN = sorted({field.name for field in fields(SolverOptions)} | {"dtype"})
@@ -50,7 +51,8 @@ def state(h0: Any) -> tuple[Layout, Tensor]:
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             raise BadDtype(
-                f"h0 must be a tensor or a pytree of tensors; it holds a {type(leaf).__name__}: {leaf!r:.80}."
+                f"h0 must be a tensor or a pytree of tensors; it holds a {type(leaf).__name__}: {leaf!r:.80}. "
+                "Make that a tensor with torch.as_tensor(...)."
             )
         if leaf.dtype not in FLOATS:
             hint = "cast it first: h0.to(torch.float32)"
@@ -99,7 +101,7 @@ def method_of(method: Any, options: Any = None) -> Method:
     if isinstance(method, Method):
         return method
     if method is not None and not isinstance(method, str):
-        raise BadOption(f"method must be a name or None; got {method!r}.")
+        raise BadOption(f"method must be a name, as in pyjlode.METHODS, or None; got a {type(method).__name__}.")
     row = methods.find(method)
     on_grid = isinstance(options, dict) and ("step_size" in options or "grid_constructor" in options)
     return row if on_grid else methods.CONTROLLED.get(row.name, row)
@@ -114,6 +116,9 @@ def tolerance(tol: Any, name: str, layout: Layout) -> float | Tensor:
             raise BadTolerance(f"{name} must be finite and not negative; got {value!r}.")
         return value
     parts = list(pytree.tree_leaves(tol))
+    for part in parts or [None]:
+        if not isinstance(part, (int, float, Tensor)):
+            raise BadTolerance(f"{name} must be a number, a tensor, or a pytree of these; got {part!r:.80}.")
     if len(parts) != len(layout.shapes):
         raise BadTolerance(
             f"{name} has {len(parts)} parts, the state has {len(layout.shapes)}; give one number, or one for each "
@@ -159,6 +164,8 @@ def options(given: Any, method: Method, h0: Any, f: Any, layout: Layout) -> Solv
 
     `dtype` (of time, in torchdiffeq) is accepted and changes nothing: time is float64 on the host always, at no cost.
     """
+    if given is not None and not isinstance(given, Mapping):
+        raise BadOption(f"options must be a dictionary; got {given!r:.80}.")
     given = dict(given or {})
     for name in given:
         if name not in _KNOWN:
@@ -177,12 +184,10 @@ def options(given: Any, method: Method, h0: Any, f: Any, layout: Layout) -> Solv
             read[name] = _number(name, read[name], positive=False)
     for name in ("max_num_steps", "max_order", "max_iters"):
         if name in read:
-            if int(read[name]) < 1:
-                raise BadOption(f"options[{name!r}] must be a positive integer; got {read[name]!r}.")
-            read[name] = int(read[name])
+            read[name] = _count(name, read[name])
     for name in ("step_t", "jump_t"):
         if name in read:
-            read[name] = tuple(float(x) for x in torch.as_tensor(read[name]).reshape(-1).tolist())
+            read[name] = _times(name, read[name])
     twice = set(read.get("step_t", ())) & set(read.get("jump_t", ()))
     if twice:
         raise BadOption(f"step_t and jump_t have the times {sorted(twice)} in common; a jump is a step's end already.")
@@ -200,7 +205,11 @@ def options(given: Any, method: Method, h0: Any, f: Any, layout: Layout) -> Solv
         raise BadOption("options['step_size'] and options['grid_constructor'] both make the grid; give one of them.")
     if "grid_constructor" in read:
         make = read["grid_constructor"]
-        read["grid_constructor"] = lambda t: make(f, h0, t)
+        if not callable(make):
+            raise BadOption(f"options['grid_constructor'] must be a function of (f, h0, t); got {make!r:.80}.")
+        read["grid_constructor"] = lambda t: _grid(make(f, h0, t))
+    if isinstance(read.get("solver"), str) and read["solver"] not in SCIPY:
+        raise BadOption(methods.unknown(read["solver"], "solver of scipy.integrate.solve_ivp", list(SCIPY)))
     if "norm" in read:
         read["norm"] = user_norm(read["norm"], layout)
     return SolverOptions(**read)
@@ -272,12 +281,61 @@ def jacobian(given: Any, method: Method, layout: Layout, batch: int) -> Callable
 
 
 def _number(name: str, value: Any, *, positive: bool) -> float:
-    number = float(value)
+    try:
+        number = float(value)
+    except (RuntimeError, TypeError, ValueError):
+        number = math.nan
     if math.isnan(number) or number < 0 or (positive and number == 0):
         raise BadOption(
             f"options[{name!r}] must be a {'positive' if positive else 'non-negative'} number; got {value!r}."
         )
     return number
+
+
+def _count(name: str, value: Any) -> int:
+    try:
+        number = int(value)
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        number = 0
+    if number < 1:
+        raise BadOption(f"options[{name!r}] must be a positive integer; got {value!r}.")
+    return number
+
+
+def _times(name: str, value: Any) -> tuple[float, ...]:
+    try:
+        return tuple(torch.as_tensor(value).reshape(-1).to(torch.float64).tolist())
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise BadOption(f"options[{name!r}] must be a tensor or a sequence of times; got {value!r:.80}.") from error
+
+
+def _grid(made: Any) -> Tensor:
+    if not isinstance(made, Tensor) or made.ndim != 1:
+        what = f"a tensor of shape {tuple(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
+        raise BadOption(f"options['grid_constructor'] must return a 1-D tensor of times; it returned {what}.")
+    return made
+
+
+def event_value(value: Any) -> Tensor:
+    """Check what event_fn returned: a real tensor of any shape."""
+    if not isinstance(value, Tensor):
+        raise BadShape(f"event_fn must return a tensor; got a {type(value).__name__}.")
+    if not value.is_floating_point():
+        raise BadDtype(
+            f"event_fn must return floating-point numbers, of which a crossing of zero is the event; got {value.dtype}."
+        )
+    return value
+
+
+def adjoint_params(given: Any) -> tuple[Tensor, ...] | None:
+    """The tensors requiring grad among those of the user; None where nothing was said."""
+    if given is None:
+        return None
+    # A tensor is an iterable, too: of its rows, which f does not use.
+    params = None if isinstance(given, (Tensor, str)) or not isinstance(given, Iterable) else tuple(given)
+    if params is None or not all(isinstance(q, Tensor) for q in params):
+        raise BadOption(f"adjoint_params must be an iterable of tensors, e.g. f.parameters(); got {given!r:.80}.")
+    return tuple(q for q in params if q.requires_grad)
 
 
 def user_norm(norm: Any, layout: Layout) -> Norm:

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
-    except (PyJLODEError, ImportError, OSError, ValueError) as error:
+    except (PyJLODEError, ImportError, OSError) as error:
         print(f"pyjlode: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

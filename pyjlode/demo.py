@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from . import plot
 from .data import hudson_bay
+from .errors import BadOption
 from .methods import find
 from .nn import NeuralODE
 
@@ -130,11 +131,13 @@ def run(
 
     Raises:
         ImportError: matplotlib is not installed.
+        BadOption: the ending of `out` is no format of matplotlib's.
+        FileNotFoundError: the folder of `out` does not exist.
         What `pyjlode.solve` raises.
     """
-    # Before the training, so that nobody waits for the news: is there a matplotlib, and a place for the picture?
+    # Before the training: who has no matplotlib, or no such folder, should not wait for the news.
     canvas = plot.figure(12, 8.2)
-    plot.check_target(canvas, out)
+    _check_writable(Path(out), canvas)
     start = time.perf_counter()
     years, pelts = hudson_bay()
     seen = len(years) - HELD_BACK
@@ -168,6 +171,14 @@ def run(
     canvas.savefig(out, dpi=160)
     print(f"picture     {out}")
     return result
+
+
+def _check_writable(out: Path, canvas: Figure) -> None:
+    formats = canvas.canvas.get_supported_filetypes()
+    if out.suffix and out.suffix[1:].lower() not in formats:  # without an ending matplotlib appends .png
+        raise BadOption(f"pictures cannot be written as {out.suffix!r}; there are {', '.join(sorted(formats))}.")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"the folder {str(out.parent)!r} of the picture does not exist.")
 
 
 def train(model: Populations, years: Tensor, pelts: Tensor, *, iterations: int) -> History:

@@ -189,6 +189,8 @@ def odeint_event(
         EventNotFound: no element crosses zero; and what `odeint` raises.
     """
     t0 = torch.as_tensor(t0) if isinstance(t0, Tensor) else torch.tensor(float(t0), dtype=torch.float64)
+    if t0.numel() != 1:
+        raise BadTime(f"t0 must be one time; it has shape {tuple(t0.shape)}.")
     t0 = t0.reshape(-1)
     t = torch.cat([t0, t0.detach() + (-1.0 if reverse_time else 1.0)])
     return odeint_interface(f, h0, t, event_fn=event_fn, **kwargs)
@@ -335,14 +337,14 @@ def _read(
         atol=absolute,
         options=opts,
         norm=opts.norm or arguments.default_norm(layout, batch),
-        event_fn=event_fn and (lambda t, y: event_fn(t, layout.unflatten(y))),
+        event_fn=event_fn and (lambda t, y: arguments.event_value(event_fn(t, layout.unflatten(y)))),
         layout=layout,
         batch=batch,
         mass=arguments.mass_matrix(system[0], row, layout, batch),
         jac=arguments.jacobian(system[1], row, layout, batch),
         callbacks=arguments.callbacks(f, row, layout, y0),
     )
-    explicit = None if adjoint_params is None else tuple(q for q in adjoint_params if q.requires_grad)
+    explicit = arguments.adjoint_params(adjoint_params)
     grad = torch.is_grad_enabled()
     chosen, reason = _engine(engine, p, adjoint)
     gradient = gradients.find(adjoint, chosen, p)
@@ -352,7 +354,10 @@ def _read(
     probe = y0.detach().requires_grad_(grad) if gradient else y0
     meter = parameters.GraphMeter()
     with torch.set_grad_enabled(grad), meter if grad and gradient == "discrete" else contextlib.nullcontext():
+        version = None if probe.is_inference() else probe._version
         out = f(p.time(times[0]), layout.unflatten(probe))
+        if version is not None and probe._version != version:
+            raise BadShape("f changed h in place; it must leave h as it is and return dh/dt in a tensor of its own.")
         p.f.nfe += 1
         arguments.check_output(out, layout, autocast)
         f0 = layout.flatten(out).to(layout.dtype)

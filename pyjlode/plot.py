@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,21 +26,6 @@ def figure(width: float, height: float) -> Figure:
     except ImportError as error:
         raise ImportError('pictures need matplotlib, which is not installed: pip install "pyjlode[plot]"') from error
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def check_target(canvas: Figure, out: str | Path) -> None:
-    """See that a picture can be written to `out`, before the work that it is to show.
-
-    Raises:
-        OSError: there is no such folder.
-        ValueError: no picture format has the ending.
-    """
-    path = Path(out)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write {path.name} into.")
-    formats = canvas.canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in formats:
-        raise ValueError(f"{path.name!r}: no picture format ends so; there are {', '.join(sorted(formats))}.")
 
 
 def trajectory(

@@ -58,6 +58,65 @@ def test_wrong_argument(case):
     assert isinstance(caught.value, (ValueError, TypeError, RuntimeError))
 
 
+# What else a person may write by mistake, and words of the message that say what to do about it.
+MISTAKES = {
+    "h0 is a list": (errors.BadDtype, "torch.as_tensor", {"h0": [1.0, 2.0]}),
+    "h0 is NumPy's": (errors.BadDtype, "torch.as_tensor", {"h0": H0.numpy()}),
+    "t is a number": (errors.BadTime, "one-dimensional", {"t": 1.0}),
+    "half precision": (errors.BadDtype, "cast it first", {"h0": H0.half()}),
+    "f is no function": (errors.BadShape, r"f\(t, h\)", {"f": H0}),
+    "f returns nothing": (errors.BadShape, "NoneType", {"f": lambda t, h: None}),
+    "f returns a tuple": (errors.BadShape, "got a tuple", {"f": lambda t, h: (-h,)}),
+    "f works in place": (errors.BadShape, "in place", {"f": lambda t, h: h.mul_(-1)}),
+    "rtol is a word": (errors.BadTolerance, "rtol must be a number", {"rtol": "1e-3"}),
+    "rtol is None": (errors.BadTolerance, "rtol must be a number", {"rtol": None}),
+    "method is a row": (errors.BadOption, "pyjlode.METHODS", {"method": pyjlode.METHODS["rk4"]}),
+    "options is a word": (errors.BadOption, "dictionary", {"options": "step_size"}),
+    "step_size is a word": (errors.BadOption, "positive number", {"method": "rk4", "options": {"step_size": "small"}}),
+    "max_num_steps is infinite": (errors.BadOption, "positive integer", {"options": {"max_num_steps": math.inf}}),
+    "step_t is a word": (errors.BadOption, "sequence of times", {"options": {"step_t": "now"}}),
+    "solver of scipy": (
+        errors.BadOption,
+        "did you mean 'RK45'",
+        {"method": "scipy_solver", "options": {"solver": "rk_45"}},
+    ),
+    "grid is a list": (
+        errors.BadOption,
+        "1-D tensor",
+        {"method": "rk4", "options": {"grid_constructor": lambda f, h, t: [0.0, 1.0]}},
+    ),
+    "grid is no function": (errors.BadOption, "function", {"method": "rk4", "options": {"grid_constructor": 0.1}}),
+    "event is a number": (errors.BadShape, "event_fn must return a tensor", {"event_fn": lambda t, h: 0.5}),
+    "event is a truth": (errors.BadDtype, "crossing of zero", {"event_fn": lambda t, h: h[0] < 0.5}),
+    "adjoint_params are names": (errors.BadOption, "iterable of tensors", {"adjoint_params": ["weight"]}),
+    "adjoint_params is a tensor": (errors.BadOption, "iterable of tensors", {"adjoint_params": torch.ones(2)}),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_the_message_says_what_to_do(case):
+    kind, words, wrong = MISTAKES[case]
+    given = {"f": f, "h0": H0.clone(), "t": T, **wrong}
+    with pytest.raises(kind, match=words) as caught:
+        pyjlode.odeint(given.pop("f"), given.pop("h0"), given.pop("t"), **given)
+    assert len(str(caught.value)) < 250
+
+
+def test_event_starts_at_one_time():
+    with pytest.raises(errors.BadTime, match="one time"):
+        pyjlode.odeint_event(f, H0, T, event_fn=lambda t, h: h[0] - 0.5)
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_a_state_that_f_changes_in_place_is_refused(adjoint):
+    # Also of several tensors, where h is a view of the solver's own vector; a solve that went on would be wrong.
+    def field(t, h):
+        return h[0].neg_(), -h[1]
+
+    with torch.no_grad(), pytest.raises(errors.BadShape, match="in place"):
+        pyjlode.odeint(field, (H0.clone(), H0.clone()), T, adjoint=adjoint)
+
+
 def test_unknown_names_list_the_near_ones():
     with pytest.raises(errors.UnknownMethod, match="dopri5"):
         pyjlode.odeint(f, H0, T, method="dorpi5")
@@ -125,7 +184,12 @@ def test_float32_below_its_reach_warns_once():
 
 
 def test_import_starts_nothing_heavy():
-    code = "import sys, pyjlode; print([m for m in ('juliacall', 'matplotlib', 'scipy') if m in sys.modules])"
+    heavy = ("juliacall", "matplotlib", "scipy", "sympy", "tqdm", "jax", "torchdiffeq", "torch._dynamo")
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        f"import pyjlode; print([m for m in {heavy} if m in set(sys.modules) - before])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -102,8 +102,7 @@ def test_vector_field_covers_its_rectangle_and_asks_for_states_in_it(ax):
 def test_streamlines_point_along_the_field(ax):
     # h' = (1, 2): every piece of every streamline has the slope 2.
     plot.vector_field(ax, lambda t, h: torch.tensor([1.0, 2.0]).expand_as(h), xlim=(0, 1), ylim=(0, 1), points=8)
-    pieces = ax.collections[0].get_segments()
-    d = np.concatenate([np.diff(piece, axis=0) for piece in pieces])
+    d = np.concatenate([np.diff(piece, axis=0) for piece in ax.collections[0].get_segments()])
     d = d[np.abs(d[:, 0]) > 1e-9]
     assert len(d) > 10
     assert np.allclose(d[:, 1] / d[:, 0], 2, atol=1e-3)

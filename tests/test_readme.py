@@ -1,0 +1,46 @@
+"""What the README says is so."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import pyjlode
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def section(title):
+    return TEXT.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def first_cells(title):
+    """The names in the first column of a section's table."""
+    rows = re.findall(r"^\| (`.*?) \|", section(title), re.MULTILINE)
+    return {name.strip('"') for row in rows[1:] for name in re.findall(r"`(.*?)`", row)}
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_code_runs_as_written(block, capsys):
+    exec(compile(block, "README.md", "exec"), {})
+    if "print(" in block:
+        assert capsys.readouterr().out.strip()
+
+
+def test_there_is_code_to_run():
+    assert BLOCKS
+
+
+def test_method_table_is_complete():
+    assert first_cells("Methods") == {*pyjlode.METHODS, "fixed_adams"}
+
+
+def test_gradient_table_is_complete():
+    assert first_cells("Gradients") == {*pyjlode.GRADIENTS, "True", "False"}
+
+
+@pytest.mark.parametrize("name", re.findall(r"\b((?:benchmarks|docs)/\w+\.\w+)", TEXT))
+def test_files_that_it_names_are_there(name):
+    assert (ROOT / name).is_file()
