@@ -23,7 +23,9 @@ def first_cells(title):
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_code_runs_as_written(block, capsys):
+def test_code_runs_as_written(block, capsys, request):
+    if "julia" in block:
+        request.getfixturevalue("julia")
     exec(compile(block, "README.md", "exec"), {})
     if "print(" in block:
         assert capsys.readouterr().out.strip()
