@@ -70,7 +70,7 @@ MISTAKES = {
     "f works in place": (errors.BadShape, "in place", {"f": lambda t, h: h.mul_(-1)}),
     "rtol is a word": (errors.BadTolerance, "rtol must be a number", {"rtol": "1e-3"}),
     "rtol is None": (errors.BadTolerance, "rtol must be a number", {"rtol": None}),
-    "method is a row": (errors.BadOption, "pyjlode.METHODS", {"method": pyjlode.METHODS["rk4"]}),
+    "method is a class": (errors.BadOption, "pyjlode.METHODS", {"method": dict}),
     "options is a word": (errors.BadOption, "dictionary", {"options": "step_size"}),
     "step_size is a word": (errors.BadOption, "positive number", {"method": "rk4", "options": {"step_size": "small"}}),
     "max_num_steps is infinite": (errors.BadOption, "positive integer", {"options": {"max_num_steps": math.inf}}),
