@@ -213,10 +213,13 @@ def _solve(
     start = time.perf_counter()
     made = _read(f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, adjoint_given, adjoint_params)
     p, stats = made.problem, made.stats
-    record = gradients.solve(made.engine, p, stats, made.gradient, made.needed, dense)
-    event_t, ys, ts = None, record.ys, p.t
-    if event_fn is not None:
-        event_t, y_event = _through_event(p, record, made)
+    # Autocast is for f alone: in half precision the solver's own sums would lose the state.
+    with torch.autocast(p.y0.device.type, enabled=False):
+        record = gradients.solve(made.engine, p, stats, made.gradient, made.needed, dense)
+        event_t, ys, ts = None, record.ys, p.t
+        if event_fn is not None:
+            event_t, y_event = _through_event(p, record, made)
+    if event_t is not None:
         ys = torch.stack([ys[0], y_event])
         ts = torch.stack([p.t[0], event_t])
     stats.nfe = p.f.nfe
@@ -321,8 +324,15 @@ def _read(
 
 def _flat(f: Any, layout: Layout, autocast: bool) -> Field:
     """f on the flat vector."""
-    if autocast:  # f answers in a lower precision than the state's
-        return Field(lambda t, y: layout.flatten(f(t, layout.unflatten(y))).to(layout.dtype))
+    if autocast:  # f answers in a lower precision than the state's, and in the same one when a backward pass asks again
+        dtype = torch.get_autocast_dtype(layout.device.type)
+
+        def cast(t: Tensor, y: Tensor) -> Tensor:
+            # Without its cache: weights that autocast has cast without a graph would have none when one is wanted.
+            with torch.autocast(layout.device.type, dtype=dtype, cache_enabled=False):
+                return layout.flatten(f(t, layout.unflatten(y))).to(layout.dtype)
+
+        return Field(cast)
     if layout.bare:
         return Field(f, layout.shapes[0])
     return Field(lambda t, y: layout.flatten(f(t, layout.unflatten(y))))
