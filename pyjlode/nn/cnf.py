@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Distribution
 
 from ..errors import BadOption, BadShape
 from ..odeint import solve
 from ..solution import Stats
 from . import trace as divergence
 from .flow_transform import FlowTransform
+from .vector_distribution import VectorDistribution
 
 
 class Flow(NamedTuple):
@@ -70,9 +71,6 @@ class CNF(nn.Module):
     of Jacobian and kinetic regularization, 2020.
     """
 
-    loc: Tensor
-    scale: Tensor
-
     def __init__(
         self,
         f: Callable[[Tensor, Tensor], Tensor],
@@ -100,15 +98,12 @@ class CNF(nn.Module):
         self.kinetic_energy, self.jacobian_norm = kinetic_energy, jacobian_norm
         self.solver_options: dict[str, Any] = {"adjoint": True, "rtol": 1e-5, "atol": 1e-5, **solver_options}
         self.stats: Stats | None = None
-        self._base = None if isinstance(base, int) else _of_vectors(base)
-        if isinstance(base, int):
-            self.register_buffer("loc", torch.zeros(base), persistent=False)
-            self.register_buffer("scale", torch.ones(base), persistent=False)
+        self._base = VectorDistribution(base)
 
     @property
     def base(self) -> Distribution:
         """The distribution at `t[0]`."""
-        return Independent(Normal(self.loc, self.scale), 1) if self._base is None else self._base
+        return self._base()
 
     @property
     def transform(self) -> FlowTransform:
@@ -243,15 +238,3 @@ class _Field(nn.Module):
             if self.jacobian_norm:
                 slopes.append(norm)
         return tuple(slopes) if recorded else tuple(x.detach() for x in slopes)
-
-
-def _of_vectors(base: Distribution) -> Distribution:
-    """A distribution of scalars with batch shape (D,) is meant as one of vectors."""
-    if not base.event_shape and len(base.batch_shape) == 1:
-        return Independent(base, 1)
-    if len(base.event_shape) != 1:
-        raise BadShape(
-            f"base must be a distribution of vectors; this one has event shape {tuple(base.event_shape)} and batch "
-            f"shape {tuple(base.batch_shape)}."
-        )
-    return base

@@ -281,5 +281,5 @@ def test_bad_options(kwargs, match):
 def test_bad_shapes():
     with pytest.raises(BadShape, match="vectors of 2"):
         flow().log_prob(torch.zeros(5, 3, dtype=F64))
-    with pytest.raises(BadShape, match="distribution of vectors"):
+    with pytest.raises(BadShape, match="of vectors is needed"):
         flow(base=D.Normal(0.0, 1.0))
