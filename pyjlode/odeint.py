@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from . import arguments, gradients, parameters
 from .errors import BadOption, BadShape, BadTime, EngineUnavailable, GradientUnavailable
 from .native import engine as native
-from .problem import AdjointSettings, Field, Layout, ODEProblem
-from .solution import Solution, Stats
+from .problem import AdjointSettings, Callback, Field, Layout, ODEProblem
+from .solution import Solution, Stats, Steps
 
 log = logging.getLogger("pyjlode")
 
@@ -213,6 +213,7 @@ def _solve(
     start = time.perf_counter()
     made = _read(f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, adjoint_given, adjoint_params)
     p, stats = made.problem, made.stats
+    steps = _watch(p) if dense else None
     # Autocast is for f alone: in half precision the solver's own sums would lose the state.
     with torch.autocast(p.y0.device.type, enabled=False):
         record = gradients.solve(made.engine, p, stats, made.gradient, made.needed, dense)
@@ -226,7 +227,28 @@ def _solve(
     stats.wall = time.perf_counter() - start
     blind = made.needed and made.gradient is not None
     interpolant = _interpolant(record, p, made.layout, event_t, blind) if dense else None
-    return Solution(ts, made.layout.unflatten(ys), stats, event_t, interpolant)
+    return Solution(ts, made.layout.unflatten(ys), stats, event_t, interpolant, steps)
+
+
+def _watch(p: ODEProblem) -> Steps | None:
+    """Have the steps of a solve noted as they are tried; the user's callbacks are called as before."""
+    if p.method.kind == "scipy":
+        return None
+    steps, own = Steps(), p.callbacks
+
+    def note(into: list[tuple[float, float]], then: Callback | None) -> Callback:
+        def noted(t0: float, y0: Any, dt: float) -> None:
+            into.append((t0, dt))
+            if then:
+                then(t0, y0, dt)
+
+        return noted
+
+    if p.method.adaptive:
+        p.callbacks = replace(own, accept=note(steps.accepted, own.accept), reject=note(steps.rejected, own.reject))
+    else:  # there every step is accepted
+        p.callbacks = replace(own, step=note(steps.accepted, own.step))
+    return steps
 
 
 @dataclass
