@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from .bridge import runtime as julia_runtime
 from .bridge.function import JuliaFunction
 from .errors import BadOption, BadShape, BadTime, EngineUnavailable, GradientUnavailable
 from .native import engine as native
-from .problem import AdjointSettings, Field, Layout, ODEProblem
-from .solution import Solution, Stats
+from .problem import AdjointSettings, Callback, Field, Layout, ODEProblem
+from .solution import Solution, Stats, Steps
 
 log = logging.getLogger("pyjlode")
 
@@ -237,17 +237,42 @@ def _solve(
         f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, adjoint_given, adjoint_params, system
     )
     p, stats = made.problem, made.stats
-    record = gradients.solve(made.engine, p, stats, made.gradient, made.needed, dense)
-    event_t, ys, ts = None, record.ys, p.t
-    if event_fn is not None:
-        event_t, y_event = _through_event(p, record, made)
+    steps = _watch(p) if dense and made.engine is native else None
+    # Autocast is for f alone: in half precision the solver's own sums would lose the state.
+    with torch.autocast(p.y0.device.type, enabled=False):
+        record = gradients.solve(made.engine, p, stats, made.gradient, made.needed, dense)
+        event_t, ys, ts = None, record.ys, p.t
+        if event_fn is not None:
+            event_t, y_event = _through_event(p, record, made)
+    if event_t is not None:
         ys = torch.stack([ys[0], y_event])
         ts = torch.stack([p.t[0], event_t])
     stats.nfe = p.f.nfe
     stats.wall = time.perf_counter() - start
     blind = made.needed and made.gradient is not None
     interpolant = _interpolant(record, p, made.layout, event_t, blind) if dense else None
-    return Solution(ts, made.layout.unflatten(ys), stats, event_t, interpolant)
+    return Solution(ts, made.layout.unflatten(ys), stats, event_t, interpolant, steps)
+
+
+def _watch(p: ODEProblem) -> Steps | None:
+    """Have the steps of a solve noted as they are tried; the user's callbacks are called as before."""
+    if p.method.kind == "scipy":
+        return None
+    steps, own = Steps(), p.callbacks
+
+    def note(into: list[tuple[float, float]], then: Callback | None) -> Callback:
+        def noted(t0: float, y0: Any, dt: float) -> None:
+            into.append((t0, dt))
+            if then:
+                then(t0, y0, dt)
+
+        return noted
+
+    if p.method.adaptive:
+        p.callbacks = replace(own, accept=note(steps.accepted, own.accept), reject=note(steps.rejected, own.reject))
+    else:  # there every step is accepted
+        p.callbacks = replace(own, step=note(steps.accepted, own.step))
+    return steps
 
 
 @dataclass
@@ -388,8 +413,15 @@ def _read(
 
 def _flat(f: Any, layout: Layout, autocast: bool) -> Field:
     """f on the flat vector."""
-    if autocast:  # f answers in a lower precision than the state's
-        return Field(lambda t, y: layout.flatten(f(t, layout.unflatten(y))).to(layout.dtype))
+    if autocast:  # f answers in a lower precision than the state's, and in the same one when a backward pass asks again
+        dtype = torch.get_autocast_dtype(layout.device.type)
+
+        def cast(t: Tensor, y: Tensor) -> Tensor:
+            # Without its cache: weights that autocast has cast without a graph would have none when one is wanted.
+            with torch.autocast(layout.device.type, dtype=dtype, cache_enabled=False):
+                return layout.flatten(f(t, layout.unflatten(y))).to(layout.dtype)
+
+        return Field(cast)
     if layout.bare:
         return Field(f, layout.shapes[0])
     return Field(lambda t, y: layout.flatten(f(t, layout.unflatten(y))))

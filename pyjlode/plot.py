@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .errors import BadOption
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from .solution import Solution
+
+
+class Flow(Protocol):
+    """What `density_flow` asks of a flow; `pyjlode.nn.CNF` is one."""
+
+    def log_prob(self, x: Tensor, t: float | None = None) -> Tensor: ...
 
 
 def figure(width: float, height: float) -> Figure:
@@ -111,6 +121,75 @@ def vector_field(
     ax.streamplot(_numbers(x), _numbers(y), u, v, **stream)
     ax.set_xlim(*xlim)
     ax.set_ylim(*ylim)
+    return ax
+
+
+def density_flow(
+    ax: Axes,
+    flow: Flow,
+    *,
+    xlim: tuple[float, float],
+    ylim: tuple[float, float],
+    t: float | None = None,
+    points: int = 128,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **image: Any,
+) -> Axes:
+    """Draw the density of a flow in the plane, where it ends or on its way: one picture of a film.
+
+    Args:
+        ax: where to draw.
+        flow: `flow.log_prob(x, t)` for `x` of shape (n, 2) gives (n,); a `pyjlode.nn.CNF`.
+        xlim, ylim: the rectangle; the axes are set to it.
+        t: the time at which the flow stops; by default its end.
+        points: grid points along each side.
+        dtype, device: of the points that the flow is called with.
+        image: for `ax.imshow`.
+
+    Returns:
+        `ax`.
+    """
+    x = torch.linspace(*xlim, points, dtype=dtype, device=device)
+    y = torch.linspace(*ylim, points, dtype=dtype, device=device)
+    grid = torch.cartesian_prod(y, x).flip(-1)
+    with torch.no_grad():
+        density = flow.log_prob(grid, t).exp().reshape(points, points)
+    # The first and the last grid point are the middles of pixels.
+    dx, dy = (xlim[1] - xlim[0]) / (points - 1) / 2, (ylim[1] - ylim[0]) / (points - 1) / 2
+    extent = (xlim[0] - dx, xlim[1] + dx, ylim[0] - dy, ylim[1] + dy)
+    ax.imshow(_numbers(density), **{"extent": extent, "origin": "lower", "aspect": "auto", **image})
+    ax.set_xlim(*xlim)
+    ax.set_ylim(*ylim)
+    return ax
+
+
+def steps(ax: Axes, solution: Solution, **line: Any) -> Axes:
+    """Draw a solution and, under it, the steps that made it: accepted ones as marks, rejected ones as crosses.
+
+    Args:
+        ax: where to draw; the marks stand along its lower edge, each where a step begins.
+        solution: of `pyjlode.solve`, with its dense output.
+        line: for `ax.plot`, of the solution.
+
+    Returns:
+        `ax`.
+
+    Raises:
+        BadOption: the solution kept no account of its steps: `solve(..., dense=False)`, or a solver that tells none.
+    """
+    if solution.steps is None:
+        raise BadOption("this solve kept no account of its steps; call solve(..., dense=True), not with scipy_solver.")
+    solution.plot(ax, **line)
+    # In units of the axes' height, so that the marks stand below whatever the solution is.
+    ax.margins(y=0.12)
+    where: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "linestyle": "none", "clip_on": False}
+    accepted, rejected = solution.steps.accepted, solution.steps.rejected
+    starts = [t for t, _ in accepted]
+    ax.plot(starts, [0.03] * len(starts), marker="|", ms=9, color="0.35", label=f"{len(starts)} accepted", **where)
+    if rejected:
+        starts = [t for t, _ in rejected]
+        ax.plot(starts, [0.075] * len(starts), marker="x", ms=5, color="C3", label=f"{len(starts)} rejected", **where)
     return ax
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass
@@ -45,6 +49,18 @@ class Stats:
 
 
 @dataclass
+class Steps:
+    """The steps of one solve, each as its start and its signed length.
+
+    Attributes:
+        accepted, rejected: in the order in which they were tried.
+    """
+
+    accepted: list[tuple[float, float]] = field(default_factory=list)
+    rejected: list[tuple[float, float]] = field(default_factory=list)
+
+
+@dataclass
 class Solution:
     """The solution of an initial value problem.
 
@@ -53,6 +69,7 @@ class Solution:
         h: the states there: the pytree of `h0` with (T, ...) in front of each leaf's shape.
         stats: the account of the work.
         event_t: 0-d time of the event, differentiable; None without one.
+        steps: the steps that were tried; None where the dense output was not kept, or the solver does not tell.
     """
 
     t: Tensor
@@ -60,6 +77,7 @@ class Solution:
     stats: Stats
     event_t: Tensor | None = None
     _interpolant: Callable[[Tensor], Any] | None = None
+    steps: Steps | None = None
 
     def interpolate(self, t: Tensor | float) -> Any:
         """The state at other times within the span, from the solver's dense output.
@@ -80,3 +98,35 @@ class Solution:
         if self._interpolant is None:
             raise BadOption("this solve kept no dense output; call solve(..., dense=True).")
         return self._interpolant(torch.as_tensor(t))
+
+    def plot(self, ax: Axes | None = None, **line: Any) -> Axes:
+        """Draw the states against time: the dense output as lines where it was kept, else the states at `t`.
+
+        Args:
+            ax: where to draw; by default the Axes of a new figure, `ax.figure.savefig(...)` writes it.
+            line: for `ax.plot`.
+
+        Returns:
+            `ax`. Each component of each tensor of the state is a line with a label of its own.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from . import plot
+
+        if ax is None:
+            ax = plot.figure(7, 4).add_subplot()
+        t, h = self.t.detach(), self.h
+        if self._interpolant is not None and len(t) > 1:
+            t = torch.linspace(float(t[0]), float(t[-1]), 400, dtype=torch.float64)
+            with torch.no_grad():
+                h = self.interpolate(t)
+        leaves = pytree.tree_leaves(h)
+        for i, leaf in enumerate(leaves):
+            leaf = torch.view_as_real(leaf) if leaf.is_complex() else leaf
+            name = "h" if len(leaves) == 1 else f"h{i}"
+            n = leaf[0].numel()
+            labels = [name] if n == 1 else [f"{name}[{k}]" for k in range(n)]
+            plot.trajectory(ax, t, leaf, labels=labels, **line)
+        ax.set_xlabel("t")
+        return ax

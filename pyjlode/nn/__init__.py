@@ -1,5 +1,29 @@
 """Modules that people train."""
 
+from .annealing import kl_annealing
+from .cnf import CNF, Flow
+from .concat import ConcatLinear, ConcatSquash, TimeMLP
+from .flow_transform import FlowTransform
+from .latent_ode import Elbo, LatentODE
+from .likelihoods import GaussianLikelihood, PoissonProcess
 from .neural_ode import NeuralODE
+from .recognition import ODERNN, GRURecognition
+from .resnet import ResNetBlock
 
-__all__ = ["NeuralODE"]
+__all__ = [
+    "CNF",
+    "ODERNN",
+    "ConcatLinear",
+    "ConcatSquash",
+    "Elbo",
+    "Flow",
+    "FlowTransform",
+    "GRURecognition",
+    "GaussianLikelihood",
+    "LatentODE",
+    "NeuralODE",
+    "PoissonProcess",
+    "ResNetBlock",
+    "TimeMLP",
+    "kl_annealing",
+]

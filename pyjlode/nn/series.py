@@ -1,0 +1,83 @@
+"""Irregular, partly observed series: one form for a batch of them, and the union of their times."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import BadShape, BadTime
+
+
+class Series(NamedTuple):
+    """A batch of series.
+
+    Attributes:
+        x: shape (B, T, D), the values; zero where they were not observed.
+        t: shape (B, T), their times, not decreasing along each row.
+        mask: shape (B, T, D), bool: what was observed.
+    """
+
+    x: Tensor
+    t: Tensor
+    mask: Tensor
+
+    @property
+    def observed(self) -> Tensor:
+        """Shape (B, T), bool: where anything was observed."""
+        return self.mask.any(-1)
+
+
+def series(x: Tensor, t: Tensor, mask: Tensor | None, t0: float) -> Series:
+    """Check a batch of series and bring it into one form.
+
+    Args:
+        x: shape (B, T, D). What is masked may be anything, NaN too.
+        t: shape (T,), the same for all, or (B, T); not decreasing, and not before `t0`. Rows that are shorter than
+            others are filled up with their last time, and masked there.
+        mask: shape (B, T, D) or (B, T), true where observed; None is everywhere.
+        t0: the time that no series begins before.
+
+    Raises:
+        BadShape: shapes do not fit together.
+        BadTime: times decrease, come before `t0`, or require grad (there is none here with respect to times).
+    """
+    if x.dim() != 3:
+        raise BadShape(f"x must be of shape (batch, times, features); got {tuple(x.shape)}.")
+    if t.shape not in (x.shape[:2], x.shape[1:2]):
+        raise BadShape(f"t must be of shape {tuple(x.shape[1:2])} or {tuple(x.shape[:2])}; got {tuple(t.shape)}.")
+    check_times(t, t0)
+    if mask is None:
+        mask = torch.ones_like(x, dtype=torch.bool)
+    if mask.shape not in (x.shape, x.shape[:2]):
+        raise BadShape(f"mask must be of shape {tuple(x.shape)} or {tuple(x.shape[:2])}; got {tuple(mask.shape)}.")
+    if mask.dim() == 2:
+        mask = mask[..., None]
+    mask = mask.bool().expand(x.shape)
+    return Series(torch.where(mask, x, 0), t.expand(x.shape[:2]), mask)
+
+
+def check_times(t: Tensor, t0: float) -> None:
+    """Raise BadTime unless the times (..., T) do not decrease, do not come before `t0`, and are without gradient."""
+    if t.requires_grad:
+        raise BadTime("this model gives no gradient with respect to times; pass t.detach().")
+    if t.numel() and bool((t.diff(dim=-1) < 0).any()):
+        raise BadTime("times must not decrease along a series.")
+    if t.numel() and float(t.min()) < t0:
+        raise BadTime(f"times must not come before the latent state's, t0={t0:g}; the first is {float(t.min()):g}.")
+
+
+def union_of_times(*t: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """All times of several tensors, each once.
+
+    Args:
+        t: tensors of any shapes, of one dtype and device.
+
+    Returns:
+        `(union, index)`: shape (U,), strictly increasing; and for each tensor where its times stand in the union, of
+        its own shape: `union[index[i]] == t[i]`.
+    """
+    union, index = torch.unique(torch.cat([x.reshape(-1) for x in t]), return_inverse=True)
+    parts = index.split([x.numel() for x in t])
+    return union, [part.reshape(x.shape) for part, x in zip(parts, t)]
