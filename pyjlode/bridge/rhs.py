@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,7 @@ class Callbacks:
         self.functions: dict[str, Any] = {}
         if p.event_fn is not None:
             self.margin = Margin(p)
-            self.functions["event"] = _PLAIN(self.guard(self.event))
+            self.functions["event"] = _PLAIN(self.guard("event"))
 
     @property
     def pointers(self) -> dict[str, int]:
@@ -59,12 +60,17 @@ class Callbacks:
             error, self.error = self.error, None
             raise error
 
-    def guard(self, call: Callable[..., None]) -> Callable[..., int]:
+    def guard(self, name: str) -> Callable[..., int]:
+        """The method of that name as a C function can have it. It does not hold this object, which holds it."""
+        ref = weakref.ref(self)
+
         def guarded(*args: Any) -> int:
+            this = ref()
+            assert this is not None
             try:
-                call(*args)
+                getattr(this, name)(*args)
             except BaseException as error:
-                self.error = error
+                this.error = error
                 return 1
             return 0
 
@@ -105,11 +111,11 @@ class RHS(Callbacks):
         self.views = Views(p.f.shape or torch.Size([self.n]), self.dtype)
         self.functions |= {
             "f": _PLAIN(self.f()),
-            "jac": _PLAIN(self.guard(self.jac)),
-            "tgrad": _PLAIN(self.guard(self.tgrad)),
-            "jvp": _PRODUCT(self.guard(self.jvp)),
-            "vjp": _PRODUCT(self.guard(self.vjp)),
-            "vjp_p": _PRODUCT(self.guard(self.vjp_p)),
+            "jac": _PLAIN(self.guard("jac")),
+            "tgrad": _PLAIN(self.guard("tgrad")),
+            "jvp": _PRODUCT(self.guard("jvp")),
+            "vjp": _PRODUCT(self.guard("vjp")),
+            "vjp_p": _PRODUCT(self.guard("vjp_p")),
         }
         names = ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "event")
         parameters = self.params.size if gradient else 0
@@ -128,7 +134,7 @@ class RHS(Callbacks):
     def f(self) -> Callable[[int, int, float], int]:
         # The innermost call of all: one Python function, and every name that it uses a local one.
         views, field, dtype, tensor = self.views, self.p.f, self.dtype, torch.scalar_tensor
-        f, shape = field.f, self.views.shape
+        f, shape, ref = field.f, self.views.shape, weakref.ref(self)
 
         def call(du: int, u: int, t: float) -> int:
             try:
@@ -138,7 +144,9 @@ class RHS(Callbacks):
                     raise field.changed(t, k)
                 views[du].copy_(k)
             except BaseException as error:
-                self.error = error
+                this = ref()
+                assert this is not None
+                this.error = error
                 return 1
             return 0
 
