@@ -77,7 +77,7 @@ class Windows(NamedTuple):
 def record() -> tuple[Tensor, Tensor]:
     """Years (T,) and weekly ppm (T,), NaN in the gaps."""
     data = co2.load_pandas().data["co2"]
-    years = data.index.year + (data.index.dayofyear - 1) / 365.25
+    years = data.index.year + (data.index.day_of_year - 1) / 365.25
     return torch.tensor(years.to_numpy(), dtype=torch.float64), torch.tensor(data.to_numpy(), dtype=torch.float64)
 
 

@@ -110,7 +110,7 @@ def train_latent(data: Spirals, name: str, args: argparse.Namespace) -> LatentOD
         elbo = model(data.x[rows], data.t[rows])
         # For each number seen, so that one rate of learning serves 30 and 100 of them.
         value = -elbo.value(kl_annealing(i, warmup)).mean() / data.x[0].numel()
-        return value, {"kl": float(elbo.kl.mean()), "nfe": model.ode.nfe}
+        return value, {"kl": elbo.kl.mean().item(), "nfe": model.ode.nfe}
 
     return train(model, loss, steps, f"latent-ode-{name}", args)
 

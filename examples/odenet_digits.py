@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         left.set(title="Memory of a training step", xlabel="blocks, or evaluations of the field", ylabel="MB")
         left.set(xscale="log", yscale="log", xticks=depths, xticklabels=depths)
         left.minorticks_off()
+        left.set_yticks([5, 10, 20, 50, 100, 200], ["5", "10", "20", "50", "100", "200"])
         left.legend()
         plot.trajectory(right, torch.arange(1, len(nfe) + 1), torch.tensor(nfe), colors=COLORS[1:])
         right.set(title="Evaluations in training", xlabel="step", ylabel="evaluations forward", ylim=(0, None))

@@ -1,0 +1,100 @@
+"""What the examples claim, in the weaker form that seconds of training can bear."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+# An example is a program: it imports its neighbours by their bare names.
+sys.path.append(str(EXAMPLES))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run an example, quick, and look for its picture."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str):
+        result = importlib.import_module(name).main(["--quick"])
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+        return result
+
+    return run
+
+
+def test_cnf_density(run, tmp_path):
+    result = run("cnf_density")
+    moons = result["densities"]["two moons"]
+    assert moons["mass"] == pytest.approx(1, abs=0.01)
+    assert moons["round_trip"] < 1e-3
+    assert moons["log_likelihood"] > moons["gaussian"] + 0.05
+    rows = result["rows"]
+    assert rows["continuous normalizing flow"] > rows["Gaussian, full covariance"]
+    assert (tmp_path / "cnf_density.gif").stat().st_size > 10_000
+
+
+def test_odenet_digits(run):
+    """As good as the ResNet to within three points, with less than half the parameters; memory that grows with depth
+    for the ResNet, and not with evaluations for the O(1) adjoint."""
+    result = run("odenet_digits")
+    ode, resnet = result["networks"]["ODE-Net"], result["networks"]["ResNet"]
+    assert ode["error"] < resnet["error"] + 3
+    assert ode["parameters"] < resnet["parameters"] / 2
+    memory = result["memory"]
+    assert memory["ResNet"][-1] > 3 * memory["ResNet"][1]  # four times the depth
+    assert memory["ODE-Net, backsolve"][-1] < 1.2 * memory["ODE-Net, backsolve"][1]
+
+
+def test_adaptive_depth(run):
+    """Less work at a looser tolerance, a smaller distance from the exact logits at a tighter one, and no more work for
+    easy digits than for hard ones."""
+    result = run("adaptive_depth")
+    nfe = [row[1] for row in result["dial"]]
+    assert nfe == sorted(nfe)
+    assert nfe[-1] > 2 * nfe[0]
+    assert result["dial"][-1][3] < result["dial"][0][3] / 5
+    assert result["rank"] > -0.1
+
+
+def test_latent_spirals(run):
+    """Where the spirals were seen, the latent ODE is much nearer to them than their last point is later on."""
+    errors = run("latent_spirals")[30]
+    assert errors["within"] < errors["still"] / 3
+
+
+def test_co2_irregular(run):
+    errors = run("co2_irregular")
+    assert errors["latent ODE"]["forecast"] < errors["mean of what is seen"]["forecast"]
+    assert errors["Gaussian process"]["interpolation"] < 0.6
+
+
+def test_resumed_training_is_the_training(tmp_path):
+    """Stopped after 6 of 10 steps and resumed: the same history and weights, batches drawn at random and all."""
+    from shared import fit
+
+    def training(folder: Path, steps: int, resume: bool):
+        args = argparse.Namespace(name="x", seed=0, quick=True, resume=resume, checkpoints=folder)
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+
+        def step(i):
+            loss = model(torch.randn(8, 2)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return {"loss": loss.item()}
+
+        return fit("y", {"model": model, "optimizer": optimizer}, step, steps, args, every=3), model.weight
+
+    whole, weight = training(tmp_path / "a", 10, False)
+    training(tmp_path / "b", 6, False)
+    resumed, again = training(tmp_path / "b", 10, True)
+    assert resumed == whole
+    assert torch.equal(weight, again)
