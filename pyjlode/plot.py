@@ -179,7 +179,10 @@ def steps(ax: Axes, solution: Solution, **line: Any) -> Axes:
         BadOption: the solution kept no account of its steps: `solve(..., dense=False)`, or a solver that tells none.
     """
     if solution.steps is None:
-        raise BadOption("this solve kept no account of its steps; call solve(..., dense=True), not with scipy_solver.")
+        raise BadOption(
+            "this solve kept no account of its steps: call solve(..., dense=True) on the native engine, and not with "
+            "scipy_solver."
+        )
     solution.plot(ax, **line)
     # In units of the axes' height, so that the marks stand below whatever the solution is.
     ax.margins(y=0.12)
