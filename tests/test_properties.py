@@ -291,7 +291,8 @@ def test_dense_output_is_the_solution_in_between(h0, t, fractions, method):
     inside = t[0] + torch.tensor(fractions, dtype=F64) * (t[-1] - t[0])
     dense = solution.interpolate(inside)
     assert dense.shape == (len(fractions), 2)
-    assert close(dense[0], solution.interpolate(inside[0]), 1e-14)
+    # Many times at once are a matrix product, one time is another: vern9's weights cancel in four digits of sixteen.
+    assert close(dense[0], solution.interpolate(inside[0]), 1e-11)
     for time, state in zip(inside, dense):
         if time != t[0]:
             there = pyjlode.odeint(wave, h0, torch.stack([t[0], time]), method="vern9", rtol=1e-11, atol=1e-12)[-1]
