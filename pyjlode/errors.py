@@ -77,5 +77,9 @@ class NotConverged(SolveError):
     """The nonlinear equations of an implicit step were not solved in `max_iters` iterations."""
 
 
+class JuliaError(PyJLODEError, RuntimeError):
+    """Julia raised an error that none of the others stands for; the message is Julia's own."""
+
+
 class GradientUnavailable(PyJLODEError, RuntimeError):
     """The gradient asked for cannot be had this way; the message names the way that has it."""

@@ -2,7 +2,8 @@
 module PyJLODESciMLSensitivityExt
 
 using PrecompileTools: @compile_workload, @setup_workload
-using PyJLODE: PyJLODE, AdjointRequest, Field, IMPLICIT, Solve, Source, adjoint!, algorithm, lend, solve_linear, tolerance
+using PyJLODE: PyJLODE, AdjointRequest, FAILURE, Field, IMPLICIT, Solve, Source, call_adjoint, lend, solve_linear,
+    tolerance
 using SciMLSensitivity: BacksolveAdjoint, GaussAdjoint, GaussKronrodAdjoint, InterpolatingAdjoint, QuadratureAdjoint,
     ReverseDiffVJP, adjoint_sensitivities
 
@@ -43,12 +44,15 @@ function PyJLODE.adjoint!(s::Solve{T}, name::String, alg, r::AdjointRequest) whe
 end
 
 "The gradient of half the sum of squares at the outputs of a linear problem."
-function adjoint_linear(::Type{T}, name, alg) where {T}
-    (; s, times, out) = solve_linear(T, alg; dense = true)
+function adjoint_linear(::Type{T}, name, text) where {T}
     du0, dp, rtol, atol = zeros(T, 1), zeros(T, 1), [1.0e-4], [1.0e-6]
-    GC.@preserve du0 dp out times rtol atol begin
-        r = Ref(AdjointRequest(lend.((du0, dp, out, times, rtol, atol))..., 100_000))
-        GC.@preserve r adjoint!(s, name, alg, Int64(UInt(pointer_from_objref(r))))
+    solve_linear(T, text; dense = true) do s, alg, times, out
+        GC.@preserve du0 dp rtol atol name begin
+            request = [AdjointRequest(lend.((du0, dp, out, times, rtol, atol))..., 100_000)]
+            GC.@preserve request begin
+                call_adjoint(s, Cstring(pointer(name)), alg, pointer(request)) == 0 && error(FAILURE[])
+            end
+        end
     end
     return du0
 end
@@ -56,11 +60,11 @@ end
 @setup_workload begin
     @compile_workload begin
         for text in ("Tsit5()", "DP5()"), name in ("interpolating", "gauss"), T in (Float32, Float64)
-            adjoint_linear(T, name, algorithm(text))
+            adjoint_linear(T, name, text)
         end
         # Loading SciMLSensitivity invalidates what was compiled for these.
         for text in IMPLICIT
-            solve_linear(Float64, algorithm(text); dense = true)
+            solve_linear(Float64, text; dense = true)
         end
     end
 end

@@ -19,6 +19,7 @@ include("memory.jl")
 include("rhs.jl")
 include("algorithms.jl")
 include("solve.jl")
+include("calls.jl")
 include("precompile.jl")
 
 end

@@ -59,6 +59,42 @@ struct AdjointRequest
     max_steps::Int64
 end
 
+"""
+The C functions of a [`Field`](@ref) over `n` numbers, 0 where there is none, and the number of its parameters. As
+[`Request`](@ref).
+"""
+struct Functions
+    n::Int64
+    parameters::Int64
+    f::Ptr{Cvoid}
+    jac::Ptr{Cvoid}
+    tgrad::Ptr{Cvoid}
+    jvp::Ptr{Cvoid}
+    vjp::Ptr{Cvoid}
+    vjp_p::Ptr{Cvoid}
+    event::Ptr{Cvoid}
+end
+
+"""
+How a solve went. As [`Request`](@ref).
+
+  - `code`: name of the `ReturnCode`, zero-terminated, for ever.
+  - `t`, `dt`: where it ended, and the step it was about to take.
+  - `event_time`: NaN where no event ended it.
+"""
+struct Outcome
+    code::Ptr{UInt8}
+    t::Float64
+    dt::Float64
+    event_time::Float64
+    naccept::Int64
+    nreject::Int64
+    njac::Int64
+    nlu::Int64
+    nnewton::Int64
+    nf::Int64
+end
+
 "One number, or one for each of the state."
 function tolerance(lent::Lent)
     values = Vector{Float64}(lent)

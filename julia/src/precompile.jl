@@ -20,36 +20,50 @@ for T in (Float32, Float64)
         # The Jacobian of -u is -1, and what multiplies -1 by a vector does so at v = 1.
         function linear_field(::Type{$T}; event::Bool = false)
             vjp = @cfunction(c_vjp, Cint, (Ptr{$T}, Ptr{$T}, Ptr{$T}, Cdouble))
-            return Field{$T}(
-                1;
-                f = @cfunction(c_field, Cint, (Ptr{$T}, Ptr{$T}, Cdouble)),
-                jac = @cfunction(c_jacobian, Cint, (Ptr{$T}, Ptr{$T}, Cdouble)),
-                tgrad = @cfunction(c_zero, Cint, (Ptr{$T}, Ptr{$T}, Cdouble)),
-                jvp = vjp, vjp, vjp_p = vjp, parameters = 1,
-                event = event ? @cfunction(c_margin, Cint, (Ptr{Cdouble}, Ptr{$T}, Cdouble)) : C_NULL
+            return Functions(
+                1, 1,
+                @cfunction(c_field, Cint, (Ptr{$T}, Ptr{$T}, Cdouble)),
+                @cfunction(c_jacobian, Cint, (Ptr{$T}, Ptr{$T}, Cdouble)),
+                @cfunction(c_zero, Cint, (Ptr{$T}, Ptr{$T}, Cdouble)),
+                vjp, vjp, vjp,
+                event ? @cfunction(c_margin, Cint, (Ptr{Cdouble}, Ptr{$T}, Cdouble)) : C_NULL,
             )
         end
     end
 end
 
-"Solve u' = -u, u(0) = 1 over [0, 1] with a field as Python's would be."
-function solve_linear(::Type{T}, alg; dense = false, event = false, first_step = 0.0, tolerances = 1) where {T}
-    f = linear_field(T; event)
+address(a::Array) = Int64(UInt(pointer(a)))
+
+"""
+Solve u' = -u, u(0) = 1 over [0, 1] through the doors that Python comes by, and hand the number of the solve, the output
+times and the states there to `after`.
+"""
+function solve_linear(
+        after, ::Type{T}, text; dense = false, event = false, first_step = 0.0, tolerances = 1
+    ) where {T}
     u0, times, out = ones(T, 1), event ? [0.0, 1.0] : [0.0, 0.5, 1.0], zeros(T, event ? 2 : 3)
     offsets, rtol, atol, none = [0, 1], fill(1.0e-4, tolerances), fill(1.0e-6, tolerances), Float64[]
-    GC.@preserve u0 times out offsets rtol atol none begin
-        r = Ref(
+    field, outcome = [linear_field(T; event)], Vector{Outcome}(undef, 1)
+    GC.@preserve u0 times out offsets rtol atol none field outcome text begin
+        request = [
             Request(
                 lend.((u0, out, times, offsets, rtol, atol, none, none, none))..., first_step, 0.0, Inf, 100_000, 0,
                 dense, 0
-            )
-        )
-        GC.@preserve r begin
-            s, outcome = solve(f, alg, Int64(UInt(pointer_from_objref(r))), nothing)
+            ),
+        ]
+        GC.@preserve request begin
+            alg = call_algorithm(Cstring(pointer(text)))
+            f = call_field(8 * sizeof(T), pointer(field))
+            s = call_solve(f, alg, pointer(request), pointer(outcome))
+            s == 0 && error(FAILURE[])
+            after(s, alg, times, out)
+            numbers = [alg, f, s]
+            call_release(pointer(numbers), 3)
         end
     end
-    return (; s, outcome, times, out)
+    return out
 end
+solve_linear(::Type{T}, text; kwargs...) where {T} = solve_linear(Returns(nothing), T, text; kwargs...)
 
 const IMPLICIT = (
     "Rosenbrock23()", "Rodas5P()", "RadauIIA5()", "FBDF()", "KenCarp4()", "Kvaerno5()", "TRBDF2()", "DefaultODEAlgorithm()",
@@ -57,18 +71,17 @@ const IMPLICIT = (
 
 @setup_workload begin
     @compile_workload begin
+        addresses()
+        call_collect(1)
         for text in ("DP5()", "Tsit5()"), T in (Float32, Float64)
-            alg = algorithm(text)
-            (; s, times, out) = solve_linear(T, alg; dense = true)
-            GC.@preserve times out interpolate!(s, Int64(UInt(pointer(times))), Int64(UInt(pointer(out))), 3)
-            T == Float64 && solve_linear(T, alg; first_step = 0.1)
-            T == Float64 && solve_linear(T, alg; event = true)
+            solve_linear(T, text; dense = true) do s, alg, times, out
+                call_interpolate(s, address(times), address(out), length(times))
+            end
+            T == Float64 && solve_linear(T, text; first_step = 0.1)
+            T == Float64 && solve_linear(T, text; event = true)
         end
         for text in ("BS3()", "DP8()", "Vern7()", "Vern9()", IMPLICIT...)
-            solve_linear(Float64, algorithm(text); dense = true)
-        end
-        for T in (Float32, Float64)
-            field(T, 1, 0, 0, 0, 0, 0, 0, 0, 0)
+            solve_linear(Float64, text; dense = true)
         end
     end
 end

@@ -49,9 +49,8 @@ function Field{T}(
     return Field{T}(n, pointers..., Vector{T}[], T[], T[], zeros(T, parameters))
 end
 
-"The same by position."
-function field(::Type{T}, n, parameters, f, jac, tgrad, jvp, vjp, vjp_p, event) where {T}
-    return Field{T}(n; f, jac, tgrad, jvp, vjp, vjp_p, event, parameters)
+function Field{T}(c::Functions) where {T}
+    return Field{T}(c.n, c.f, c.jac, c.tgrad, c.jvp, c.vjp, c.vjp_p, c.event, Vector{T}[], T[], T[], zeros(T, c.parameters))
 end
 
 "Whether a callback may look at `a` itself."
@@ -155,20 +154,8 @@ end
 
 Source{T}(n, f, parameters, event = C_NULL) where {T} = Source{T, typeof(f)}(n, f, event, parameters)
 
-"From the addresses of `m` parameters, which are copied, and of the event function."
-function source(::Type{T}, n::Int64, f, parameters::Int64, m::Int64, event::Int64) where {T}
-    return Source{T}(n, f, copy(Vector{T}(Lent(pointer_to(parameters), m))), pointer_to(event))
-end
-
 "The function `f(du, u, p, t)` that Julia source text defines; the last expression of the text must be it."
 source_function(text::AbstractString) = Core.eval(Module(), Meta.parseall(text))
-
-"`f(du, u, p, t)` once, between the addresses of `n` numbers and of `m` parameters."
-function evaluate!(::Type{T}, f, du::Int64, u::Int64, n::Int64, p::Int64, m::Int64, t) where {T}
-    at(address, length) = Vector{T}(Lent(pointer_to(address), length))
-    f(at(du, n), at(u, n), at(p, m), Float64(t))
-    return nothing
-end
 
 function ode_function(field::Source; mass_matrix = I, full = false)
     return full ? ODEFunction{true, FullSpecialize}(field.f; mass_matrix) : ODEFunction{true}(field.f; mass_matrix)

@@ -1,13 +1,11 @@
 # One solve: from lent memory into lent memory.
 
 """
-A solve, for as long as anybody may ask for its dense output or its adjoint.
-
-`owner` is kept because the solution refers to memory that is its: the first state.
+A solve, for as long as anybody may ask for its dense output or its adjoint. The solution refers to memory of the
+caller's: the first state.
 """
 struct Solve{T, F}
     field::F
-    owner::Any
     sol::Any
 end
 
@@ -83,7 +81,7 @@ end
 const SILENT = DEVerbosity(SciMLLogging.None())
 
 """
-    solve(field::Union{Field{T}, Source{T}}, alg, request, owner) -> Solve{T}, outcome
+    solve(field::Union{Field{T}, Source{T}}, alg, request) -> Solve{T}, Outcome
 
 Solve from `u0` at `times[1]` and write the states at all of `times` into `out`.
 
@@ -91,21 +89,9 @@ Solve from `u0` at `times[1]` and write the states at all of `times` into `out`.
 
   - `field`: with an `event`, the solve ends there, and the second state of `out` is that at the event; of the two
     `times` the second then gives the direction only.
-  - `request`: a [`Request`](@ref), or the address of one.
-  - `owner`: whatever keeps the memory that the request names.
-
-# Returns
-
-A [`Solve`](@ref), and `(retcode, t, dt, naccept, nreject, njac, nlu, nnewton, nf, event_time)`; the last is NaN without
-an event.
+  - `request`: a [`Request`](@ref).
 """
-function solve(field, alg, address::Int64, @nospecialize(owner))
-    GC.@preserve owner begin
-        return solve(field, alg, unsafe_load(Ptr{Request}(address)), owner)
-    end
-end
-
-function solve(field::Union{Field{T}, Source{T}}, alg, r::Request, @nospecialize(owner)) where {T}
+function solve(field::Union{Field{T}, Source{T}}, alg, r::Request) where {T}
     times = copy(Vector{Float64}(r.times))
     u0 = Vector{T}(r.u0)
     states = reshape(Vector{T}(r.out), field.n, length(times))
@@ -141,12 +127,15 @@ function solve(field::Union{Field{T}, Source{T}}, alg, r::Request, @nospecialize
     sol = solve!(integrator)
     event === nothing || copyto!(view(states, :, 2), integrator.u)
     (; stats, retcode) = sol
-    outcome = (
-        string(retcode), Float64(integrator.t), Float64(integrator.dt), stats.naccept, stats.nreject, stats.njacs,
-        stats.nw, stats.nnonliniter, stats.nf, event === nothing ? NaN : event.time,
+    outcome = Outcome(
+        code_name(retcode), integrator.t, integrator.dt, event === nothing ? NaN : event.time,
+        stats.naccept, stats.nreject, stats.njacs, stats.nw, stats.nnonliniter, stats.nf,
     )
-    return Solve{T, typeof(field)}(field, owner, sol), outcome
+    return Solve{T, typeof(field)}(field, sol), outcome
 end
+
+# A symbol's text is never freed.
+code_name(retcode) = Base.unsafe_convert(Ptr{UInt8}, Symbol(retcode))
 
 "The state at `m` times, any within the span of a solve that was `dense`, to `out`; both are addresses."
 function interpolate!(s::Solve{T}, times::Int64, out::Int64, m::Int64) where {T}
@@ -163,8 +152,6 @@ end
 
 The gradient of a loss of the states at `times` with the cotangents `g`, by the adjoint method `name` of
 SciMLSensitivity, which must be loaded: with respect to the state at `times[1]` (without `g` there), and to the
-parameters. `request` is an [`AdjointRequest`](@ref), or the address of one.
+parameters. `request` is an [`AdjointRequest`](@ref).
 """
 function adjoint! end
-
-adjoint!(s::Solve, name::String, alg, address::Int64) = adjoint!(s, name, alg, unsafe_load(Ptr{AdjointRequest}(address)))

@@ -2,7 +2,8 @@
 
 using LinearAlgebra
 using PyJLODE
-using PyJLODE: AdjointRequest, Field, Lent, Request, Source, adjoint!, algorithm, interpolate!, lend, source_function
+using PyJLODE: AdjointRequest, Field, Functions, Lent, Outcome, Request, Source, adjoint!, algorithm, interpolate!, lend,
+    source_function
 using SciMLSensitivity
 using Test
 
@@ -76,9 +77,9 @@ function run(field, text, times; T = Float64, rtol = 1.0e-6, first_step = 0.0, f
             lend.((u0, out, times, offsets, tol, tol, none, none, none))..., first_step, 0.0, Inf, 100_000, fixed, dense,
             full
         )
-        s, outcome = PyJLODE.solve(field, algorithm(text), r, owner)
+        s, outcome = PyJLODE.solve(field, algorithm(text), r)
     end
-    return (; s, outcome, out, u0)
+    return (; s, outcome, code = unsafe_string(outcome.code), out, u0)
 end
 
 function run(::Type{T}, text, times; names = (:f,), kwargs...) where {T}
@@ -108,13 +109,15 @@ end
     @testset "the layouts are those of C" begin
         @test sizeof(Request) == 9 * 16 + 7 * 8
         @test sizeof(AdjointRequest) == 6 * 16 + 8
+        @test sizeof(Functions) == 9 * 8
+        @test sizeof(Outcome) == 10 * 8
     end
 
     @testset "$text, $T, to $last" for text in ("DP5()", "Tsit5()", "BS3()", "DP8()", "Vern7()", "Vern9()"),
             T in (Float32, Float64), last in (3.0, -3.0)
         times = range(0, last, length = 7)
         r = run(T, text, times)
-        @test r.outcome[1] == "Success"
+        @test r.code == "Success"
         @test eltype(r.out) == T
         @test maximum(abs, r.out .- reduce(hcat, exact.(times))) < 2.0e-4
         @test r.out[:, 1] == r.u0
@@ -124,9 +127,9 @@ end
         times = range(0, 3, length = 7)
         rtol = text in ("Rosenbrock23()", "TRBDF2()") ? 1.0e-4 : 1.0e-6
         r = run(Float64, text, times; names = (:f, :jac, :tgrad), rtol)
-        @test r.outcome[1] == "Success"
+        @test r.code == "Success"
         @test maximum(abs, r.out .- reduce(hcat, exact.(times))) < 1.0e3 * rtol
-        @test r.outcome[6] > 0
+        @test r.outcome.njac > 0
     end
 
     @testset "fixed steps, and from time to time" begin
@@ -143,8 +146,8 @@ end
 
     @testset "event" begin
         r = run(Float64, "Tsit5()", [0.0, 1.0]; names = (:f, :event), rtol = 1.0e-9)
-        time = r.outcome[end]
-        @test r.outcome[1] == "Terminated"
+        time = r.outcome.event_time
+        @test r.code == "Terminated"
         @test abs(exact(time)[1]) < 1.0e-7
         @test r.out[:, 2] ≈ exact(time) rtol = 1.0e-7
     end
@@ -160,7 +163,7 @@ end
         f = @cfunction(failing, Cint, (Ptr{Float64}, Ptr{Float64}, Cdouble))
         field = Field{Float64}(2; f)
         @test_throws PyJLODE.Abandoned run(field, "Tsit5()", [0.0, 1.0])
-        @test run(Float64, "Tsit5()", [0.0, 1.0]).outcome[1] == "Success"
+        @test run(Float64, "Tsit5()", [0.0, 1.0]).code == "Success"
     end
 
     @testset "arrays that a callback saw stay where they are" begin
@@ -168,6 +171,20 @@ end
         @test 0 < length(field.pinned) <= PyJLODE.PINNED
         GC.gc()
         @test allunique(pointer.(field.pinned))
+    end
+
+    @testset "failures are text, and what was let go of is gone" begin
+        text = "NoSuchMethod()"
+        GC.@preserve text begin
+            @test PyJLODE.call_algorithm(Cstring(pointer(text))) == 0
+            @test occursin("NoSuchMethod", unsafe_string(PyJLODE.call_failure()))
+        end
+        numbers = [PyJLODE.hold(:a), PyJLODE.hold(:b)]
+        @test PyJLODE.HELD[numbers[2]] == :b
+        GC.@preserve numbers PyJLODE.call_release(pointer(numbers), 2)
+        @test isempty(PyJLODE.HELD)
+        on = PyJLODE.call_collect(0)
+        @test PyJLODE.call_collect(on) == 0
     end
 
     # L = sum of the squares of the states at the outputs; its gradient by differences in exact arithmetic of the flow.

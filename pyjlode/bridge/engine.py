@@ -16,6 +16,7 @@ from ..methods import Method
 from ..problem import ODEProblem, SolverOptions, is_finite
 from ..solution import Stats
 from . import runtime
+from .calls import Calls, Held
 from .memory import AdjointRequest, Request
 from .rhs import RHS, Callbacks, field_of
 
@@ -53,21 +54,21 @@ class Memory:
     record: Record
     gradient: str
     rhs: Callbacks | None
-    solve: Any
+    solve: Held | None
 
 
 class DenseOutput:
     """The solution as a function of time, from Julia's."""
 
-    def __init__(self, rhs: Callbacks, solve: Any) -> None:
+    def __init__(self, rhs: Callbacks, solve: Held) -> None:
         self.rhs, self.solve = rhs, solve
 
     def __call__(self, times: Tensor) -> Tensor:
         """Times of shape (M,) -> states of shape (M, n)."""
         out = torch.empty(len(times), self.rhs.n, dtype=self.rhs.dtype)
         ts = times.detach().to(torch.float64).contiguous()
-        with torch.no_grad(), runtime.julia() as jl:
-            _call(self.rhs, jl.interpolate_b, self.solve, ts.data_ptr(), out.data_ptr(), len(ts))
+        with torch.no_grad(), runtime.julia() as calls:
+            _call(self.rhs, calls.interpolate, self.solve, ts, out)
         return out
 
 
@@ -133,14 +134,16 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
         rtol=_tolerance(settings.rtol),
         atol=_tolerance(settings.atol),
     )
-    with torch.no_grad(), runtime.julia() as jl:
+    with torch.no_grad(), runtime.julia() as calls:
         runtime.sensitivity()
-        _call(rhs, jl.adjoint_b, memory.solve, memory.gradient, _algorithm(jl, settings.method), request.address)
+        _call(rhs, calls.adjoint, memory.solve, memory.gradient, _algorithm(calls, settings.method), request)
     params = [x.to(q.device, q.dtype) for x, q in zip(rhs.params.leaves(theta), p.params)]
     return Gradients(a + g[0], time_gradient(p, record, g, a, p.f), params)
 
 
-def _solve(p: ODEProblem, stats: Stats, gradient: str | None, dense: bool) -> tuple[Record, Callbacks | None, Any]:
+def _solve(
+    p: ODEProblem, stats: Stats, gradient: str | None, dense: bool
+) -> tuple[Record, Callbacks | None, Held | None]:
     if len(p.times) == 1 or p.y0.numel() == 0:
         return Record(p.y0.detach().expand(len(p.times), -1).clone()), None, None
     o = p.options
@@ -169,15 +172,17 @@ def _solve(p: ODEProblem, stats: Stats, gradient: str | None, dense: bool) -> tu
         jumps=torch.tensor(o.jump_t, dtype=torch.float64),
         mass=y0.new_empty(0) if p.mass is None else p.mass.T.contiguous(),
     )
-    with torch.no_grad(), runtime.julia() as jl:
-        algorithm = _algorithm(jl, p.method)
-        rhs = field_of(jl, p, gradient)
-        solution, outcome = _call(rhs, jl.solve, rhs.field, algorithm, request.address, request.owner)
-    code, t, dt, stats.naccept, stats.nreject, stats.njac, stats.nlu, stats.nnewton, nf, event_t = outcome
+    with torch.no_grad(), runtime.julia() as calls:
+        algorithm = _algorithm(calls, p.method)
+        rhs = field_of(calls, p, gradient)
+        solution, outcome = _call(rhs, calls.solve, rhs.field, algorithm, request)
+    for name in ("naccept", "nreject", "njac", "nlu", "nnewton"):
+        setattr(stats, name, getattr(outcome, name))
+    code, t, dt, event_t = outcome.code.decode(), outcome.t, outcome.dt, outcome.event_time
     if isinstance(rhs, RHS):
         rhs.check_kept()
     else:
-        p.f.nfe += nf
+        p.f.nfe += outcome.nf
     if code not in ("Success", "Terminated", "Default"):
         raise _failure(p, code, t, dt)
     if not is_finite(out):
@@ -197,9 +202,9 @@ def _call(rhs: Callbacks, function: Any, *args: Any) -> Any:
         raise
 
 
-def _algorithm(jl: Any, method: Method) -> Any:
+def _algorithm(calls: Calls, method: Method) -> Held:
     try:
-        return runtime.algorithm(jl, method.julia or "")
+        return runtime.algorithm(calls, method.julia or "")
     except Exception as error:
         raise BadOption(f"method={method.name!r}: Julia does not make a solver of that: {error}") from error
 

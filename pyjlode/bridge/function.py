@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import BadOption, GradientUnavailable
 from . import runtime
+from .calls import Held
 
 
 class _Value(torch.autograd.Function):
@@ -40,12 +41,12 @@ class JuliaFunction(nn.Module):
         self.params = nn.Parameter(params.detach().clone())
 
     @property
-    def handle(self) -> Any:
+    def handle(self) -> Held:
         """The function in Julia."""
         if self.source not in _compiled:
-            with runtime.julia() as jl:
+            with runtime.julia() as calls:
                 try:
-                    _compiled[self.source] = jl.source_function(self.source)
+                    _compiled[self.source] = calls.source_function(self.source)
                 except Exception as error:
                     raise BadOption(f"julia_function: Julia does not take this source: {error}") from error
         return _compiled[self.source]
@@ -55,13 +56,12 @@ class JuliaFunction(nn.Module):
         u = h.detach().reshape(-1).contiguous()
         out = torch.zeros_like(u)
         p = self.params.detach().to(u).contiguous()
-        with runtime.julia() as jl:
-            numbers = (out.data_ptr(), u.data_ptr(), len(u), p.data_ptr(), len(p), float(t))
-            jl.evaluate_b(runtime.julia_type(jl, u.dtype), self.handle, *numbers)
+        with runtime.julia() as calls:
+            calls.evaluate(self.handle, out, u, p, float(t))
         return _Value.apply(out.view_as(h), h, self.params)
 
 
-_compiled: dict[str, Any] = {}
+_compiled: dict[str, Held] = {}
 
 
 def julia_function(source: str, params: Tensor | int) -> JuliaFunction:

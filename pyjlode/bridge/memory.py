@@ -15,24 +15,25 @@ class Lent(ctypes.Structure):
     _fields_ = (("address", ctypes.c_void_p), ("length", ctypes.c_int64))
 
 
-class Owner:
-    """Of what is lent. A plain object, which Julia takes as it is: a tensor it would first look into."""
+class Shown(ctypes.Structure):
+    """A structure that Julia reads or writes."""
 
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self)
 
 
-class Lender(ctypes.Structure):
+class Lender(Shown):
     """A structure of lent memory that Julia reads.
 
     Attributes:
-        owner: keeps the tensors. Julia is given it with the address, and keeps it for as long as it may look: there is
-            no other way to lend, so nothing lent can be freed too early.
+        tensors: what was lent. Whatever Julia makes of it keeps this structure (`calls.Held`): there is no other way to
+            lend, so nothing lent can be freed too early.
     """
 
     def __init__(self, **numbers: float) -> None:
         super().__init__(**numbers)
-        self.owner = Owner()
+        self.tensors: dict[str, Tensor] = {}
 
     def lend(self, **tensors: Tensor) -> None:
         """Lend the memory of tensors under the names of fields of type `Lent`.
@@ -40,15 +41,11 @@ class Lender(ctypes.Structure):
         Args:
             tensors: any shape, contiguous, on the CPU. Row-major (a, b) is column-major (b, a) in Julia.
         """
-        self.owner.tensors |= tensors
+        self.tensors |= tensors
         for name, x in tensors.items():
             assert x.is_contiguous()
             assert x.device.type == "cpu"
             setattr(self, name, Lent(x.data_ptr(), x.numel()))
-
-    @property
-    def address(self) -> int:
-        return ctypes.addressof(self)
 
 
 class Request(Lender):
@@ -67,6 +64,25 @@ class AdjointRequest(Lender):
     _fields_ = (
         *((name, Lent) for name in ("du0", "dp", "g", "times", "rtol", "atol")),
         ("max_steps", ctypes.c_int64),
+    )
+
+
+class Functions(Shown):
+    """Addresses of the C functions of a vector field, 0 for none; `Functions` in julia/src/memory.jl."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("n", "parameters")),
+        *((name, ctypes.c_void_p) for name in ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "event")),
+    )
+
+
+class Outcome(Shown):
+    """How a solve went; `Outcome` in julia/src/memory.jl says what each field is."""
+
+    _fields_ = (
+        ("code", ctypes.c_char_p),
+        *((name, ctypes.c_double) for name in ("t", "dt", "event_time")),
+        *((name, ctypes.c_int64) for name in ("naccept", "nreject", "njac", "nlu", "nnewton", "nf")),
     )
 
 
@@ -99,6 +115,25 @@ class Views(dict[int, Tensor]):
         return any(
             sys.getrefcount(x) > 3 or torch._C._storage_Use_Count(x.untyped_storage()._cdata) > 3 for x in self.values()
         )
+
+
+class Clock:
+    """The time as a tensor that is not made anew for each call of f, but set.
+
+    Attributes:
+        cell: set its `value`.
+        tensor: 0-d, looks at it.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.cell = ctypes.c_float() if dtype == torch.float32 else ctypes.c_double()
+        self.tensor = torch.frombuffer(self.cell, dtype=dtype).view(())
+        self.storage = self.tensor.untyped_storage()._cdata
+        self.references, self.uses = sys.getrefcount(self.tensor), torch._C._storage_Use_Count(self.storage)
+
+    def kept(self) -> bool:
+        """Whether somebody else holds the tensor, or another one of its memory: it must not be set any more."""
+        return sys.getrefcount(self.tensor) > self.references or torch._C._storage_Use_Count(self.storage) > self.uses
 
 
 def look(address: int, n: int, dtype: torch.dtype) -> Tensor:

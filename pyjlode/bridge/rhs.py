@@ -14,9 +14,9 @@ from ..arguments import warn_once
 from ..derivatives import directional, directional_by_reverse, jacobian, pull_back, vjp
 from ..events import Margin
 from ..problem import Layout, ODEProblem
+from .calls import Calls, Held
 from .function import JuliaFunction
-from .memory import Views, look
-from .runtime import julia_type
+from .memory import Clock, Functions, Views, look
 
 _PLAIN = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double)
 _PRODUCT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double)
@@ -25,11 +25,11 @@ _PRODUCT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctyp
 _FAR = 1e300
 
 
-def field_of(jl: Any, p: ODEProblem, gradient: str | None) -> RHS | Source:
+def field_of(calls: Calls, p: ODEProblem, gradient: str | None) -> RHS | Source:
     """The problem's vector field for Julia."""
     if isinstance(p.f.f, JuliaFunction):
-        return Source(jl, p, p.f.f)
-    return RHS(jl, p, gradient)
+        return Source(calls, p, p.f.f)
+    return RHS(calls, p, gradient)
 
 
 class Callbacks:
@@ -45,14 +45,15 @@ class Callbacks:
         self.params = Layout(list(p.params))
         self.error: BaseException | None = None
         self.functions: dict[str, Any] = {}
+        self.field: Held
         if p.event_fn is not None:
             self.margin = Margin(p)
             self.functions["event"] = _PLAIN(self.guard("event"))
 
     @property
     def pointers(self) -> dict[str, int]:
-        """Addresses of the functions; 0 for the event function that is not there."""
-        return {"event": 0} | {name: ctypes.cast(f, ctypes.c_void_p).value or 0 for name, f in self.functions.items()}
+        """Addresses of the functions."""
+        return {name: ctypes.cast(f, ctypes.c_void_p).value or 0 for name, f in self.functions.items()}
 
     def raise_error(self) -> None:
         """Raise what a callback raised, if one did, with its own traceback."""
@@ -88,23 +89,21 @@ class Callbacks:
 class Source(Callbacks):
     """A field that is Julia code: only its event function is called back."""
 
-    def __init__(self, jl: Any, p: ODEProblem, f: JuliaFunction) -> None:
+    def __init__(self, calls: Calls, p: ODEProblem, f: JuliaFunction) -> None:
         super().__init__(p)
         theta = f.params.detach().to(self.dtype).contiguous()
-        self.field = jl.source(
-            julia_type(jl, self.dtype), self.n, f.handle, theta.data_ptr(), theta.numel(), self.pointers["event"]
-        )
+        self.field = calls.source(self.dtype, self.n, f.handle, theta, self.pointers.get("event", 0))
 
 
 class RHS(Callbacks):
     """The C functions of one problem's vector field and products. Whoever calls into Julia with `field` must hold this.
 
     Args:
-        jl: the module `PyJLODE`.
+        calls: the functions of PyJLODE.jl.
         gradient: name of the gradient method that will be asked for; None for none.
     """
 
-    def __init__(self, jl: Any, p: ODEProblem, gradient: str | None) -> None:
+    def __init__(self, calls: Calls, p: ODEProblem, gradient: str | None) -> None:
         super().__init__(p)
         self.joint = gradient in ("interpolating", "backsolve")  # both products are asked for, one after the other
         self.pending: list[Tensor | None] | None = None
@@ -117,9 +116,8 @@ class RHS(Callbacks):
             "vjp": _PRODUCT(self.guard("vjp")),
             "vjp_p": _PRODUCT(self.guard("vjp_p")),
         }
-        names = ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "event")
         parameters = self.params.size if gradient else 0
-        self.field = jl.field(julia_type(jl, self.dtype), self.n, parameters, *(self.pointers[name] for name in names))
+        self.field = calls.field(self.dtype, Functions(n=self.n, parameters=parameters, **self.pointers))
         self.views.owner = self.field
 
     def check_kept(self) -> None:
@@ -133,16 +131,20 @@ class RHS(Callbacks):
 
     def f(self) -> Callable[[int, int, float], int]:
         # The innermost call of all: one Python function, and every name that it uses a local one.
-        views, field, dtype, tensor = self.views, self.p.f, self.dtype, torch.scalar_tensor
+        views, field, dtype, clock = self.views, self.p.f, self.dtype, Clock(self.dtype)
         f, shape, ref = field.f, self.views.shape, weakref.ref(self)
 
         def call(du: int, u: int, t: float) -> int:
+            nonlocal clock
             try:
                 field.nfe += 1
-                k = f(tensor(t, dtype=dtype), views[u])
+                clock.cell.value = t
+                k = f(clock.tensor, views[u])
                 if k.shape != shape:
                     raise field.changed(t, k)
                 views[du].copy_(k)
+                if clock.kept():
+                    clock = Clock(dtype)
             except BaseException as error:
                 this = ref()
                 assert this is not None

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import EngineUnavailable
+from .calls import Calls, Held
 
 log = logging.getLogger("pyjlode")
 
@@ -33,19 +34,19 @@ class Runtime:
     """What there is once of Julia in a process.
 
     Attributes:
-        jl: the module `PyJLODE`; None before the start.
+        calls: the functions of PyJLODE.jl; None before the start.
         main: Julia's `Main`.
         pid, thread: where it was started.
         seconds: what loading took: "juliacall", "solvers" and, once the first gradient has asked for it, "sensitivity".
     """
 
     lock: threading.RLock = field(default_factory=threading.RLock)
-    jl: Any = None
+    calls: Calls | None = None
     main: Any = None
     pid: int = 0
     thread: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    algorithms: dict[str, Any] = field(default_factory=dict)
+    algorithms: dict[str, Held] = field(default_factory=dict)
 
 
 _runtime = Runtime()
@@ -77,7 +78,7 @@ def find() -> Found | str:
 
 
 def started() -> bool:
-    return _runtime.jl is not None
+    return _runtime.calls is not None
 
 
 def seconds() -> dict[str, float]:
@@ -86,31 +87,34 @@ def seconds() -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def julia() -> Iterator[Any]:
-    """The Julia module `PyJLODE`, for as long as the block runs and for this thread alone; started if need be.
+def julia() -> Iterator[Calls]:
+    """The functions of PyJLODE.jl, for as long as the block runs and for this thread alone; started if need be.
 
     Raises:
         EngineUnavailable: Julia is not set up or did not start, or this is a fork of the process that it started in.
     """
     with _runtime.lock:
-        if _runtime.jl is None:
+        if _runtime.calls is None:
             _start()
+        calls = _runtime.calls
+        assert calls is not None
         if os.getpid() != _runtime.pid:
             raise EngineUnavailable(
                 "Julia was started in the parent of this process and does not live on in a fork of it. Start the "
                 "process by 'spawn' (DataLoader: multiprocessing_context='spawn'), or use engine='torch' here."
             )
+        calls.release_dropped()
         if threading.get_ident() == _runtime.thread:
-            yield _runtime.jl
+            yield calls
             return
         # Julia's collector waits for every thread that ran Julia to reach a safe point. The thread that started Julia
         # may be blocked in Python just now (in autograd, which runs this backward pass on another thread), and would
         # never reach one. A solve allocates little; what it leaves is collected when the first thread is back.
-        collecting = _runtime.main.GC.enable(False)
+        collecting = calls.collect(False)
         try:
-            yield _runtime.jl
+            yield calls
         finally:
-            _runtime.main.GC.enable(collecting)
+            calls.collect(collecting)
 
 
 def evaluate(expression: str) -> Any:
@@ -118,15 +122,10 @@ def evaluate(expression: str) -> Any:
     return _runtime.main.seval(expression)
 
 
-def julia_type(jl: Any, dtype: torch.dtype) -> Any:
-    """Julia's name for a dtype."""
-    return jl.Float32 if dtype == torch.float32 else jl.Float64
-
-
-def algorithm(jl: Any, expression: str) -> Any:
+def algorithm(calls: Calls, expression: str) -> Held:
     """The solver that a Julia expression makes; made once."""
     if expression not in _runtime.algorithms:
-        _runtime.algorithms[expression] = jl.algorithm(expression)
+        _runtime.algorithms[expression] = calls.algorithm(expression)
     return _runtime.algorithms[expression]
 
 
@@ -161,12 +160,14 @@ def _start() -> None:
         loaded = time.perf_counter()
         main = juliacall.Main
         main.seval("import PyJLODE")
+        addresses = dict(pair.split("=") for pair in main.seval("PyJLODE.addresses()").split())
     except Exception as error:
         raise EngineUnavailable(
             f"Julia ({found.executable}, found by {found.source}) did not start: {error}. `pyjlode doctor` says more."
         ) from error
-    _runtime.main, _runtime.jl = main, main.PyJLODE
+    _runtime.main = main
+    _runtime.calls = Calls({name: int(address) for name, address in addresses.items()})
     _runtime.pid, _runtime.thread = os.getpid(), threading.get_ident()
     _runtime.seconds.update(juliacall=loaded - start, solvers=time.perf_counter() - loaded)
-    main.PyJLODE.BLAS.set_num_threads(torch.get_num_threads())
+    main.seval(f"PyJLODE.BLAS.set_num_threads({torch.get_num_threads()})")
     log.info("Julia started in %.1f s (%s)", sum(_runtime.seconds.values()), found.source)

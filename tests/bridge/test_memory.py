@@ -1,7 +1,9 @@
 """Tensors cross without a copy, and live for as long as the other side may look."""
 
+import copy
 import ctypes
 import gc
+import pickle
 import subprocess
 import sys
 import weakref
@@ -9,8 +11,8 @@ import weakref
 import pytest
 import torch
 
-from pyjlode import arguments, odeint, solve
-from pyjlode.bridge import memory, runtime
+from pyjlode import arguments, odeint, odeint_dense, solve
+from pyjlode.bridge import engine, memory, runtime
 
 pytestmark = pytest.mark.usefixtures("julia")
 
@@ -21,40 +23,59 @@ def test_a_lent_tensor_is_the_tensor():
     x = torch.arange(6, dtype=F64).reshape(2, 3)
     request = memory.Request()
     request.lend(u0=x)
-    with runtime.julia() as jl:
+    with runtime.julia():
         lent = "unsafe_load(Ptr{PyJLODE.Request}(a)).u0"
         look = f"Vector{{Float64}}({lent})"
         assert runtime.evaluate(f"a -> Int(pointer({look}))")(request.address) == x.data_ptr()
         # Row-major (2, 3) is column-major (3, 2).
         assert runtime.evaluate(f"a -> reshape({look}, 3, 2)[3, 1]")(request.address) == 2
         runtime.evaluate(f"a -> ({look}[2] = 7; nothing)")(request.address)
-        assert jl is not None
     assert x[0, 1] == 7
 
 
 def test_a_structure_has_the_layout_that_julia_reads():
     with runtime.julia():
         assert runtime.evaluate("sizeof(PyJLODE.Request)") == ctypes.sizeof(memory.Request)
-        assert runtime.evaluate("sizeof(PyJLODE.AdjointRequest)") == ctypes.sizeof(memory.AdjointRequest)
-        names = runtime.evaluate("join(fieldnames(PyJLODE.Request), ' ')")
-    assert names.split() == [name for name, _ in memory.Request._fields_]
+        for structure in (memory.Request, memory.AdjointRequest, memory.Functions, memory.Outcome):
+            name = structure.__name__
+            assert runtime.evaluate(f"sizeof(PyJLODE.{name})") == ctypes.sizeof(structure)
+            fields = runtime.evaluate(f"join(fieldnames(PyJLODE.{name}), ' ')")
+            assert fields.split() == [field for field, _ in structure._fields_]
 
 
-def test_lent_tensors_live_as_long_as_the_solution():
-    class Mine(torch.Tensor):
-        pass
-
-    h0 = torch.ones(4, dtype=F64).as_subclass(Mine)
-    alive = weakref.ref(h0)
-    request = memory.Request()
-    request.lend(u0=h0)
-    owner = request.owner
-    del h0, request
+def held():
     gc.collect()
-    assert alive() is not None
-    del owner
-    gc.collect()
-    assert alive() is None
+    with runtime.julia():
+        runtime.evaluate("GC.gc(true)")
+        return runtime.evaluate("length(PyJLODE.HELD)")
+
+
+def test_lent_tensors_live_as_long_as_the_solution(monkeypatch):
+    lent = []
+
+    class Watched(memory.Request):
+        def lend(self, **tensors):
+            lent.append(weakref.ref(tensors["u0"]))
+            super().lend(**tensors)
+
+    monkeypatch.setattr(engine, "Request", Watched)
+    before = held()
+    t = torch.linspace(0, 1, 3, dtype=F64)
+    dense = odeint_dense(lambda t, h: -h, torch.ones(4, dtype=F64), 0.0, 1.0, engine="julia", rtol=1e-8, atol=1e-8)
+    assert held() > before
+    assert lent[0]() is not None
+    assert torch.allclose(dense(t)[:, 0], torch.exp(-t), atol=1e-6)
+    del dense
+    assert held() == before
+    assert lent[0]() is None
+
+
+def test_what_julia_keeps_is_not_pickled():
+    with runtime.julia() as calls:
+        solver = calls.algorithm("Tsit5()")
+    assert copy.deepcopy(solver) is solver
+    with pytest.raises(TypeError, match="engine='torch'"):
+        pickle.dumps(solver)
 
 
 def test_f_sees_julias_own_arrays_in_the_users_shape():

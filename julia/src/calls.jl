@@ -1,0 +1,129 @@
+# The doors for a caller that speaks C: functions by address, objects by number, failures as text.
+#
+# Each function returns 0 on failure, of which `failure` then has the text. Numbers and addresses are Int64.
+
+"What the caller holds, by the numbers that it knows it by."
+const HELD = Dict{Int64, Any}()
+const COUNT = Ref{Int64}(0)
+const FAILURE = Ref("")
+
+function hold(@nospecialize(x))
+    COUNT[] += 1
+    HELD[COUNT[]] = x
+    return COUNT[]
+end
+
+"Text of the last failure, zero-terminated, until the next one; empty where a callback gave up."
+call_failure() = pointer(FAILURE[])
+
+function failed(@nospecialize(error))
+    # An error's text can name types of many thousand characters; what follows the first few lines helps nobody.
+    text = error isa Abandoned ? "" : sprint(showerror, error)
+    FAILURE[] = length(text) > 2000 ? first(text, 2000) * " ..." : text
+    return Int64(0)
+end
+
+"A number type by its width in bits."
+number_type(bits::Int64) = bits == 32 ? Float32 : Float64
+
+function call_field(bits::Int64, functions::Ptr{Functions})
+    return try
+        hold(Field{number_type(bits)}(unsafe_load(functions)))
+    catch error
+        failed(error)
+    end
+end
+
+"Of `m` parameters, which are copied, and with an event function or none."
+function call_source(bits::Int64, n::Int64, f::Int64, p::Int64, m::Int64, event::Int64)
+    return try
+        T = number_type(bits)
+        hold(Source{T}(n, HELD[f], copy(Vector{T}(Lent(pointer_to(p), m))), pointer_to(event)))
+    catch error
+        failed(error)
+    end
+end
+
+function call_source_function(text::Cstring)
+    return try
+        hold(source_function(unsafe_string(text)))
+    catch error
+        failed(error)
+    end
+end
+
+"`f(du, u, p, t)` once, between the addresses of `n` numbers and of `m` parameters."
+function call_evaluate(bits::Int64, f::Int64, du::Int64, u::Int64, n::Int64, p::Int64, m::Int64, t::Float64)
+    return try
+        at(address, length) = Vector{number_type(bits)}(Lent(pointer_to(address), length))
+        HELD[f](at(du, n), at(u, n), at(p, m), t)
+        Int64(1)
+    catch error
+        failed(error)
+    end
+end
+
+function call_algorithm(text::Cstring)
+    return try
+        hold(algorithm(unsafe_string(text)))
+    catch error
+        failed(error)
+    end
+end
+
+"The number of a [`Solve`](@ref), which looks at the memory of the request for as long as it is held."
+function call_solve(field::Int64, alg::Int64, request::Ptr{Request}, outcome::Ptr{Outcome})
+    return try
+        s, o = solve(HELD[field], HELD[alg], unsafe_load(request))
+        unsafe_store!(outcome, o)
+        hold(s)
+    catch error
+        failed(error)
+    end
+end
+
+function call_interpolate(s::Int64, times::Int64, out::Int64, m::Int64)
+    return try
+        interpolate!(HELD[s], times, out, m)
+        Int64(1)
+    catch error
+        failed(error)
+    end
+end
+
+function call_adjoint(s::Int64, name::Cstring, alg::Int64, request::Ptr{AdjointRequest})
+    return try
+        adjoint!(HELD[s], unsafe_string(name), HELD[alg], unsafe_load(request))
+        Int64(1)
+    catch error
+        failed(error)
+    end
+end
+
+function call_release(numbers::Ptr{Int64}, count::Int64)
+    for i in 1:count
+        delete!(HELD, unsafe_load(numbers, i))
+    end
+    return Int64(1)
+end
+
+"Lets Julia collect its garbage, or not, from now on; returns whether it did until now."
+call_collect(on::Int64) = Int64(GC.enable(on != 0))
+
+"The addresses of the above, as text: `name=address`, one after the other."
+function addresses()
+    functions = (;
+        failure = @cfunction(call_failure, Ptr{UInt8}, ()),
+        field = @cfunction(call_field, Int64, (Int64, Ptr{Functions})),
+        source = @cfunction(call_source, Int64, (Int64, Int64, Int64, Int64, Int64, Int64)),
+        source_function = @cfunction(call_source_function, Int64, (Cstring,)),
+        evaluate = @cfunction(call_evaluate, Int64, (Int64, Int64, Int64, Int64, Int64, Int64, Int64, Float64)),
+        algorithm = @cfunction(call_algorithm, Int64, (Cstring,)),
+        solve = @cfunction(call_solve, Int64, (Int64, Int64, Ptr{Request}, Ptr{Outcome})),
+        interpolate = @cfunction(call_interpolate, Int64, (Int64, Int64, Int64, Int64)),
+        adjoint = @cfunction(call_adjoint, Int64, (Int64, Cstring, Int64, Ptr{AdjointRequest})),
+        release = @cfunction(call_release, Int64, (Ptr{Int64}, Int64)),
+        collect = @cfunction(call_collect, Int64, (Int64,)),
+    )
+    return join(("$name=$(UInt(address))" for (name, address) in pairs(functions)), " ")
+end

@@ -1,0 +1,131 @@
+"""Calls into PyJLODE.jl: C functions by address, Julia objects by number, failures as exceptions."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+from ..errors import JuliaError
+from .memory import AdjointRequest, Functions, Outcome, Request
+
+_I, _P = ctypes.c_int64, ctypes.c_void_p
+
+# By name, as julia/src/calls.jl has them: result, arguments.
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "failure": (ctypes.c_char_p,),
+    "field": (_I, _I, _P),
+    "source": (_I, _I, _I, _I, _I, _I, _I),
+    "source_function": (_I, ctypes.c_char_p),
+    "evaluate": (_I, _I, _I, _I, _I, _I, _I, _I, ctypes.c_double),
+    "algorithm": (_I, ctypes.c_char_p),
+    "solve": (_I, _I, _I, _P, _P),
+    "interpolate": (_I, _I, _I, _I, _I),
+    "adjoint": (_I, _I, ctypes.c_char_p, _I, _P),
+    "release": (_I, _P, _I),
+    "collect": (_I, _I),
+}
+
+
+class Held:
+    """A Julia object, which Julia keeps for as long as this lives.
+
+    Attributes:
+        number: what Julia knows it by.
+        kept: what must live as long as the object, such as memory that it looks at.
+    """
+
+    def __init__(self, number: int, dropped: list[int], kept: object = None) -> None:
+        self.number, self.kept = number, kept
+        self._dropped = dropped
+
+    def __del__(self) -> None:
+        # On whatever thread this is, and perhaps within a solve: Julia hears of it at the next call.
+        self._dropped.append(self.number)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Held:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "what the Julia engine keeps of a solve (its dense output) lives in this process and cannot be pickled; "
+            "save the states `h` and times `t`, or solve with engine='torch'."
+        )
+
+
+class Calls:
+    """The functions of PyJLODE.jl, for a thread that is within `runtime.julia()`.
+
+    Calls by ctypes take a few microseconds; through juliacall they take some hundred, and the first ones a second, for
+    every argument is converted by what it is. The lock of Python stays held: the solver calls back f at once.
+
+    Args:
+        addresses: of each function, by name.
+
+    Raises:
+        JuliaError: of all methods, what Julia raised, by its text.
+    """
+
+    def __init__(self, addresses: dict[str, int]) -> None:
+        self._c = {name: ctypes.PYFUNCTYPE(*types)(addresses[name]) for name, types in _SIGNATURES.items()}
+        self._dropped: list[int] = []
+
+    def release_dropped(self) -> None:
+        """Let Julia let go of the objects whose `Held` is gone."""
+        if dropped := self._dropped[:]:
+            del self._dropped[: len(dropped)]
+            self._c["release"]((_I * len(dropped))(*dropped), len(dropped))
+
+    def field(self, dtype: torch.dtype, functions: Functions) -> Held:
+        """A field behind C functions, which the caller keeps for as long as it is called."""
+        return self._held(self._c["field"](_bits(dtype), functions.address))
+
+    def source(self, dtype: torch.dtype, n: int, function: Held, theta: torch.Tensor, event: int) -> Held:
+        """A field that is Julia code, with parameters `theta`, shape (m,), which are copied."""
+        return self._held(
+            self._c["source"](_bits(dtype), n, function.number, theta.data_ptr(), theta.numel(), event), function
+        )
+
+    def source_function(self, text: str) -> Held:
+        """The function that Julia source text defines."""
+        return self._held(self._c["source_function"](text.encode()))
+
+    def evaluate(self, function: Held, out: torch.Tensor, u: torch.Tensor, p: torch.Tensor, t: float) -> None:
+        """out, shape (n,), of such a function at u, shape (n,), with parameters p, shape (m,): of one dtype."""
+        tensors = (out.data_ptr(), u.data_ptr(), u.numel(), p.data_ptr(), p.numel())
+        self._check(self._c["evaluate"](_bits(u.dtype), function.number, *tensors, t))
+
+    def algorithm(self, text: str) -> Held:
+        """The solver that a Julia expression makes."""
+        return self._held(self._c["algorithm"](text.encode()))
+
+    def solve(self, field: Held, algorithm: Held, request: Request) -> tuple[Held, Outcome]:
+        """Solve; the solution keeps what was lent."""
+        outcome = Outcome()
+        number = self._c["solve"](field.number, algorithm.number, request.address, ctypes.addressof(outcome))
+        return self._held(number, (field, request)), outcome
+
+    def interpolate(self, solution: Held, times: torch.Tensor, out: torch.Tensor) -> None:
+        """States out (M, n) at times (M,), float64, of a solve that was dense."""
+        self._check(self._c["interpolate"](solution.number, times.data_ptr(), out.data_ptr(), len(times)))
+
+    def adjoint(self, solution: Held, name: str, algorithm: Held, request: AdjointRequest) -> None:
+        """The gradient method `name` of SciMLSensitivity, which must be loaded."""
+        self._check(self._c["adjoint"](solution.number, name.encode(), algorithm.number, request.address))
+
+    def collect(self, on: bool) -> bool:
+        """Let Julia collect its garbage, or not, from now on. Returns whether it did."""
+        return bool(self._c["collect"](on))
+
+    def _held(self, number: int, kept: object = None) -> Held:
+        self._check(number)
+        return Held(number, self._dropped, kept)
+
+    def _check(self, result: int) -> None:
+        if result == 0:
+            raise JuliaError(self._c["failure"]().decode(errors="replace"))
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return 8 * dtype.itemsize
