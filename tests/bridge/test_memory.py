@@ -58,10 +58,14 @@ def test_lent_tensors_live_as_long_as_the_solution(monkeypatch):
             lent.append(weakref.ref(tensors["u0"]))
             super().lend(**tensors)
 
-    monkeypatch.setattr(engine, "Request", Watched)
+    def solution():
+        return odeint_dense(lambda t, h: -h, torch.ones(4, dtype=F64), 0.0, 1.0, engine="julia", rtol=1e-8, atol=1e-8)
+
+    solution()  # makes the solver, which stays
     before = held()
+    monkeypatch.setattr(engine, "Request", Watched)
     t = torch.linspace(0, 1, 3, dtype=F64)
-    dense = odeint_dense(lambda t, h: -h, torch.ones(4, dtype=F64), 0.0, 1.0, engine="julia", rtol=1e-8, atol=1e-8)
+    dense = solution()
     assert held() > before
     assert lent[0]() is not None
     assert torch.allclose(dense(t)[:, 0], torch.exp(-t), atol=1e-6)
