@@ -20,7 +20,7 @@ from .problem import Callbacks, Layout, Norm, SolverOptions, is_finite, max_rms_
 
 FLOATS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
-_COMMON = {"norm", "max_num_steps", "dtype", "specialize"}
+_COMMON = {"norm", "max_num_steps", "dtype", "specialize", "progress"}
 _BY_KIND: dict[str, set[str]] = {
     "adaptive": {"first_step", "safety", "ifactor", "dfactor", "min_step", "max_step", "step_t", "jump_t"},
     "fixed": {"step_size", "grid_constructor", "interp", "perturb"},
@@ -199,6 +199,8 @@ def options(given: Any, method: Method, h0: Any, f: Any, layout: Layout) -> Solv
         read["batch_dims"] = batch_dims(read["batch_dims"], layout)
     if read.get("specialize", "auto") not in ("auto", "full"):
         raise BadOption(f"options['specialize'] must be 'auto' or 'full'; got {read['specialize']!r}.")
+    if not isinstance(read.get("progress", False), bool):
+        raise BadOption(f"options['progress'] must be True or False; got {read['progress']!r}.")
     if read.get("interp", "linear") not in ("linear", "cubic"):
         raise BadOption(f"options['interp'] must be 'linear' or 'cubic'; got {read['interp']!r}.")
     if "step_size" in read and "grid_constructor" in read:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import arguments, gradients, parameters
+from . import arguments, gradients, parameters, progress
 from .bridge import engine as julia
 from .bridge import runtime as julia_runtime
 from .bridge.function import JuliaFunction
@@ -60,8 +60,9 @@ def odeint(
             complex64 or complex128.
         t: shape (T,), floating point, strictly increasing or strictly decreasing; a tensor, or a sequence of floats.
         adjoint: how to differentiate. False: through the solver's own operations (any order of derivative). True: the
-            engine's recommended adjoint ("discrete" on the native engine). Or one by name: "discrete", "backsolve",
-            "interpolating", "quadrature", "gauss", "forward"; see `pyjlode.GRADIENTS`. Adjoints give first derivatives.
+            engine's recommended adjoint ("discrete" on the native engine, "gauss" on Julia's). Or one by name:
+            "discrete", "backsolve", "interpolating", "quadrature", "gauss", "gauss_kronrod", "forward"; see
+            `pyjlode.GRADIENTS`. Adjoints give first derivatives.
         method: name of the solver, see `pyjlode.METHODS`; "dopri5" by default.
         rtol, atol: the local error is held below `atol + rtol * |h|` in the root mean square over the elements (over
             several tensors: in each of them). A number, a tensor that broadcasts to `h0`, or a pytree with one for
@@ -239,7 +240,8 @@ def _solve(
     p, stats = made.problem, made.stats
     steps = _watch(p) if dense and made.engine is native else None
     # Autocast is for f alone: in half precision the solver's own sums would lose the state.
-    with torch.autocast(p.y0.device.type, enabled=False):
+    bar = progress.shown(p) if p.options.progress else contextlib.nullcontext()
+    with torch.autocast(p.y0.device.type, enabled=False), bar:
         record = gradients.solve(made.engine, p, stats, made.gradient, made.needed, dense)
         event_t, ys, ts = None, record.ys, p.t
         if event_fn is not None:
@@ -440,7 +442,7 @@ def _adjoint(
     layout: Layout,
 ) -> AdjointSettings | None:
     """Settings of the backward solve: the forward solve's, where nothing else is said."""
-    continuous = gradient in ("backsolve", "interpolating", "quadrature", "gauss")
+    continuous = gradient in ("backsolve", "interpolating", "quadrature", "gauss", "gauss_kronrod")
     said = [name for name, value in zip(_SETTINGS, given) if value is not None]
     if said and not continuous:
         how = f"adjoint={gradient!r}" if gradient else "adjoint=False"

@@ -157,6 +157,7 @@ class SolverOptions:
             "compute" changes its algebraic part until they do (Brown, Hindmarsh & Petzold 1998).
         allow_unstable: let `adjoint="backsolve"` solve a stiff system backward.
         specialize: "full" compiles Julia's solver for this very `julia_function`: seconds once, and then it is faster.
+        progress: show a bar on standard error while the forward solve runs.
         solver: name of the `scipy.integrate.solve_ivp` method.
     """
 
@@ -180,6 +181,7 @@ class SolverOptions:
     consistent: str = "check"
     allow_unstable: bool = False
     specialize: str = "auto"
+    progress: bool = False
     solver: str = "LSODA"
 
 

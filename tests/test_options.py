@@ -776,3 +776,37 @@ def test_options_of_scipy_reach_it():
     stats = pyjlode.solve(zero, ONE, times(0.0, 4.0), method="scipy_solver", options=o).stats
     assert stats.naccept >= 16
     assert 0.125 in zero.calls
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# progress
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_progress_shows_where_the_solve_is_and_changes_nothing(sign, adjoint, capsys):
+    h0, t = torch.ones(2, dtype=F64, requires_grad=True), torch.tensor([1.0, 1.0 + 3.0 * sign], dtype=F64)
+
+    def gradient(**options):
+        h = pyjlode.odeint(lambda t, h: -h * t, h0, t, adjoint=adjoint, options=options)
+        return h.detach(), *torch.autograd.grad(h[-1].sum(), h0)
+
+    plain = gradient()
+    assert capsys.readouterr().err == ""
+    shown = gradient(progress=True)
+    last = capsys.readouterr().err.rstrip().split("\r")[-1]
+    assert "100%" in last
+    assert "3/3" in last
+    for a, b in zip(plain, shown):
+        assert torch.equal(a, b)
+
+
+def test_progress_towards_an_event_of_unknown_time(capsys):
+    pyjlode.odeint_event(lambda t, h: -h, ONE, 0.0, event_fn=lambda t, h: h - 0.5, options={"progress": True})
+    assert "t - t0 = 0." in capsys.readouterr().err
+
+
+def test_progress_is_a_switch():
+    with pytest.raises(errors.BadOption, match="True or False"):
+        pyjlode.odeint(lambda t, h: -h, ONE, [0.0, 1.0], options={"progress": "yes"})

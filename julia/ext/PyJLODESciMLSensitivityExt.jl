@@ -1,9 +1,13 @@
 "The adjoints of SciMLSensitivity, fed with the field's own vector-Jacobian products."
 module PyJLODESciMLSensitivityExt
 
+using ADTypes: AutoFiniteDiff
+using ConstructionBase: setproperties
+using OrdinaryDiffEqCore: CompositeAlgorithm, isimplicit
 using PrecompileTools: @compile_workload, @setup_workload
-using PyJLODE: PyJLODE, AdjointRequest, FAILURE, Field, IMPLICIT, Solve, Source, call_adjoint, lend, solve_linear,
-    tolerance
+using PyJLODE: PyJLODE, AdjointRequest, FAILURE, Field, IMPLICIT, Solve, Source, call_adjoint, lend, ode_function,
+    solve_linear, tolerance
+using SciMLBase: remake
 using SciMLSensitivity: BacksolveAdjoint, GaussAdjoint, GaussKronrodAdjoint, InterpolatingAdjoint, QuadratureAdjoint,
     ReverseDiffVJP, adjoint_sensitivities
 
@@ -18,6 +22,27 @@ const METHODS = Dict(
 # A field has its own products, and nothing is differentiated here; source code is.
 products(::Field) = (; autojacvec = false, autodiff = false)
 products(::Source) = (; autojacvec = ReverseDiffVJP())
+
+"""
+The solver of an adjoint: one that differences. The products of a field are C functions, which cannot be differentiated
+by dual numbers; what is left to a difference is the adjoint's derivative by time, and for "interpolating" the Jacobian.
+"""
+backward_solver(alg, ::Source) = alg
+backward_solver(alg::CompositeAlgorithm, field::Field) =
+    CompositeAlgorithm(map(a -> backward_solver(a, field), alg.algs), alg.choice_function)
+backward_solver(alg, ::Field) = hasproperty(alg, :autodiff) ? remake(alg; autodiff = AutoFiniteDiff()) : alg
+
+"""
+The forward solution as an implicit solver of the adjoint has use for it: SciMLSensitivity takes the field's own Jacobian
+where it is told what a Jacobian looks like.
+"""
+function with_jacobian(s::Solve{T, Field{T}}) where {T}
+    (; prob) = s.sol
+    (; mass_matrix) = prob.f
+    f = ode_function(s.field; mass_matrix, jac_prototype = zeros(T, s.field.n, s.field.n))
+    return setproperties(s.sol, (; prob = remake(prob; f)))
+end
+with_jacobian(s::Solve) = s.sol
 
 function adjoint_method(name, field, reltol, abstol)
     tolerances = name == "quadrature" ? (; reltol = minimum(reltol), abstol = minimum(abstol)) : (;)
@@ -35,7 +60,7 @@ function PyJLODE.adjoint!(s::Solve{T}, name::String, alg, r::AdjointRequest) whe
     # What solves the state backward begins anew from the forward solution at each output.
     checkpoints = name == "backsolve" ? (; checkpoints = times) : (;)
     du0, dp = adjoint_sensitivities(
-        s.sol, alg; t = times[2:end], dgdu_discrete = dgdu, sensealg = adjoint_method(name, s.field, reltol, abstol),
+        isimplicit(alg) ? with_jacobian(s) : s.sol, backward_solver(alg, s.field); t = times[2:end], dgdu_discrete = dgdu, sensealg = adjoint_method(name, s.field, reltol, abstol),
         reltol, abstol, maxiters = r.max_steps, verbose = PyJLODE.SILENT, checkpoints...
     )
     copyto!(Vector{T}(r.du0), du0)
@@ -61,6 +86,9 @@ end
     @compile_workload begin
         for text in ("Tsit5()", "DP5()"), name in ("interpolating", "gauss"), T in (Float32, Float64)
             adjoint_linear(T, name, text)
+        end
+        for text in ("Rodas5P()", "RadauIIA5()")
+            adjoint_linear(Float64, "gauss", text)
         end
         # Loading SciMLSensitivity invalidates what was compiled for these.
         for text in IMPLICIT

@@ -64,6 +64,9 @@ function pin!(field::Field{T}, a::Vector{T}) where {T}
 end
 pin!(::Field, ::AbstractArray) = false
 
+"Numbers of `T`, contiguous: what C functions can be given. Dual numbers, for one, are not."
+const Plain{T} = StridedArray{T}
+
 check(status::Cint) = status == 0 ? nothing : throw(Abandoned())
 
 function call(f::Ptr{Cvoid}, out, u, t)
@@ -102,27 +105,36 @@ end
 struct Jacobian{T}
     field::Field{T}
 end
-(j::Jacobian)(J, u, p, t) = (call(j.field.jac, J, u, t); nothing)
+(j::Jacobian{T})(J::Plain{T}, u::Plain{T}, p, t) where {T} = (call(j.field.jac, J, u, t); nothing)
 
 struct TimeGradient{T}
     field::Field{T}
 end
-(g::TimeGradient)(dT, u, p, t) = (call(g.field.tgrad, dT, u, t); nothing)
+(g::TimeGradient{T})(dT::Plain{T}, u::Plain{T}, p, t) where {T} = (call(g.field.tgrad, dT, u, t); nothing)
 
 struct JVP{T}
     field::Field{T}
 end
-(jvp::JVP)(out, v, u, p, t) = (call(jvp.field.jvp, out, v, u, t); nothing)
+function (jvp::JVP{T})(out::Plain{T}, v::Plain{T}, u::Plain{T}, p, t) where {T}
+    call(jvp.field.jvp, out, v, u, t)
+    return nothing
+end
 
 struct VJP{T}
     field::Field{T}
 end
-(vjp::VJP)(out, v, u, p, t) = (call(vjp.field.vjp, out, v, u, t); nothing)
+function (vjp::VJP{T})(out::Plain{T}, v::Plain{T}, u::Plain{T}, p, t) where {T}
+    call(vjp.field.vjp, out, v, u, t)
+    return nothing
+end
 
 struct ParameterVJP{T}
     field::Field{T}
 end
-(vjp::ParameterVJP)(out, v, u, p, t) = (call(vjp.field.vjp_p, out, v, u, t); nothing)
+function (vjp::ParameterVJP{T})(out::Plain{T}, v::Plain{T}, u::Plain{T}, p, t) where {T}
+    call(vjp.field.vjp_p, out, v, u, t)
+    return nothing
+end
 
 """
 The `ODEFunction` of a field. `full`: solvers are compiled for this very function.
@@ -130,10 +142,10 @@ The `ODEFunction` of a field. `full`: solvers are compiled for this very functio
 All products are named whether they are there or not: no solver calls what it has no use for, and this way all fields
 are of one type, for which solvers are compiled ahead.
 """
-function ode_function(field::Field; mass_matrix = I, full = true)
+function ode_function(field::Field; mass_matrix = I, full = true, jac_prototype = nothing)
     return ODEFunction{true, FullSpecialize}(
         RHS(field);
-        mass_matrix,
+        mass_matrix, jac_prototype,
         jac = Jacobian(field), tgrad = TimeGradient(field), jvp = JVP(field), vjp = VJP(field),
         vjp_p = ParameterVJP(field)
     )

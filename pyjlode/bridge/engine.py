@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ends
+from .. import ends, forward
 from ..errors import BadOption, NonFiniteState, NotConverged, SolveError
 from ..gradients import Gradients, time_gradient
 from ..methods import Method
@@ -25,8 +25,16 @@ NAME = "julia"
 # What `adjoint=True` means here.
 RECOMMENDED = "gauss"
 
-GRADIENTS = ("backsolve", "interpolating", "quadrature", "gauss")
-_OPTIONS = {"first_step", "min_step", "max_step", "max_num_steps", "step_t", "jump_t", "step_size", "specialize"}
+GRADIENTS = ("backsolve", "interpolating", "quadrature", "gauss", "gauss_kronrod", "forward")
+
+# What is right for stiff problems there. With "gauss" SciMLSensitivity gives a stiff method the Jacobian of f; with
+# others it must difference the adjoint's right-hand side, which takes minutes for Robertson's reaction or goes wrong.
+# And the adjoint reads the state off the forward solve's dense output: for other stiff methods a cubic, from which the
+# gradient of that reaction at rtol=1e-8 comes out with errors from 3e-4 (bdf) to 7e-1 (rosenbrock23).
+_STIFF_GRADIENTS = ("gauss", "gauss_kronrod")
+_STIFF_METHODS = ("rodas5p", "radau5")
+_OPTIONS = {"first_step", "min_step", "max_step", "max_num_steps", "step_t", "jump_t", "step_size"}
+_OPTIONS |= {"specialize", "progress"}
 
 
 @dataclass
@@ -55,6 +63,7 @@ class Memory:
     gradient: str
     rhs: Callbacks | None
     solve: Held | None
+    sensitivities: Tensor | None = None
 
 
 class DenseOutput:
@@ -79,7 +88,14 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
     if p.y0.device.type != "cpu":
         return f"the state lies on {p.y0.device}, and this version hands only CPU tensors to Julia"
     if gradient is not None and gradient not in GRADIENTS:
-        return f"adjoint={gradient!r} replays or extends the steps of the native engine"
+        return f"adjoint={gradient!r} replays the steps of the native engine"
+    if gradient not in (None, "forward"):
+        for method in (p.method, p.adjoint.method if p.adjoint else p.method):
+            if method.controlled and (gradient not in _STIFF_GRADIENTS or method.name not in _STIFF_METHODS):
+                return (
+                    f"adjoint={gradient!r} with {method.name!r}, a stiff method, would be inaccurate there; what is "
+                    "accurate is 'gauss' with 'rodas5p' or 'radau5', or 'forward'"
+                )
     if p.batch > 1:
         return "options['batch_dims'] is of the native engine's linear algebra"
     if p.mass is not None and gradient is not None:
@@ -112,6 +128,9 @@ def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = 
 
 def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = False) -> Memory:
     """Solve `p` and keep what `vjp` needs for the gradient method named."""
+    if gradient == "forward":
+        record, rhs, solution = _solve(forward.augment(p), stats, None, dense)
+        return Memory(p, record, gradient, rhs, solution, forward.split(p, record))
     record, rhs, solution = _solve(p, stats, gradient, dense)
     return Memory(p, record, gradient, rhs, solution)
 
@@ -119,6 +138,8 @@ def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = F
 def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     """Gradients of a loss with cotangents g (T, n) of the states at the output times."""
     p, record, rhs = memory.problem, memory.record, memory.rhs
+    if memory.sensitivities is not None:
+        return forward.contract(p, record, memory.sensitivities, g, None)
     if rhs is None:  # nothing was solved
         return Gradients(g.sum(0), time_gradient(p, record, g, torch.zeros_like(p.y0), p.f), [None] * len(p.params))
     assert p.adjoint is not None
@@ -160,7 +181,8 @@ def _solve(
         dense=dense or gradient is not None,
         full=o.specialize == "full",
     )
-    sizes = p.layout.sizes if p.layout is not None else [y0.numel()]
+    # Beside the user's tensors there may be sensitivities.
+    sizes = [*p.layout.sizes, y0.numel() - sum(p.layout.sizes)] if p.layout is not None else [y0.numel()]
     request.lend(
         u0=y0,
         out=out,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import forward
 from ..errors import BadOption
 from ..problem import ODEProblem
 from ..solution import Stats
@@ -50,7 +51,7 @@ def slope(p: ODEProblem, t: Tensor, y: Tensor) -> Tensor:
 
 def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = False) -> Memory:
     """Solve `p` and keep what `vjp` needs for the gradient method named."""
-    kept = dense or gradient in ("interpolating", "quadrature", "gauss")
+    kept = dense or gradient in ("interpolating", "quadrature", "gauss", "gauss_kronrod")
     if p.method.kind == "scipy":
         if gradient not in ("backsolve", "interpolating"):
             raise BadOption(
@@ -78,5 +79,7 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
             return sensitivity.discrete(p, record, g, again=again)
         if memory.gradient == "forward":
             assert memory.sensitivities is not None
-            return sensitivity.contract(p, record, memory.sensitivities, g)
+            return forward.contract(
+                p, record, memory.sensitivities, g, None if p.mass is None else dae.Algebra(p).slope
+            )
         return sensitivity.continuous(p, record, g, memory.gradient)

@@ -1,4 +1,4 @@
-"""Vector-Jacobian products of a solve: six ways to the gradient.
+"""Vector-Jacobian products of a solve: seven ways to the gradient.
 
 Notation: a loss L of the states y_i = y(t_i) with cotangents g_i = dL/dy_i. The adjoint a(t) = dL/dy(t) obeys
 a' = -a df/dy, jumps by g_i at t_i, and dL/dtheta is the integral of a df/dtheta from t_0 to t_N (Chen, Rubanova,
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import forward
 from ..derivatives import grad, pull_back, vjp
-from ..errors import GradientUnavailable
 from ..gradients import Gradients, time_gradient
 from ..problem import Callbacks, Field, Layout, Norm, ODEProblem, max_rms_norm, rms_norm
 from ..solution import Stats
@@ -196,11 +196,11 @@ def continuous(p: ODEProblem, record: Record, g: Tensor, name: str) -> Gradients
 
     `backsolve` solves y backward beside it: no memory of the forward solve (Chen et al. 2018).
     `interpolating` reads y off the forward solve's dense output, the integral over theta being part of the solve.
-    `quadrature` keeps a(t), then integrates a df/dtheta by adaptive Gauss-Kronrod quadrature.
+    `gauss_kronrod` and `quadrature` integrate a df/dtheta by adaptive Gauss-Kronrod quadrature within each step.
     `gauss` integrates it by Gauss-Legendre quadrature within each step of a as that step is made.
     A stiff method takes the integral of the first two within its steps too: states of the size of theta would only
     make its linear systems larger.
-    The last three are those of Ma, Dixit, Innes, Guo & Rackauckas, A comparison of automatic differentiation and
+    The last four are those of Ma, Dixit, Innes, Guo & Rackauckas, A comparison of automatic differentiation and
     continuous sensitivity analysis for derivatives of differential equation solutions, 2021.
     """
     backward = _Backward(p, record, name)
@@ -309,7 +309,7 @@ class _Backward:
         with torch.enable_grad():
             y = z[:n].detach().requires_grad_()
             k = p.f(t, y)
-            J, _ = jacobians(p, k, y, Layout([]))
+            J, _ = forward.jacobians(p, k, y, Layout([]))
             out = z.new_zeros(2 * n, 2 * n)
             out[:n, :n], out[n:, n:] = J, -J.mT
             mu = torch.autograd.grad(k, y, z[n:], create_graph=True, allow_unused=True)[0] if k.requires_grad else None
@@ -323,10 +323,10 @@ class _Backward:
     def integrate(self, step: Step) -> None:
         """Add the integral of a df/dtheta over one step of a."""
         t0, t1 = step.interval.t0, step.interval.t1
-        if self.name != "quadrature":
-            self.total += self.rule(step, t0, t1, *self.nodes)
-        else:
+        if self.name in ("quadrature", "gauss_kronrod"):
             self.total += self.kronrod(step, t0, t1)
+        else:
+            self.total += self.rule(step, t0, t1, *self.nodes)
 
     def rule(self, step: Step, t0: float, t1: float, nodes: np.ndarray, weights: np.ndarray) -> Tensor:
         """Quadrature over [t1, t0] (backward in time, so that the sign is that of the forward integral): (|theta|,)."""
@@ -429,54 +429,22 @@ GAUSS_KRONROD = _gauss_kronrod()
 
 
 def solve_forward(p: ODEProblem, stats: Stats, *, dense: bool = False) -> tuple[Record, Tensor]:
-    """Solve y with S = dy/d(y0, theta) (Hairer, Nørsett & Wanner I.14): S' = df/dy S + (0, df/dtheta).
+    """Solve y with its sensitivities S.
 
     Returns:
         The record of y, and S at the outputs: (T, n, n + |theta|).
     """
-    n, layout = p.y0.numel(), Layout(list(p.params))
-    width = n + layout.size
-
-    def rhs(t: Tensor, z: Tensor) -> Tensor:
-        with torch.enable_grad():
-            y = z[:n].detach().requires_grad_()
-            k = p.f(t, y)
-        J, rows = jacobians(p, k, y, layout)
-        S = J @ z[n:].view(n, width)
-        S[:, n:] += rows
-        return torch.cat([k.detach(), S.reshape(-1)])
-
-    def norm(z: Tensor) -> float:
-        return max(p.norm(z[:n]), rms_norm(z[n:]))
-
-    def extend(tol: float | Tensor) -> float | Tensor:
-        return torch.cat([tol, tol[:, None].expand(n, width).reshape(-1)]) if isinstance(tol, Tensor) else tol
-
-    S0 = torch.eye(n, width, dtype=p.y0.dtype, device=p.y0.device)
-    start = S0 if p.mass is None else consistent_sensitivities(p, S0, layout)
-    event = p.event_fn
-    augmented = replace(
-        p,
-        f=Field(rhs),
-        y0=torch.cat([p.y0, start.reshape(-1)]),
-        f0=None,
-        jac=SensitivityJacobian(p, rhs, layout) if p.method.controlled else None,
-        mass=None if p.mass is None else sensitivity_mass(p, width),
-        batch=1,
-        norm=norm,
-        rtol=extend(p.rtol),
-        atol=extend(p.atol),
-        event_fn=(lambda t, z: event(t, z[:n])) if event else None,
-        callbacks=p.callbacks.on(lambda z: z[:n]),
-    )
-    record = loop.solve(augmented, stats, dense=dense)
-    if record.dense:
-        whole = record.dense
-        record.dense = lambda times: whole(times)[:, :n]
-    S = record.ys[:, n:].reshape(len(record.ys), n, width)
-    S[0] = S0  # y(t0) is y0 itself
-    record.ys = record.ys[:, :n].clone()
-    return record, S
+    problem = forward.augment(p)
+    if p.mass is not None:
+        n, layout = p.y0.numel(), Layout(list(p.params))
+        S = problem.y0[n:].view(n, n + layout.size)
+        problem = replace(
+            problem,
+            y0=torch.cat([p.y0, consistent_sensitivities(p, S, layout).reshape(-1)]),
+            mass=sensitivity_mass(p, S.shape[1]),
+        )
+    record = loop.solve(problem, stats, dense=dense)
+    return record, forward.split(p, record)
 
 
 def consistent_sensitivities(p: ODEProblem, S: Tensor, layout: Layout) -> Tensor:
@@ -488,7 +456,7 @@ def consistent_sensitivities(p: ODEProblem, S: Tensor, layout: Layout) -> Tensor
     with torch.enable_grad():
         y = p.y0.detach().requires_grad_()
         k = p.f(t, y)
-    J, rows = jacobians(p, k, y, layout)
+    J, rows = forward.jacobians(p, k, y, layout)
     change = J @ S
     change[:, n:] += rows
     G = algebra.pivot(algebra.blocks(t, p.y0.detach()), t)
@@ -503,57 +471,3 @@ def sensitivity_mass(p: ODEProblem, width: int) -> Tensor:
     mass = p.mass.to(p.y0)
     whole = torch.block_diag(*[mass] * p.batch)
     return torch.block_diag(whole, torch.kron(whole, torch.eye(width, dtype=mass.dtype, device=mass.device)))
-
-
-class SensitivityJacobian:
-    """The Jacobian of `(y, S) -> (f, J S + (0, df/dtheta))`, with that of its second half by y, which has second
-    derivatives of f, by central differences."""
-
-    def __init__(self, p: ODEProblem, rhs: Callable[[Tensor, Tensor], Tensor], layout: Layout) -> None:
-        self.p, self.rhs, self.layout = p, rhs, layout
-
-    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
-        n = self.p.y0.numel()
-        with torch.enable_grad():
-            y = z[:n].detach().requires_grad_()
-            k = self.p.f(t, y)
-        J, _ = jacobians(self.p, k, y, Layout([]))
-        width = len(z) // n - 1
-        out = torch.block_diag(J, torch.kron(J, torch.eye(width, dtype=J.dtype, device=J.device)))
-        steps = torch.finfo(z.dtype).eps ** (1 / 3) * z[:n].abs().clamp_min(1e-4)
-        for i, step in enumerate(steps.tolist()):
-            e = torch.zeros_like(z)
-            e[i] = step
-            out[n:, i] = ((self.rhs(t, z + e) - self.rhs(t, z - e)) / (2 * step))[n:]
-        return out
-
-
-def jacobians(p: ODEProblem, k: Tensor, y: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """dk/dy (n, n) and dk/dtheta (n, |theta|)."""
-    n = len(k)
-    inputs = (y, *p.params)
-    if not k.requires_grad or n == 0:
-        return y.new_zeros(n, n), y.new_zeros(n, layout.size)
-    eye = torch.eye(n, dtype=k.dtype, device=k.device)
-    rows: list[Tensor] = []
-    try:
-        batch = grad(p, [k], inputs, [eye], is_grads_batched=True, retain_graph=True)
-        J, *rest = (x.new_zeros(n, *x.shape) if b is None else b for x, b in zip(inputs, batch))
-        per_row: list[list[Tensor]] = [[x[i] for x in rest] for i in range(n)]
-    except GradientUnavailable:
-        raise
-    except RuntimeError:  # something in f has no batching rule
-        each = [grad(p, [k], inputs, [e], retain_graph=True) for e in eye]
-        full = [[torch.zeros_like(x) if b is None else b for x, b in zip(inputs, grads)] for grads in each]
-        J, per_row = torch.stack([grads[0] for grads in full]), [grads[1:] for grads in full]
-    rows = [layout.flatten_leaves(grads).to(y) for grads in per_row]
-    return J, torch.stack(rows)
-
-
-def contract(p: ODEProblem, record: Record, S: Tensor, g: Tensor) -> Gradients:
-    """The gradients of `forward`, from its sensitivities at the outputs."""
-    n, layout = p.y0.numel(), Layout(list(p.params))
-    flat = torch.einsum("ti,tij->j", g, S)
-    a = torch.einsum("ti,tij->j", g[1:], S[1:, :, :n])
-    t = time_gradient(p, record, g, a, _slope(p))
-    return Gradients(flat[:n], t, [x.to(q.device) for x, q in zip(layout.leaves(flat[n:]), p.params)])

@@ -77,7 +77,6 @@ except KeyboardInterrupt:
     assert process.returncode == 0
 
 
-
 @pytest.mark.parametrize("gradient", [False, True])
 def test_a_thousand_solves_leave_nothing_behind(gradient):
     code = f"""

@@ -5,15 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import BERNOULLI, COSINE, FEHLBERG, LINEAR, LOGISTIC, OSCILLATOR, max_error
+from stiff_problems import ARENSTORF, HEAT, HIRES, Stiff, brusselator, brusselator_start
 
-import pyjlode
-from pyjlode import METHODS, odeint, solve
+from pyjlode import METHODS, errors, odeint, solve
 from pyjlode.bridge import engine as julia_engine
 from pyjlode.methods import CONTROLLED
 
 pytestmark = pytest.mark.usefixtures("julia")
 
 F64 = torch.float64
+# The reference is the native engine's, by another method at a tolerance a thousand times smaller.
+BRUSSELATOR = Stiff("Brusselator, 2 N = 40", brusselator, brusselator_start(20), 10.0, [])
 BOTH = [m for m in METHODS.values() if m.julia is not None]
 ADAPTIVE = [m for m in BOTH if m.kind == "adaptive"]
 STIFF = [*(m for m in BOTH if m.kind in ("stiff", "auto")), CONTROLLED["trbdf2"]]
@@ -69,6 +71,61 @@ def test_stiff_solutions(method, f, h0, end):
         allowed = 100 * rtol * (1 if f is robertson else 30)
         assert float(((solution.h - want).abs() / want.abs().amax(0)).max()) < allowed
         assert solution.stats.njac > 0
+
+
+@pytest.mark.parametrize("problem", [HIRES, HEAT, ARENSTORF, BRUSSELATOR], ids=lambda p: p.name)
+def test_problems_of_the_examples_and_the_books(problem):
+    """Chemistry, diffusion, and the restricted three-body problem: each engine is as near to the reference as asked."""
+    method = "vern9" if problem is ARENSTORF else "rodas5p"
+    h0, t = torch.tensor(problem.h0, dtype=F64), torch.tensor([0.0, problem.t1], dtype=F64)
+    if problem is BRUSSELATOR:
+        end = odeint(problem.f, h0, t, method="radau5", engine="torch", rtol=1e-10, atol=1e-10)[-1]
+    else:
+        end = torch.tensor(problem.end, dtype=F64)
+    size = torch.as_tensor(problem.size, dtype=F64).expand_as(h0)
+    tol = 1e-10 if problem is ARENSTORF else 1e-7
+    for engine in ("torch", "julia"):
+        h = odeint(problem.f, h0, t, method=method, engine=engine, rtol=tol, atol=tol * size)[-1]
+        # The orbit passes the moon closely: an error there has grown by several thousand at its end.
+        assert float(((h - end).abs() / (size + end.abs())).max()) < tol * (1e5 if problem is ARENSTORF else 100)
+
+
+def rates_of(k):
+    def f(t, y):
+        a, b, c = y
+        slow, fast, square = k[0] * a, k[1] * b * c, k[2] * b * b
+        return torch.stack([fast - slow, slow - fast - square, square])
+
+    return f
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("rodas5p", "gauss"), ("radau5", "gauss"), ("rodas5p", "forward"), ("kencarp4", "forward")]
+)
+def test_gradients_of_a_stiff_system(method, name):
+    """Robertson's final state by its initial state and the three rates."""
+    t = torch.tensor([0.0, 40.0], dtype=F64)
+    gradients = []
+    for kwargs in (
+        {"engine": "torch", "adjoint": "discrete", "method": "rodas5p", "rtol": 1e-10, "atol": 1e-13},
+        {"engine": "julia", "adjoint": name, "method": method, "rtol": 1e-8, "atol": 1e-11},
+    ):
+        h0 = torch.tensor([1.0, 0.0, 0.0], dtype=F64, requires_grad=True)
+        k = torch.tensor([0.04, 1e4, 3e7], dtype=F64, requires_grad=True)
+        h = odeint(rates_of(k), h0, t, **kwargs)
+        gradients.append(torch.cat(torch.autograd.grad(h[-1, 2], [h0, k])))
+    want, got = gradients
+    assert float(((got - want) / want).abs().max()) < 2e-5
+
+
+@pytest.mark.parametrize(("method", "name"), [("kencarp4", "gauss"), ("bdf", "gauss"), ("rodas5p", "interpolating")])
+def test_stiff_gradients_that_would_be_inaccurate_are_refused(method, name):
+    h0 = torch.tensor([1.0, 0.0, 0.0], dtype=F64, requires_grad=True)
+    kwargs = {"method": method, "adjoint": name, "rtol": 1e-6, "atol": 1e-9}
+    with pytest.raises(errors.BadOption, match="inaccurate there"):
+        odeint(robertson, h0, [0.0, 1.0], engine="julia", **kwargs)
+    solution = solve(robertson, h0, [0.0, 1.0], engine="auto", **kwargs)
+    assert solution.stats.engine == "torch"
 
 
 def test_a_mass_matrix():
@@ -208,8 +265,8 @@ def test_random_smooth_fields(seed, dim, span, backward, method):
 
 
 def test_training_runs_lie_on_each_other():
-    """Fifty steps of Adam from the same weights: the losses agree to what the solvers' tolerance lets through."""
-    t = torch.linspace(0, 2, 8, dtype=F64)
+    """Five hundred steps of Adam from the same weights: the losses agree to what the tolerance lets through."""
+    t = torch.linspace(0, 1, 4, dtype=F64)
     target = torch.stack([torch.cos(2 * t), torch.sin(2 * t)], -1)
     curves = []
     for engine in ("torch", "julia"):
@@ -217,14 +274,13 @@ def test_training_runs_lie_on_each_other():
         f = Field(F64, dim=2)
         optimizer = torch.optim.Adam(f.parameters(), lr=0.01)
         losses = []
-        for _ in range(50):
+        for _ in range(500):
             optimizer.zero_grad()
-            h = odeint(f, target[0], t, engine=engine, adjoint=True, method="tsit5", rtol=1e-8, atol=1e-9)
+            h = odeint(f, target[0], t, engine=engine, adjoint=True, method="tsit5", rtol=1e-6, atol=1e-7)
             loss = (h - target).square().mean()
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
         curves.append(torch.tensor(losses))
-    assert torch.allclose(curves[0], curves[1], rtol=1e-4)
-    assert curves[1][-1] < 0.5 * curves[1][0]
-    assert pyjlode.METHODS["tsit5"].julia
+    assert torch.allclose(curves[0], curves[1], rtol=1e-3, atol=1e-8)
+    assert curves[1][-1] < 1e-2 * curves[1][0]

@@ -1,0 +1,134 @@
+"""Forward sensitivities: a problem whose state is the state and its derivatives, for either engine to solve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .derivatives import grad
+from .errors import GradientUnavailable
+from .gradients import Gradients, time_gradient
+from .problem import Field, Layout, ODEProblem, rms_norm
+
+
+class _Record(Protocol):
+    ys: Tensor
+    dense: Any
+    event_t: float | None
+
+
+def augment(p: ODEProblem) -> ODEProblem:
+    """The problem of y with S = dy/d(y0, theta): S' = df/dy S + (0, df/dtheta) (Hairer, Nørsett & Wanner I.14).
+
+    Returns:
+        `p` with the flat state (y, S), S of shape (n, n + |theta|) row by row, its Jacobian, and no mass matrix.
+    """
+    n, layout = p.y0.numel(), Layout(list(p.params))
+    width = n + layout.size
+
+    def rhs(t: Tensor, z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            y = z[:n].detach().requires_grad_()
+            k = p.f(t, y)
+        J, rows = jacobians(p, k, y, layout)
+        S = J @ z[n:].view(n, width)
+        S[:, n:] += rows
+        return torch.cat([k.detach(), S.reshape(-1)])
+
+    def norm(z: Tensor) -> float:
+        return max(p.norm(z[:n]), rms_norm(z[n:]))
+
+    def extend(tol: float | Tensor) -> float | Tensor:
+        return torch.cat([tol, tol[:, None].expand(n, width).reshape(-1)]) if isinstance(tol, Tensor) else tol
+
+    S0 = torch.eye(n, width, dtype=p.y0.dtype, device=p.y0.device)
+    event = p.event_fn
+    return replace(
+        p,
+        f=Field(rhs),
+        y0=torch.cat([p.y0, S0.reshape(-1)]),
+        f0=None,
+        jac=Jacobian(p, rhs) if p.method.controlled or p.method.kind == "julia" else None,
+        mass=None,
+        batch=1,
+        norm=norm,
+        rtol=extend(p.rtol),
+        atol=extend(p.atol),
+        event_fn=(lambda t, z: event(t, z[:n])) if event else None,
+        callbacks=p.callbacks.on(lambda z: z[:n]),
+    )
+
+
+def split(p: ODEProblem, record: _Record) -> Tensor:
+    """Leave of the record of the augmented problem that of y; return S at the outputs, (T, n, n + |theta|)."""
+    n = p.y0.numel()
+    if whole := record.dense:
+        record.dense = lambda times: whole(times)[:, :n]
+    S = record.ys[:, n:].reshape(len(record.ys), n, n + Layout(list(p.params)).size)
+    S[0] = torch.eye(*S.shape[1:], dtype=S.dtype, device=S.device)  # y(t0) is y0 itself
+    record.ys = record.ys[:, :n].clone()
+    return S
+
+
+def contract(
+    p: ODEProblem, record: _Record, S: Tensor, g: Tensor, slope: Callable[[Tensor, Tensor], Tensor] | None
+) -> Gradients:
+    """The gradients, from the sensitivities S (T, n, n + |theta|) and the cotangents g (T, n) at the outputs.
+
+    Args:
+        slope: (t, y) -> y', where it is not f.
+    """
+    n, layout = p.y0.numel(), Layout(list(p.params))
+    flat = torch.einsum("ti,tij->j", g, S)
+    a = torch.einsum("ti,tij->j", g[1:], S[1:, :, :n])
+    t = time_gradient(p, record, g, a, slope)
+    return Gradients(flat[:n], t, [x.to(q.device, q.dtype) for x, q in zip(layout.leaves(flat[n:]), p.params)])
+
+
+class Jacobian:
+    """The Jacobian of `(y, S) -> (f, J S + (0, df/dtheta))`, with that of its second half by y, which has second
+    derivatives of f, by central differences."""
+
+    def __init__(self, p: ODEProblem, rhs: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.p, self.rhs = p, rhs
+
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        n = self.p.y0.numel()
+        with torch.enable_grad():
+            y = z[:n].detach().requires_grad_()
+            k = self.p.f(t, y)
+        J, _ = jacobians(self.p, k, y, Layout([]))
+        width = len(z) // n - 1
+        out = torch.block_diag(J, torch.kron(J, torch.eye(width, dtype=J.dtype, device=J.device)))
+        steps = torch.finfo(z.dtype).eps ** (1 / 3) * z[:n].abs().clamp_min(1e-4)
+        for i, step in enumerate(steps.tolist()):
+            e = torch.zeros_like(z)
+            e[i] = step
+            out[n:, i] = ((self.rhs(t, z + e) - self.rhs(t, z - e)) / (2 * step))[n:]
+        return out
+
+
+def jacobians(p: ODEProblem, k: Tensor, y: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """dk/dy (n, n) and dk/dtheta (n, |theta|)."""
+    n = len(k)
+    inputs = (y, *p.params)
+    if not k.requires_grad or n == 0:
+        return y.new_zeros(n, n), y.new_zeros(n, layout.size)
+    eye = torch.eye(n, dtype=k.dtype, device=k.device)
+    rows: list[Tensor] = []
+    try:
+        batch = grad(p, [k], inputs, [eye], is_grads_batched=True, retain_graph=True)
+        J, *rest = (x.new_zeros(n, *x.shape) if b is None else b for x, b in zip(inputs, batch))
+        per_row: list[list[Tensor]] = [[x[i] for x in rest] for i in range(n)]
+    except GradientUnavailable:
+        raise
+    except RuntimeError:  # something in f has no batching rule
+        each = [grad(p, [k], inputs, [e], retain_graph=True) for e in eye]
+        full = [[torch.zeros_like(x) if b is None else b for x, b in zip(inputs, grads)] for grads in each]
+        J, per_row = torch.stack([grads[0] for grads in full]), [grads[1:] for grads in full]
+    rows = [layout.flatten_leaves(grads).to(y) for grads in per_row]
+    return J, torch.stack(rows)
