@@ -22,7 +22,6 @@ GRADIENTS: dict[str, str] = {
     "interpolating": "solves the adjoint along the dense output of the forward solve",
     "quadrature": "solves the adjoint, then integrates over time for the parameters by adaptive quadrature",
     "gauss": "as interpolating, with the parameters' integral by Gauss quadrature in each step: no state of their size",
-    "gauss_kronrod": "as gauss, by adaptive Gauss-Kronrod quadrature in each step",
     "forward": "solves the sensitivities beside the state: for few parameters and few states",
 }
 

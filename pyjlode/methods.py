@@ -170,7 +170,8 @@ def julia_method(expression: str) -> Method:
     Args:
         expression: Julia code that makes the algorithm, e.g. `"KenCarp47(linsolve=KrylovJL_GMRES())"`; everything that
             OrdinaryDiffEq's solver packages and LinearSolve export is in scope. It is evaluated at the first solve,
-            which raises BadOption if Julia does not take it.
+            which raises BadOption if Julia does not take it. The gradient of an adjoint is as good as the algorithm's
+            dense output: for many implicit ones that is a cubic, and `adjoint="forward"` is better.
     """
     return Method(expression, 0, "julia", "a solver of DifferentialEquations.jl", julia=expression, mass=True)
 

@@ -61,8 +61,8 @@ def odeint(
         t: shape (T,), floating point, strictly increasing or strictly decreasing; a tensor, or a sequence of floats.
         adjoint: how to differentiate. False: through the solver's own operations (any order of derivative). True: the
             engine's recommended adjoint ("discrete" on the native engine, "gauss" on Julia's). Or one by name:
-            "discrete", "backsolve", "interpolating", "quadrature", "gauss", "gauss_kronrod", "forward"; see
-            `pyjlode.GRADIENTS`. Adjoints give first derivatives.
+            "discrete", "backsolve", "interpolating", "quadrature", "gauss", "forward" (`pyjlode.GRADIENTS`). Adjoints
+            give first derivatives.
         method: name of the solver, see `pyjlode.METHODS`; "dopri5" by default.
         rtol, atol: the local error is held below `atol + rtol * |h|` in the root mean square over the elements (over
             several tensors: in each of them). A number, a tensor that broadcasts to `h0`, or a pytree with one for
@@ -407,6 +407,8 @@ def _read(
         p.y0 = native.consistent(p)
         p.f0 = p.f0 if p.options.consistent == "check" else None
     p.adjoint = _adjoint(f, p, gradient, adjoint, rtol, atol, options, adjoint_given, h0, layout)
+    if chosen is julia and p.adjoint and p.adjoint.method is not p.method:
+        chosen, reason = _engine(engine, p, adjoint)
 
     stats = Stats(chosen.NAME, reason, row.name)
     log.info("engine %s (%s), method %s, gradient %s", chosen.NAME, reason, row.name, gradient or "through the solver")
@@ -442,7 +444,7 @@ def _adjoint(
     layout: Layout,
 ) -> AdjointSettings | None:
     """Settings of the backward solve: the forward solve's, where nothing else is said."""
-    continuous = gradient in ("backsolve", "interpolating", "quadrature", "gauss", "gauss_kronrod")
+    continuous = gradient in ("backsolve", "interpolating", "quadrature", "gauss")
     said = [name for name, value in zip(_SETTINGS, given) if value is not None]
     if said and not continuous:
         how = f"adjoint={gradient!r}" if gradient else "adjoint=False"

@@ -51,7 +51,7 @@ def slope(p: ODEProblem, t: Tensor, y: Tensor) -> Tensor:
 
 def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = False) -> Memory:
     """Solve `p` and keep what `vjp` needs for the gradient method named."""
-    kept = dense or gradient in ("interpolating", "quadrature", "gauss", "gauss_kronrod")
+    kept = dense or gradient in ("interpolating", "quadrature", "gauss")
     if p.method.kind == "scipy":
         if gradient not in ("backsolve", "interpolating"):
             raise BadOption(

@@ -1,4 +1,4 @@
-"""Vector-Jacobian products of a solve: seven ways to the gradient.
+"""Vector-Jacobian products of a solve: six ways to the gradient.
 
 Notation: a loss L of the states y_i = y(t_i) with cotangents g_i = dL/dy_i. The adjoint a(t) = dL/dy(t) obeys
 a' = -a df/dy, jumps by g_i at t_i, and dL/dtheta is the integral of a df/dtheta from t_0 to t_N (Chen, Rubanova,
@@ -196,11 +196,11 @@ def continuous(p: ODEProblem, record: Record, g: Tensor, name: str) -> Gradients
 
     `backsolve` solves y backward beside it: no memory of the forward solve (Chen et al. 2018).
     `interpolating` reads y off the forward solve's dense output, the integral over theta being part of the solve.
-    `gauss_kronrod` and `quadrature` integrate a df/dtheta by adaptive Gauss-Kronrod quadrature within each step.
+    `quadrature` integrates a df/dtheta by adaptive Gauss-Kronrod quadrature within each step.
     `gauss` integrates it by Gauss-Legendre quadrature within each step of a as that step is made.
     A stiff method takes the integral of the first two within its steps too: states of the size of theta would only
     make its linear systems larger.
-    The last four are those of Ma, Dixit, Innes, Guo & Rackauckas, A comparison of automatic differentiation and
+    The last three are those of Ma, Dixit, Innes, Guo & Rackauckas, A comparison of automatic differentiation and
     continuous sensitivity analysis for derivatives of differential equation solutions, 2021.
     """
     backward = _Backward(p, record, name)
@@ -323,7 +323,7 @@ class _Backward:
     def integrate(self, step: Step) -> None:
         """Add the integral of a df/dtheta over one step of a."""
         t0, t1 = step.interval.t0, step.interval.t1
-        if self.name in ("quadrature", "gauss_kronrod"):
+        if self.name == "quadrature":
             self.total += self.kronrod(step, t0, t1)
         else:
             self.total += self.rule(step, t0, t1, *self.nodes)
