@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+from .bridge.runtime import IMAGE
 from .errors import EngineUnavailable
-
-SYSIMAGE = "pyjlode-sysimage" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 
 
 def setup(*, sysimage: bool = False) -> None:
     """Resolve the Julia environment with juliapkg, then load everything once so that it is compiled.
 
     Args:
-        sysimage: then build one system image of all of it with PackageCompiler, which later starts use.
+        sysimage: then build one system image of all of it with PackageCompiler, which needs a C compiler; later starts
+            use it for as long as the packages do not change.
 
     Raises:
         EngineUnavailable: something of this failed; the message says what.
@@ -39,13 +38,14 @@ def setup(*, sysimage: bool = False) -> None:
             ) from error
     _julia(executable, project, "using PyJLODE, SciMLSensitivity, PythonCall", "Compiling the packages")
     if sysimage:
-        target = Path(project) / SYSIMAGE
+        target = Path(project) / IMAGE
         _julia(
             executable,
             project,
-            'import Pkg; Pkg.activate(; temp=true); Pkg.add("PackageCompiler"); import PackageCompiler; '
-            f"PackageCompiler.create_sysimage([:PythonCall, :PyJLODE, :SciMLSensitivity]; "
-            f"sysimage_path=raw{str(target)!r}, project=raw{str(project)!r})".replace("'", '"'),
+            'if isnothing(Base.find_package("PackageCompiler")) import Pkg; Pkg.activate(; temp=true); '
+            'Pkg.add("PackageCompiler") end; import PackageCompiler; '
+            "PackageCompiler.create_sysimage([:PythonCall, :PyJLODE, :SciMLSensitivity]; "
+            f'sysimage_path=raw"{target}", project=raw"{project}")',
             "Building a system image (ten minutes or more)",
         )
     print("Done. `pyjlode doctor` shows what there is.")

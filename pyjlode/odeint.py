@@ -410,7 +410,9 @@ def _read(
     if chosen is julia and p.adjoint and p.adjoint.method is not p.method:
         chosen, reason = _engine(engine, p, adjoint)
 
-    stats = Stats(chosen.NAME, reason, row.name)
+    leaf = pytree.tree_leaves(h0)[0]
+    copied = y0.numel() > 0 and y0.data_ptr() != leaf.data_ptr()
+    stats = Stats(chosen.NAME, reason, row.name, copied)
     log.info("engine %s (%s), method %s, gradient %s", chosen.NAME, reason, row.name, gradient or "through the solver")
     return _Made(p, layout, stats, chosen, gradient, needed)
 

@@ -6,11 +6,13 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +77,22 @@ def find() -> Found | str:
     if not resolved:
         return f"Julia's packages are not up to date. {SETUP}"
     return Found(resolved["executable"], state.STATE["project"], "juliapkg")
+
+
+IMAGE = "pyjlode-sysimage" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+_SOURCES = Path(__file__).parent.parent / "julia"
+
+
+def image(project: str) -> str | None:
+    """The system image that `pyjlode setup --sysimage` left in a Julia project, if what it was made of is unchanged."""
+    built = Path(project) / IMAGE
+    if not built.exists():
+        return None
+    made_of = [Path(project) / "Manifest.toml", *_SOURCES.rglob("*.jl"), _SOURCES / "Project.toml"]
+    if any(path.exists() and path.stat().st_mtime > built.stat().st_mtime for path in made_of):
+        log.warning("the system image %s is older than Julia's packages and not used: pyjlode setup --sysimage", built)
+        return None
+    return str(built)
 
 
 def started() -> bool:
@@ -150,6 +168,8 @@ def _start() -> None:
     os.environ.setdefault("PYTHON_JULIACALL_HANDLE_SIGNALS", "no")
     os.environ.setdefault("PYTHON_JULIACALL_THREADS", "1")
     os.environ.setdefault("PYTHON_JULIACALL_AUTOLOAD_IPYTHON_EXTENSION", "no")
+    if built := image(found.project):
+        os.environ.setdefault("PYTHON_JULIACALL_SYSIMAGE", built)
     start = time.perf_counter()
     try:
         with warnings.catch_warnings():
