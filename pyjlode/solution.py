@@ -22,7 +22,7 @@ class Stats:
         engine: "torch" or "julia".
         reason: why this engine.
         method: name of the solver.
-        copied: whether the initial state was copied for the solver: it is where it is not one contiguous tensor.
+        copied: whether the initial state was copied for the solver: it is where it is not one contiguous real tensor.
         nfe: evaluations of f in the forward solve.
         naccept, nreject: accepted and rejected steps.
         njac: Jacobians of f (implicit methods).
