@@ -230,6 +230,24 @@ def test_threads_take_turns():
         assert torch.allclose(results[i][1], torch.matrix_exp(3 * A).sum(0), atol=1e-6)
 
 
+def test_backward_on_another_thread_than_forward():
+    """As autograd does it for a tensor on a device: the solution was made here, and its adjoint runs there."""
+    h0 = H0.clone().requires_grad_()
+    h = odeint(linear, h0, T, engine="julia", adjoint=True, **TOL)[-1].sum()
+    thread = threading.Thread(target=h.backward)
+    thread.start()
+    thread.join(timeout=60)
+    assert torch.allclose(h0.grad, torch.matrix_exp(3 * A).sum(0), atol=1e-6)
+
+
+def test_progress_on_this_engine(capsys):
+    h = odeint(linear, H0, T, engine="julia", options={"progress": True}, **TOL)
+    assert torch.allclose(h, exact(T), atol=1e-7)
+    assert "100%" in capsys.readouterr().err
+    with pytest.raises(errors.BadOption, match="julia_function"):
+        odeint(pyjlode.julia_function(LOTKA, RATES), H0, T, adjoint=True, options={"progress": True})
+
+
 def test_tolerances_per_element_and_per_leaf():
     h = odeint(linear, H0, T, engine="julia", rtol=torch.tensor([1e-9, 1e-8]), atol=torch.tensor([1e-11, 1e-10]))
     assert torch.allclose(h, exact(T), atol=1e-6)
