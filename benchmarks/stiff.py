@@ -7,8 +7,8 @@
 
 One thread; float64. The error is that of the last state in units of the tolerance `atol + rtol |h|`, root mean square,
 against published values (see tests/stiff_problems.py) or, for the Brusselator, SciPy's Radau at rtol 1e-12. SciPy is
-given the same field in NumPy. diffrax's Kvaerno5 runs under jit, compiled before the clock starts, where it is installed
-(`pip install .[bench]`).
+given the same field in NumPy. diffrax's Kvaerno5 runs under jit, compiled before the clock starts, where it is
+installed (`pip install .[bench]`).
 """
 
 from __future__ import annotations
