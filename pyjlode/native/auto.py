@@ -57,7 +57,9 @@ class Explicit:
         return controller.next_factor(err, self.previous, False, self.order, self.p.method.pi, self.p.options)
 
     def again(self, interval: Interval, y: Tensor, data: Any, polish: int) -> ExplicitStep:
-        return ExplicitRK(self.p, recorded=True, tableau=TSIT5).step(interval, y, None)
+        step = ExplicitRK(self.p, recorded=True, tableau=TSIT5).step(interval, y, None)
+        self.f0 = step.f1.detach()  # a recorded solve goes on from here
+        return step
 
     def stiffness(self) -> float:
         """|λ dt| seen between the last two stages, both at the end of the step (HW (IV.2.14))."""

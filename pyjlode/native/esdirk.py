@@ -128,6 +128,7 @@ class Esdirk:
             for _ in range(polish):
                 k = k + W.solve(p.f(t[i], base + dt * g * k) - k) / (g * dt)
             K.append(k)
+        self.f0 = K[-1].detach()  # a recorded solve goes on from the polished slopes
         stacked = torch.stack(K)
         return EsdirkStep(self, interval, y, y + dt * (stacked.T @ self.c.B), stacked)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,9 +19,11 @@ from ..problem import ODEProblem, is_finite
 from ..solution import Stats
 
 # Above this size of one system GMRES with Jacobian-vector products replaces LU of the dense Jacobian. GMRES has no
-# preconditioner here: LU is the faster of the two wherever its matrices fit well (`python benchmarks/stiff.py
-# --dense-limit`), so that the limit is one of memory: the Jacobian's products take some ten times d² numbers.
-DENSE_LIMIT = 2000
+# preconditioner here, and LU is the faster of the two up to this size (`python benchmarks/stiff.py --dense-limit`: a
+# reaction with diffusion, and a dense network), so that the limit is one of memory: a solve with LU takes ten times d²
+# numbers, radau5 seventeen times. A preconditioner would need to know the structure of J; who knows it passes jac=,
+# which is always factorised.
+DENSE_LIMIT = 4000
 
 
 class Jacobian(NamedTuple):
@@ -30,12 +33,15 @@ class Jacobian(NamedTuple):
         t, y: the point, 0-d and (n,).
         blocks: (B, d, d); None where the Jacobian is known by its products only.
         rate: df/dt, (n,), where it was asked for.
+        graph: f(t, y) and the y that it is a function of; and its product Jᵀ u, and u, of which that is a function.
+            Products go through it again and again; None where they are had in another way.
     """
 
     t: Tensor
     y: Tensor
     blocks: Tensor | None
     rate: Tensor | None = None
+    graph: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
 
 class Linear:
@@ -82,7 +88,7 @@ class Linear:
         t, y = t.detach(), y.detach()
         slope = self.time_derivative(t, y) if rate and (self.free or self.p.jac) else None
         if self.free:
-            return Jacobian(t, y, None, slope)
+            return Jacobian(t, y, None, slope, None if self.p.products else self.graph(t, y))
         if self.p.jac is not None:
             return Jacobian(t, y, self.p.jac(t, y).reshape(self.B, self.d, self.d), slope)
         reason = ""
@@ -124,18 +130,24 @@ class Linear:
     def reverse_columns(self, t: Tensor, y: Tensor, rate: bool) -> tuple[Tensor, Tensor | None]:
         """df/dy (B, d, d) and, with `rate`, df/dt (n,), with a graph where autograd records.
 
-        `torch.func` says the same more slowly: three times for small systems, and seconds at its first use.
+        `torch.func` says the same more slowly: three times for small systems, and seconds at its first use. But it
+        does not look at the graph behind y, which autograd walks through to its start.
         """
         if not y.numel():
             return y.new_zeros(self.B, self.d, self.d), torch.zeros_like(y) if rate else None
         recorded = torch.is_grad_enabled()
+        if recorded and not y.is_leaf:
+            pull = torch.func.vjp(self.p.f, t, y)[1]
+            slope, rows = torch.func.vmap(pull)(self.tangents(y))
+            if rate and self.B > 1:  # the pulled one is a sum over the systems
+                slope = directional(self.p, t, y, torch.ones_like(t), torch.zeros_like(y))
+            return rows.reshape(self.d, self.B, self.d).transpose(0, 1), slope if rate else None
         with torch.enable_grad():
             # Aliases: what f knows of y and t by another way is not a part of df/dy.
             t, y = (x.view_as(x) if recorded and x.requires_grad else x.detach().requires_grad_() for x in (t, y))
             k = self.p.f(t, y)
         if not k.requires_grad:
             raise RuntimeError("its result has no graph")
-        # Of one system row i is the derivative of element i; df/dt of several is not a sum over them.
         wanted = [y, t] if rate and self.B == 1 else [y]
         rows, *by_time = self.all_rows(k, wanted, recorded)
         if rows is None:
@@ -143,6 +155,7 @@ class Linear:
         blocks = rows.reshape(self.d, self.B, self.d).transpose(0, 1)
         if not rate:
             return blocks, None
+        # One system's row i is the derivative of element i; of several systems that by t is a sum over them.
         if self.B > 1:
             return blocks, self.time_derivative(t, y)
         return blocks, k.new_zeros(k.shape) if by_time[0] is None else by_time[0]
@@ -224,6 +237,19 @@ class Linear:
             return v
         return (v.reshape(*v.shape[:-1], self.B, self.d) @ self.mass.to(v.dtype)).reshape(v.shape)
 
+    def graph(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """What the products with one Jacobian share."""
+        try:
+            with torch.enable_grad():
+                y = y.detach().requires_grad_()
+                k = self.p.f(t, y)
+                u = torch.zeros_like(k, requires_grad=True)
+                back = torch.autograd.grad(k, y, u, create_graph=True)[0]
+            torch.autograd.grad(back, u, y, retain_graph=True)
+        except REFUSALS:
+            return None
+        return k, y, back, u
+
     def product(self, J: Jacobian, v: Tensor) -> Tensor:
         """J v, (n,)."""
         if v.is_complex():
@@ -232,6 +258,8 @@ class Linear:
             return (J.blocks @ v.reshape(self.B, self.d, 1)).reshape(-1)
         if self.p.products:
             return self.p.products[0](J.t, v)
+        if J.graph is not None:
+            return torch.autograd.grad(J.graph[2], J.graph[3], v, retain_graph=True)[0]
         return directional(self.p, J.t, J.y, None, v)
 
     def product_transposed(self, J: Jacobian, v: Tensor) -> Tensor:
@@ -242,6 +270,8 @@ class Linear:
             return (J.blocks.mT @ v.reshape(self.B, self.d, 1)).reshape(-1)
         if self.p.products:
             return self.p.products[1](J.t, v)
+        if J.graph is not None:
+            return torch.autograd.grad(J.graph[0], J.graph[1], v, retain_graph=True)[0]
         with torch.enable_grad():
             y = J.y.detach().requires_grad_()
             k = self.p.f(J.t, y)
@@ -326,30 +356,38 @@ def gmres(apply: Apply, b: Tensor, tol: float) -> Tensor:
 
     NaN where it does not get there, which the caller takes for a step that was not solved.
     """
-    x, target = torch.zeros_like(b), tol * float(torch.linalg.vector_norm(b))
-    r, size = b, float(torch.linalg.vector_norm(b))
+    x, r, size = torch.zeros_like(b), b, float(torch.linalg.vector_norm(b))
+    target = tol * size
+    V = b.new_empty(_RESTART + 1, b.numel())
     for _ in range(_CYCLES):
         if size <= target:
             return x
-        basis = [r / size]
-        H = torch.zeros(_RESTART + 1, _RESTART, dtype=b.dtype)
-        e = torch.zeros(_RESTART + 1, 1, dtype=b.dtype)
-        e[0] = size
+        V[0] = r / size
+        H = np.zeros((_RESTART + 1, _RESTART), dtype=complex if b.is_complex() else float)
+        # ν H = 0: what is left of the residual is its part along ν, and needs no least squares to be known.
+        nu = np.zeros(_RESTART + 1, dtype=H.dtype)
+        nu[0] = 1
         for j in range(_RESTART):
-            w = apply(basis[j])
-            V = torch.stack(basis)
+            basis, w = V[: j + 1], apply(V[j])
             for _again in range(2):  # Gram-Schmidt, twice for orthogonality to rounding
-                h = V.conj() @ w
-                w = w - h @ V
-                H[: j + 1, j] += h.cpu()
+                h = basis.conj() @ w
+                w = w - h @ basis
+                H[: j + 1, j] += h.cpu().numpy()
             norm = float(torch.linalg.vector_norm(w))
             H[j + 1, j] = norm
-            coefficients = torch.linalg.lstsq(H[: j + 2, : j + 1], e[: j + 2]).solution
-            left = float(torch.linalg.vector_norm(H[: j + 2, : j + 1] @ coefficients - e[: j + 2]))
-            if not left > 0.3 * target or norm == 0 or norm != norm:
+            if norm == 0 or norm != norm:
                 break
-            basis.append(w / norm)
-        x = x + (torch.stack(basis[: len(coefficients)]).T @ coefficients.to(b.device)).reshape(-1)
+            nu[j + 1] = -(nu[: j + 1] @ H[: j + 1, j]) / norm
+            V[j + 1] = w / norm
+            if not size / np.linalg.norm(nu[: j + 2]) > 0.3 * target:
+                break
+        k = j + 1
+        if norm != norm:
+            break
+        e = np.zeros(k + 1, dtype=H.dtype)
+        e[0] = size
+        coefficients = np.linalg.lstsq(H[: k + 1, :k], e, rcond=None)[0]
+        x = x + torch.from_numpy(coefficients).to(b) @ V[:k]
         r = b - apply(x)
         size = float(torch.linalg.vector_norm(r))
     return x if size <= target else torch.full_like(b, torch.nan)

@@ -114,7 +114,11 @@ class Rosenbrock:
             if i:
                 stacked = torch.stack(U).T
                 Y, carry = y + stacked @ c.A[i], self.linear.times_mass(stacked @ c.C[i]) / dt
-            U.append(solve(self.p.f(t[i], Y) + carry, tab.gammas[i] * dt))
+            k = self.p.f(t[i], Y)
+            U.append(solve(k + carry, tab.gammas[i] * dt))
+        # A recorded solve goes on from this step, not from the attempt at it: what rounding makes of the difference
+        # between a state and the slope of another grows from step to step.
+        self.f0 = k.detach() if c.fsal else None
         stacked = torch.stack(U)
         return RosenbrockStep(self, interval, y, y + stacked.T @ c.m, stacked)
 

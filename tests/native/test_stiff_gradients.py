@@ -91,6 +91,27 @@ def test_robertsons_rate_constants(method, adjoint):
     assert float(((grad - robertson_reference()) / robertson_reference()).abs().max()) < 1e-6
 
 
+@pytest.mark.parametrize("method", STIFF)
+def test_a_recorded_solve_takes_the_steps_of_an_unrecorded_one(method):
+    """The slope that a step hands on is that of the state which is recorded: the two part no further than rounding."""
+    steps = []
+    for record in (False, True):
+        logs = torch.zeros(3, dtype=F64, requires_grad=record)
+        solution = pyjlode.solve(
+            lambda t, h, logs=logs: robertson(h, RATES * torch.exp(logs)),
+            tensor(1.0, 0.0, 0.0),
+            tensor(0.0, 40.0),
+            method=method,
+            rtol=1e-5,
+            atol=1e-9,
+            adjoint=False,
+            dense=False,
+        )
+        assert solution.h.requires_grad == record
+        steps.append(solution.stats.naccept + solution.stats.nreject)
+    assert abs(steps[1] - steps[0]) <= 0.02 * steps[0] + 2
+
+
 DAES = {
     "robertson": (robertson_dae, torch.diag(tensor(1.0, 1.0, 0.0)), RATES, tensor(1.0, 0.0, 0.0), WEIGHTS, 1e-4, 4.0),
     "pendulum": (

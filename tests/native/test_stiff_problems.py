@@ -33,10 +33,8 @@ def end(problem, method, tol, **options):
 @METHOD
 def test_reference_value(problem, method):
     """The error is within 30 times the tolerance, at an easy one and at a tighter one."""
-    # The phase of the Oregonator's oscillation gathers the errors of its periods; SciPy's BDF is as far off.
-    limit = 60 if problem is sp.OREGONATOR and method == "bdf" else 30
     for tol in (1e-4, 1e-6):
-        assert problem.error(end(problem, method, tol).h[-1], tol) < limit
+        assert problem.error(end(problem, method, tol).h[-1], tol) < 30
 
 
 @each([sp.ROBERTSON_40, sp.HIRES, sp.VAN_DER_POL])
