@@ -78,6 +78,15 @@ def test_auto_switches_at_the_jumps_of_van_der_pol():
     assert solution.stats.naccept < 600
 
 
+@pytest.mark.parametrize("tol", [1e-5, 1e-8, 1e-10])
+def test_auto_finds_stiffness_at_every_tolerance(tol):
+    """The stiff component has no part in the solution, the less the tighter the tolerance; explicit steps to the end
+    would be tens of thousands."""
+    solution = end(sp.ROBERTSON_40, "auto", tol)
+    assert solution.stats.switches[0][0] < 0.1
+    assert solution.stats.naccept < 1000
+
+
 @each([sp.ARENSTORF, sp.TWO_BODY])
 def test_auto_stays_explicit_on_orbits_which_close(problem):
     solution = end(problem, "auto", 1e-10)
