@@ -65,8 +65,10 @@ class Explicit:
         return step
 
     def stiffness(self) -> float:
-        """|λ dt| seen between the last two stages, both at the end of the step (HW (IV.2.14)), in units of the tolerance:
-        what is stiff has no part in the solution, and at tight tolerances the rest would hide it."""
+        """|λ dt| seen between the last two stages, both at the end of the step (HW (IV.2.14)).
+
+        In units of the tolerance: what is stiff has little part in the solution, and the rest would hide it.
+        """
         step = self.step
         assert step is not None
         dt = step.interval.t1 - step.interval.t0

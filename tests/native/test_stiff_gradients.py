@@ -79,8 +79,8 @@ def robertson_reference():
     )
 
 
-# (rtol, adjoints but the continuous ones; rtol with these, along the dense output, whose order is lower). The methods of
-# order 2 need thousands of steps.
+# (rtol of all adjoints but the continuous ones; rtol of these, which go along the dense output, whose order is lower).
+# The methods of order 2 need thousands of steps.
 TOLERANCES = {
     "rosenbrock23": (2e-7, 1e-7),
     "trbdf2": (3e-9, 1e-7),
