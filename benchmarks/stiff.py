@@ -244,12 +244,13 @@ def batch(quick: bool) -> None:
             ends = []
             for row in rows:
                 found = solve_ivp(
-                    lambda t, h, row=row: sp.robertson(t, h, np, row),
+                    lambda _, h, row: sp.robertson(_, h, np, row),
                     (0, t1),
                     [1.0, 0.0, 0.0],
                     method="Radau",
                     rtol=tol,
                     atol=tol * size.numpy(),
+                    args=(row,),
                 )
                 ends.append(found.y[:, -1])
             return ends
