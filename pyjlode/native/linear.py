@@ -143,12 +143,12 @@ class Linear:
                 slope = directional(self.p, t, y, torch.ones_like(t), torch.zeros_like(y))
             return rows.reshape(self.d, self.B, self.d).transpose(0, 1), slope if rate else None
         with torch.enable_grad():
-            # Aliases: what f knows of y and t by another way is not a part of df/dy.
-            t, y = (x.view_as(x) if recorded and x.requires_grad else x.detach().requires_grad_() for x in (t, y))
-            k = self.p.f(t, y)
+            # Aliases: what f knows of y and t in another way is not a part of df/dy.
+            at, point = (x.view_as(x) if recorded and x.requires_grad else x.detach().requires_grad_() for x in (t, y))
+            k = self.p.f(at, point)
         if not k.requires_grad:
             raise RuntimeError("its result has no graph")
-        wanted = [y, t] if rate and self.B == 1 else [y]
+        wanted = [point, at] if rate and self.B == 1 else [point]
         rows, *by_time = self.all_rows(k, wanted, recorded)
         if rows is None:
             raise RuntimeError("no graph leads from its result to the state")
@@ -192,7 +192,7 @@ class Linear:
         return self.seen(t, y, directional_by_reverse(self.p, t, y, torch.ones_like(t), None))
 
     def time_difference(self, t: Tensor, y: Tensor) -> Tensor:
-        step = torch.finfo(y.dtype).eps ** (1 / 3) * max(abs(float(t)), 1e-3)
+        step = torch.finfo(y.dtype).eps ** (1 / 3) * max(abs(float(t.detach())), 1e-3)
         return (self.p.f(t + step, y) - self.p.f(t - step, y)) / (2 * step)
 
     def seen(self, t: Tensor, y: Tensor, slope: Tensor | None) -> Tensor:
