@@ -77,7 +77,7 @@ def odeint(
             `options["batch_dims"]`); it may be singular (a differential-algebraic system of index 1). For the methods
             "rodas5p", "radau5" and "bdf".
         jac: `jac(t, h) -> df/dh`, shape (*h.shape, *h.shape), or (*batch, d, d) with `options["batch_dims"]`, for the
-            adaptive stiff methods. By default it is computed by torch.func, else by finite differences.
+            adaptive stiff methods. By default it is computed by autograd, else by finite differences.
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: for the backward solve of the continuous adjoints;
             by default those of the forward one. `adjoint_options={"norm": "seminorm"}` leaves the parameters out of
             the error norm (Kidger, Chen & Lyons 2021).

@@ -2,7 +2,7 @@
 
 "HW" is Hairer & Wanner, *Solving Ordinary Differential Equations II*; "Test Set" is Mazzia & Magherini, *Test Set for
 Initial Value Problem Solvers*, release 2.4, University of Bari (2008), where the reference values stand. Every `f`
-works on torch tensors and, with `xp=numpy`, on arrays.
+works on torch tensors and, with `xp=numpy` or `xp=jax.numpy`, on arrays.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ F64 = torch.float64
 
 
 def stack(xp: Any, parts: Sequence[Any]) -> Any:
-    return torch.stack(list(parts)) if xp is torch else np.array(parts)
+    return torch.stack(list(parts)) if xp is torch else xp.array(parts)
 
 
 def cat(xp: Any, parts: Sequence[Any]) -> Any:
-    return torch.cat(list(parts)) if xp is torch else np.concatenate(parts)
+    return torch.cat(list(parts)) if xp is torch else xp.concatenate(parts)
 
 
 @dataclass(frozen=True)

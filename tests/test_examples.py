@@ -36,8 +36,8 @@ def test_three_body(tmp_path):
 
 
 def test_double_pendulum(tmp_path):
-    _, error = run("double_pendulum", tmp_path, epochs=30)
-    assert error < 1
+    _, error = run("double_pendulum", tmp_path, warm_up=15, iterations=20)
+    assert error < 0.5
 
 
 def test_heat_rod(tmp_path):

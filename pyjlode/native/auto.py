@@ -23,6 +23,9 @@ from .tableaus import TSIT5
 
 # |λ dt| on the boundary of tsit5's stability region, on the negative real axis, with some room.
 _BOUNDARY = 3.2
+# From this part of it on a step counts as on the boundary: the tighter the tolerance, the further inside of it does the
+# error of the stiff components hold the step.
+_NEAR = 0.7
 # So many steps on the boundary one after the other make a problem stiff (HW IV.2), so many below it end that.
 _STIFF_AFTER, _EASY_AFTER = 12, 6
 # Up to this size of a system its eigenvalues cost less than the step.
@@ -57,18 +60,23 @@ class Explicit:
         return controller.next_factor(err, self.previous, False, self.order, self.p.method.pi, self.p.options)
 
     def again(self, interval: Interval, y: Tensor, data: Any, polish: int) -> ExplicitStep:
-        return ExplicitRK(self.p, recorded=True, tableau=TSIT5).step(interval, y, None)
+        step = ExplicitRK(self.p, recorded=True, tableau=TSIT5).step(interval, y, None)
+        self.f0 = step.f1.detach()  # a recorded solve goes on from here
+        return step
 
     def stiffness(self) -> float:
-        """|λ dt| seen between the last two stages, both at the end of the step (HW (IV.2.14))."""
+        """|λ dt| seen between the last two stages, both at the end of the step (HW (IV.2.14)).
+
+        In units of the tolerance: what is stiff has little part in the solution, and the rest would hide it.
+        """
         step = self.step
         assert step is not None
         dt = step.interval.t1 - step.interval.t0
         last = TSIT5.stages - 1
         Y = step.K.add_to(step.y, last, self.rk.c.rows[last], dt)
         rise, run = step.f1 - step.K.get(last), step.y1 - Y
-        B = self.p.batch
-        rise, run = (x.reshape(B, -1).square().sum(1) for x in (rise, run))
+        B, scale = self.p.batch, self.p.atol + self.p.rtol * step.y.abs()
+        rise, run = ((x / scale).reshape(B, -1).square().sum(1) for x in (rise, run))
         ratio = torch.where(run > 0, rise / run, 0.0).sqrt()
         return abs(dt) * float(ratio.amax()) if ratio.numel() else 0.0
 
@@ -108,7 +116,7 @@ class Auto:
             if self.count == _EASY_AFTER:
                 self.switch()
         else:
-            self.count = self.count + 1 if self.explicit.stiffness() > 0.9 * _BOUNDARY else max(0, self.count - 2)
+            self.count = self.count + 1 if self.explicit.stiffness() > _NEAR * _BOUNDARY else max(0, self.count - 2)
             if self.count == _STIFF_AFTER:
                 self.switch()
         return factor

@@ -3,6 +3,7 @@ suite, SIAM J. Sci. Comput. 18, 1997), at a quasi-constant step."""
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -12,13 +13,17 @@ from torch import Tensor
 
 from ..problem import ODEProblem
 from ..solution import Stats
-from .linear import Factors, Jacobian, Krylov, Linear
+from .linear import Jacobian, Linear, System
 from .newton import _SAME, POLISH_RECORDED, Converged, Frozen, damped, newton, newton_tolerance
 from .step import Interval, fraction, stage_times
 from .stiff_tableaus import NDFTableau
 from .stiffness import Attempt
 
 _MAX_ITERS = 4
+# The estimate of a step's error is sharp, and a solution's error is the sum of its steps': each may make a quarter of
+# the tolerance, for a fifth more steps. (CVODE aims at a sixth; the other methods here estimate the error of a formula
+# of lower order, which does the same.)
+_SHARE = 4.0
 _ROWS = 8  # backward differences of order 0 to 7: two above the highest order
 
 
@@ -39,20 +44,47 @@ class Past(NamedTuple):
 
 
 def rescaling(order: int, ratio: float | Tensor) -> Tensor:
-    """(order + 1, order + 1) float64: the differences of the same polynomial at a step `ratio` times as long."""
-    R, U = _differences(order, ratio), _differences(order, 1.0)
-    return (R @ U.to(R)).T
+    """(order + 1, order + 1) float64: the differences of the same polynomial at a step `ratio` times as long.
+
+    (R(ratio) R(1))ᵀ with R of Shampine & Reichelt, Sec. 2.2: R[i, j] = Π_{m=1..i} (m - 1 - ratio j) / m.
+    """
+    fixed, moving, U = _factors(order)
+    if isinstance(ratio, Tensor):
+        R = (torch.from_numpy(fixed).to(ratio) + ratio * torch.from_numpy(moving).to(ratio)).cumprod(0)
+        return (R @ torch.from_numpy(U).to(ratio)).T
+    return torch.from_numpy(((fixed + ratio * moving).cumprod(0) @ U).T)
 
 
-def _differences(order: int, ratio: float | Tensor) -> Tensor:
-    """R of Shampine & Reichelt, Sec. 2.2: R[i, j] = Π_{m=1..i} (m - 1 - ratio j) / m."""
-    ratio = torch.as_tensor(ratio, dtype=torch.float64)
-    m = torch.arange(1, order + 1, dtype=torch.float64, device=ratio.device)
-    factors = (m[:, None] - 1 - ratio * m[None, :]) / m[:, None]
-    inner = torch.cat([torch.ones_like(factors[:1]), factors]).cumprod(0)
-    first = torch.zeros_like(inner[:, :1])
-    first[0] = 1
-    return torch.cat([first, inner], 1)
+@functools.cache
+def _factors(order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Factor m of R[i, j] is fixed[m, j] + ratio moving[m, j], that of m = 0 is 1; and R(1). All (order + 1,)²."""
+    m = np.arange(1.0, order + 1)[:, None]
+    ones, j = np.ones((1, order + 1)), np.arange(order + 1.0)
+    fixed, moving = np.concatenate([ones, (m - 1) / m * ones]), np.concatenate([0 * ones, -j / m])
+    return fixed, moving, (fixed + moving).cumprod(0)
+
+
+class Sums:
+    """The differences of a prediction of one order, and those after its step, as products with those before, D (8, n).
+
+    Attributes:
+        ahead: (2, 8): the predicted y1, and ψ = Σ_j γ_j D_j / α.
+        after, added: (8, 8), (8,): the differences after a step whose y1 is d more than predicted, after D + added dᵀ.
+            That of order + 1 is d, and each below it is the one above it more than before.
+    """
+
+    def __init__(self, tab: NDFTableau, order: int, like: Tensor) -> None:
+        q = order
+        ahead = np.zeros((2, _ROWS))
+        ahead[0, : q + 1], ahead[1, 1 : q + 1] = 1, tab.gamma[1 : q + 1] / tab.alpha[q]
+        after, added = np.eye(_ROWS), np.zeros(_ROWS)
+        after[: q + 1, : q + 1] = np.triu(np.ones((q + 1, q + 1)))
+        added[: q + 3] = 1
+        after[q + 1, q + 1], after[q + 2, q + 1], after[q + 2, q + 2] = 0, -1, 0
+        self.ahead, self.after, self.added = (torch.from_numpy(x).to(like) for x in (ahead, after, added))
+
+    def updated(self, D: Tensor, d: Tensor) -> Tensor:
+        return torch.addr(self.after @ D, self.added, d)
 
 
 class Bdf:
@@ -60,9 +92,10 @@ class Bdf:
 
     def __init__(self, p: ODEProblem, stats: Stats, tab: NDFTableau) -> None:
         self.p, self.stats, self.tab = p, stats, tab
-        self.gamma = torch.tensor(tab.gamma, dtype=p.y0.dtype, device=p.y0.device)
+        self.sums = [Sums(tab, order, p.y0) for order in range(tab.order + 1)]
         self.linear = Linear(p, stats)
         self.frozen = Frozen(self.linear, [1.0])
+        self.constant = _SHARE * tab.error  # index k: error of order k over the backward difference k + 1
         self.max_order = min(p.options.max_order or tab.order, tab.order)
         self.max_iters = p.options.max_iters or _MAX_ITERS
         self.tol = newton_tolerance(p)
@@ -96,17 +129,18 @@ class Bdf:
             before = self.D
             assert self.D is not None
             D = self.rescaled(self.D, self.order, dt / self.dt)
-        q, alpha = self.order, float(self.tab.alpha[self.order])
+        q, sums = self.order, self.sums[self.order]
         (t1,) = stage_times(interval, np.ones(1), y)
-        predicted = D[: q + 1].sum(0)
-        psi = (self.gamma[1 : q + 1] / alpha) @ D[1 : q + 1]
-        scale = self.p.atol + self.p.rtol * predicted.abs()
-        c = dt / alpha
+        predicted, psi = (sums.ahead @ D).unbind()
+        scale = predicted.abs() * self.p.rtol + self.p.atol
+        c = dt / float(self.tab.alpha[q])
 
-        def iterate(systems: list[Factors | Krylov]) -> Converged:
+        def iterate(systems: list[System]) -> Converged:
             return newton(
                 torch.zeros_like(y),
-                lambda d: systems[0].solve(self.p.f(t1, predicted + d) - self.linear.times_mass(psi + d) / c),
+                lambda d: systems[0].solve(
+                    torch.sub(self.p.f(t1, predicted + d), self.linear.times_mass(psi + d), alpha=1 / c)
+                ),
                 lambda dd: self.p.norm(dd / scale),
                 tol=self.tol,
                 max_iters=self.max_iters,
@@ -118,24 +152,17 @@ class Bdf:
         if done.why:
             return Attempt(None, math.inf, done.why)
         self.done = done
-        after = self.updated(D, q, done.x)
+        after = sums.updated(D, done.x)
         past = Past(before, self.dt, q, done.x)
         self.tried = BdfStep(interval, y, after, past)
-        self.scale = self.p.atol + self.p.rtol * after[0].abs()
-        return Attempt(self.tried, self.p.norm(done.x * float(self.tab.error[q]) / self.scale))
+        self.scale = self.tried.y1.abs() * self.p.rtol + self.p.atol
+        return Attempt(self.tried, float(self.constant[q]) * self.p.norm(done.x / self.scale))
 
     def rescaled(self, D: Tensor, order: int, ratio: float | Tensor) -> Tensor:
         if not isinstance(ratio, Tensor) and abs(ratio - 1) <= _SAME:
             return D
         head = rescaling(order, ratio).to(D) @ D[: order + 1]
         return torch.cat([head, D[order + 1 :]])
-
-    def updated(self, D: Tensor, order: int, d: Tensor) -> Tensor:
-        """Differences at the end of the step: that of order + 1 is d, and each is the one above it more than before."""
-        rows = [d, d - D[order + 1]]
-        for i in range(order, -1, -1):
-            rows.insert(0, D[i] + rows[0])
-        return torch.cat([torch.stack(rows), D[order + 3 :]])
 
     def accept(self, err: float, size: float) -> float:
         assert self.tried is not None
@@ -150,9 +177,9 @@ class Bdf:
             return 1.0
         errors = {q: err}
         if q > 1:
-            errors[q - 1] = self.p.norm(self.D[q] * float(self.tab.error[q - 1]) / self.scale)
+            errors[q - 1] = float(self.constant[q - 1]) * self.p.norm(self.D[q] / self.scale)
         if q < self.max_order:
-            errors[q + 1] = self.p.norm(self.D[q + 2] * float(self.tab.error[q + 1]) / self.scale)
+            errors[q + 1] = float(self.constant[q + 1]) * self.p.norm(self.D[q + 2] / self.scale)
         factors = {k: e ** (-1 / (k + 1)) if e > 0 else math.inf for k, e in errors.items()}
         self.order = max(factors, key=lambda k: factors[k])
         self.equal = 0
@@ -168,14 +195,13 @@ class Bdf:
 
     def again(self, interval: Interval, y: Tensor, data: Past, polish: int = POLISH_RECORDED) -> BdfStep:
         """The step under autograd, from the differences before it and its converged d."""
-        p, q, alpha = self.p, data.order, float(self.tab.alpha[data.order])
+        p, q, sums, alpha = self.p, data.order, self.sums[data.order], float(self.tab.alpha[data.order])
         if data.D is None:
             D = self.first(interval, y)
         else:
             D = self.rescaled(data.D, q, interval.dt / data.dt)
         (t1,) = stage_times(interval, np.ones(1), y)
-        predicted = D[: q + 1].sum(0)
-        psi = (self.gamma[1 : q + 1] / alpha) @ D[1 : q + 1]
+        predicted, psi = (sums.ahead @ D).unbind()
         size = (interval.t1 - interval.t0) / alpha
         c = interval.dt.to(y) / alpha if isinstance(interval.dt, Tensor) else size
         d = data.d
@@ -183,7 +209,7 @@ class Bdf:
             W = self.linear.system(self.linear.jacobian(t1, predicted + d), 1 / size)
         for _ in range(polish):
             d = d + W.solve(p.f(t1, predicted + d) - self.linear.times_mass(psi + d) / c)
-        after = self.updated(D, q, d)
+        after = sums.updated(D, d)
         self.D = after.detach()  # a recorded solve goes on from the polished differences
         return BdfStep(interval, y, after, data)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..problem import ODEProblem
 from ..solution import Stats
 from . import controller, interpolation
-from .linear import Factors, Krylov, Linear
+from .linear import Linear, System
 from .newton import POLISH_RECORDED, Converged, Frozen, damped, newton, newton_tolerance
 from .step import Interval, fraction, stage_times
 from .stiff_tableaus import EsdirkTableau
@@ -67,7 +67,7 @@ class Esdirk:
         step = EsdirkStep(self, interval, y, torch.addmv(y, K.T, self.c.B, alpha=dt), K)
         return Attempt(step, self.error(step, dt))
 
-    def stages(self, W: Factors | Krylov, dt: float, t: tuple[Tensor, ...], y: Tensor) -> Converged:
+    def stages(self, W: System, dt: float, t: tuple[Tensor, ...], y: Tensor) -> Converged:
         """The slopes (s, n), and how the slowest stage converged."""
         p, g = self.p, self.tab.gamma
         scale = p.atol + p.rtol * y.abs()
@@ -128,6 +128,7 @@ class Esdirk:
             for _ in range(polish):
                 k = k + W.solve(p.f(t[i], base + dt * g * k) - k) / (g * dt)
             K.append(k)
+        self.f0 = K[-1].detach()  # a recorded solve goes on from the polished slopes
         stacked = torch.stack(K)
         return EsdirkStep(self, interval, y, y + dt * (stacked.T @ self.c.B), stacked)
 

@@ -6,21 +6,24 @@ No matrix here has more than B d² numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..arguments import warn_once
-from ..derivatives import REFUSALS, directional, directional_by_reverse, load_forward_mode
+from ..derivatives import REFUSALS, directional, directional_by_reverse
 from ..problem import ODEProblem, is_finite
 from ..solution import Stats
 
 # Above this size of one system GMRES with Jacobian-vector products replaces LU of the dense Jacobian. GMRES has no
-# preconditioner here: LU is the faster of the two wherever its matrices fit well (`python benchmarks/stiff.py
-# --dense-limit`), so that the limit is one of memory: the Jacobian's products take some ten times d² numbers.
-DENSE_LIMIT = 2000
+# preconditioner here, and LU is the faster of the two up to this size (`python benchmarks/stiff.py --dense-limit`: a
+# reaction with diffusion, and a dense network), so that the limit is one of memory: a solve with LU takes ten times d²
+# numbers, radau5 seventeen times. A preconditioner would need to know the structure of J; who knows it passes jac=,
+# which is always factorised.
+DENSE_LIMIT = 4000
 
 
 class Jacobian(NamedTuple):
@@ -30,12 +33,15 @@ class Jacobian(NamedTuple):
         t, y: the point, 0-d and (n,).
         blocks: (B, d, d); None where the Jacobian is known by its products only.
         rate: df/dt, (n,), where it was asked for.
+        graph: f(t, y) and the y that it is a function of; and its product Jᵀ u, and u, of which that is a function.
+            Products go through it again and again; None where they are had in another way.
     """
 
     t: Tensor
     y: Tensor
     blocks: Tensor | None
     rate: Tensor | None = None
+    graph: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
 
 class Linear:
@@ -50,7 +56,7 @@ class Linear:
         self.B = p.batch
         self.d = p.y0.numel() // max(p.batch, 1)
         self.free = self.d > DENSE_LIMIT and p.jac is None
-        self.difference = False  # finite differences: torch.func did not understand f
+        self.difference = False  # finite differences: autograd could not differentiate f
         self.blind_to_time = False  # f reads t as a number, which no derivative sees ...
         self.time_checked = False  # ... and this was looked at
         self.mass = None if p.mass is None else p.mass.to(p.y0)
@@ -76,31 +82,33 @@ class Linear:
     @torch.no_grad()
     def jacobian(self, t: Tensor, y: Tensor, *, rate: bool = False) -> Jacobian:
         """df/dy, and df/dt with `rate`, at one point: by the user's `jac`, by reverse-mode products (all rows in one
-        pass), by forward-mode ones, or by central differences, whichever first can be had. The Jacobian is square, so
-        that neither mode is narrower; the reverse one takes half the time here (Robertson, Brusselator, MLP)."""
+        pass, or one by one), or by central differences, whichever first can be had. The Jacobian is square, so that
+        neither mode is narrower; the reverse one takes a fifth of the time of the forward one here (Robertson)."""
         self.stats.njac += 1
         t, y = t.detach(), y.detach()
         slope = self.time_derivative(t, y) if rate and (self.free or self.p.jac) else None
         if self.free:
-            return Jacobian(t, y, None, slope)
+            return Jacobian(t, y, None, slope, None if self.p.products else self.graph(t, y))
         if self.p.jac is not None:
             return Jacobian(t, y, self.p.jac(t, y).reshape(self.B, self.d, self.d), slope)
+        reason = ""
         if not self.difference:
-            for columns in (self.reverse_columns, self.forward_columns):
-                try:
-                    blocks, slope = columns(t, y, rate)
-                    slope = self.seen(t, y, slope) if rate else None
-                    return self.made_finite(Jacobian(t, y, blocks, slope))
-                except REFUSALS as refusal:
-                    reason = str(refusal).split("\n")[0][:120]
+            try:
+                blocks, slope = self.reverse_columns(t, y, rate)
+                slope = self.seen(t, y, slope) if rate else None
+                return self.made_finite(Jacobian(t, y, blocks, slope))
+            except REFUSALS as refusal:
+                reason = str(refusal).split("\n")[0][:120]
+        blocks = self.difference_columns(t, y)
+        if not self.difference and bool(blocks.any()):  # without one f is constant, as its lack of a graph says
             self.difference = True
             warn_once(
                 "finite differences",
-                f"torch.func cannot differentiate f ({reason}); its Jacobian is taken by finite differences. Pass "
-                "jac=, or write f without in-place operations, .item() and branches on the state. (This warning is "
-                "shown once.)",
+                f"autograd cannot differentiate f ({reason}); its Jacobian is taken by finite differences. Pass "
+                "jac=, or write f in PyTorch's operations on its arguments, without .detach() and .item(). (This "
+                "warning is shown once.)",
             )
-        return Jacobian(t, y, self.difference_columns(t, y), self.time_derivative(t, y) if rate else None)
+        return Jacobian(t, y, blocks, self.time_derivative(t, y) if rate else None)
 
     def made_finite(self, J: Jacobian) -> Jacobian:
         """J; where it has NaN and f has none near by (the derivative of `where` has, if the branch not taken has) the
@@ -120,18 +128,47 @@ class Linear:
         return columns.reshape(self.d, self.B, self.d).permute(1, 2, 0)
 
     def reverse_columns(self, t: Tensor, y: Tensor, rate: bool) -> tuple[Tensor, Tensor | None]:
-        pull = torch.func.vjp(self.p.f, t, y)[1]
-        # Row i: derivatives of element i of each system; that by t is the sum over the systems.
-        by_time, rows = torch.func.vmap(pull)(self.tangents(y))
+        """df/dy (B, d, d) and, with `rate`, df/dt (n,), with a graph where autograd records.
+
+        `torch.func` says the same more slowly: three times for small systems, and seconds at its first use. But it
+        does not look at the graph behind y, which autograd walks through to its start.
+        """
+        if not y.numel():
+            return y.new_zeros(self.B, self.d, self.d), torch.zeros_like(y) if rate else None
+        recorded = torch.is_grad_enabled()
+        if recorded and not y.is_leaf:
+            pull = torch.func.vjp(self.p.f, t, y)[1]
+            slope, rows = torch.func.vmap(pull)(self.tangents(y))
+            if rate and self.B > 1:  # the pulled one is a sum over the systems
+                slope = directional(self.p, t, y, torch.ones_like(t), torch.zeros_like(y))
+            return rows.reshape(self.d, self.B, self.d).transpose(0, 1), slope if rate else None
+        with torch.enable_grad():
+            # Aliases: what f knows of y and t in another way is not a part of df/dy.
+            at, point = (x.view_as(x) if recorded and x.requires_grad else x.detach().requires_grad_() for x in (t, y))
+            k = self.p.f(at, point)
+        if not k.requires_grad:
+            raise RuntimeError("its result has no graph")
+        wanted = [point, at] if rate and self.B == 1 else [point]
+        rows, *by_time = self.all_rows(k, wanted, recorded)
+        if rows is None:
+            raise RuntimeError("no graph leads from its result to the state")
         blocks = rows.reshape(self.d, self.B, self.d).transpose(0, 1)
         if not rate:
             return blocks, None
-        return blocks, by_time if self.B == 1 else self.time_derivative(t, y)
+        # One system's row i is the derivative of element i; of several systems that by t is a sum over them.
+        if self.B > 1:
+            return blocks, self.time_derivative(t, y)
+        return blocks, k.new_zeros(k.shape) if by_time[0] is None else by_time[0]
 
-    def forward_columns(self, t: Tensor, y: Tensor, rate: bool) -> tuple[Tensor, Tensor | None]:
-        load_forward_mode()
-        columns = torch.func.vmap(lambda v: torch.func.jvp(lambda y: self.p.f(t, y), (y,), (v,))[1])(self.tangents(y))
-        return self.as_blocks(columns), self.time_derivative(t, y) if rate else None
+    def all_rows(self, k: Tensor, wanted: list[Tensor], recorded: bool) -> Sequence[Tensor | None]:
+        """For each wanted tensor the d products of its Jacobian with `tangents`, (d, *shape)."""
+        units = self.tangents(k)
+        kwargs: dict[str, Any] = {"allow_unused": True, "create_graph": recorded}
+        try:
+            return torch.autograd.grad(k, wanted, units, is_grads_batched=True, retain_graph=True, **kwargs)
+        except REFUSALS:  # something in f has no batching rule: one backward pass a row
+            each = [torch.autograd.grad(k, wanted, unit, retain_graph=True, **kwargs) for unit in units]
+        return [None if rows[0] is None else torch.stack(rows) for rows in zip(*each)]
 
     def difference_columns(self, t: Tensor, y: Tensor) -> Tensor:
         """Central differences, each column of all systems at once."""
@@ -155,7 +192,7 @@ class Linear:
         return self.seen(t, y, directional_by_reverse(self.p, t, y, torch.ones_like(t), None))
 
     def time_difference(self, t: Tensor, y: Tensor) -> Tensor:
-        step = torch.finfo(y.dtype).eps ** (1 / 3) * max(abs(float(t)), 1e-3)
+        step = torch.finfo(y.dtype).eps ** (1 / 3) * max(abs(float(t.detach())), 1e-3)
         return (self.p.f(t + step, y) - self.p.f(t - step, y)) / (2 * step)
 
     def seen(self, t: Tensor, y: Tensor, slope: Tensor | None) -> Tensor:
@@ -171,8 +208,12 @@ class Linear:
 
     # --- Systems ------------------------------------------------------------------------------------------------------
 
-    def system(self, J: Jacobian, shift: float | complex) -> Factors | Krylov:
-        """`shift M - J`, ready to be solved."""
+    def system(self, J: Jacobian, shift: float | complex, *, iterated: bool = False) -> System:
+        """`shift M - J`, ready to be solved.
+
+        Args:
+            iterated: its solutions are corrections, whose errors the next one mends.
+        """
         if J.blocks is None:
             return self.krylov(
                 lambda v: shift * self.times_mass(v) - self.product(J, v),
@@ -186,7 +227,7 @@ class Linear:
             W.diagonal(dim1=-2, dim2=-1).add_(shift)
         else:
             W = W + shift * self.mass
-        return Factors(W)
+        return Inverse(W) if iterated and self.d <= _INVERTED else Factors(W)
 
     def krylov(self, apply: Apply, apply_transposed: Apply) -> Krylov:
         return Krylov(apply, apply_transposed, self.krylov_tol)
@@ -196,6 +237,19 @@ class Linear:
             return v
         return (v.reshape(*v.shape[:-1], self.B, self.d) @ self.mass.to(v.dtype)).reshape(v.shape)
 
+    def graph(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """What the products with one Jacobian share."""
+        try:
+            with torch.enable_grad():
+                y = y.detach().requires_grad_()
+                k = self.p.f(t, y)
+                u = torch.zeros_like(k, requires_grad=True)
+                back = torch.autograd.grad(k, y, u, create_graph=True)[0]
+            torch.autograd.grad(back, u, y, retain_graph=True)
+        except REFUSALS:
+            return None
+        return k, y, back, u
+
     def product(self, J: Jacobian, v: Tensor) -> Tensor:
         """J v, (n,)."""
         if v.is_complex():
@@ -204,6 +258,8 @@ class Linear:
             return (J.blocks @ v.reshape(self.B, self.d, 1)).reshape(-1)
         if self.p.products:
             return self.p.products[0](J.t, v)
+        if J.graph is not None:
+            return torch.autograd.grad(J.graph[2], J.graph[3], v, retain_graph=True)[0]
         return directional(self.p, J.t, J.y, None, v)
 
     def product_transposed(self, J: Jacobian, v: Tensor) -> Tensor:
@@ -214,6 +270,8 @@ class Linear:
             return (J.blocks.mT @ v.reshape(self.B, self.d, 1)).reshape(-1)
         if self.p.products:
             return self.p.products[1](J.t, v)
+        if J.graph is not None:
+            return torch.autograd.grad(J.graph[0], J.graph[1], v, retain_graph=True)[0]
         with torch.enable_grad():
             y = J.y.detach().requires_grad_()
             k = self.p.f(J.t, y)
@@ -222,6 +280,29 @@ class Linear:
 
 
 Apply = Callable[[Tensor], Tensor]
+
+# Up to this size of a block its inverse, which takes one to three times as long as its factors and serves in a third of
+# the time, is the faster of the two over the two or three corrections of a step (radau5, bdf; one system and 256).
+_INVERTED = 8
+
+
+class Inverse:
+    """The inverse of a block for each system, (B, d, d). `ok` is False where one is singular.
+
+    Its product is not the solution to the last digit (Higham, Accuracy and Stability of Numerical Algorithms, ch. 14),
+    which a correction need not be.
+    """
+
+    def __init__(self, W: Tensor) -> None:
+        self.shape = W.shape[:-1]
+        self.inverse, info = torch.linalg.inv_ex(W if len(W) > 1 else W[0])
+        self.ok = not bool(info.any())
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """(B d,) -> (B d,)."""
+        if self.shape[0] == 1:
+            return torch.mv(self.inverse, rhs)
+        return torch.bmm(self.inverse, rhs.reshape(*self.shape, 1)).reshape(-1)
 
 
 class Factors:
@@ -264,6 +345,8 @@ class _KrylovSolve(torch.autograd.Function):
         return None, Krylov(s.apply_transposed, s.apply, s.tol).solve(g)
 
 
+System: TypeAlias = Inverse | Factors | Krylov
+
 _RESTART, _CYCLES = 60, 10
 
 
@@ -273,30 +356,38 @@ def gmres(apply: Apply, b: Tensor, tol: float) -> Tensor:
 
     NaN where it does not get there, which the caller takes for a step that was not solved.
     """
-    x, target = torch.zeros_like(b), tol * float(torch.linalg.vector_norm(b))
-    r, size = b, float(torch.linalg.vector_norm(b))
+    x, r, size = torch.zeros_like(b), b, float(torch.linalg.vector_norm(b))
+    target = tol * size
+    V = b.new_empty(_RESTART + 1, b.numel())
     for _ in range(_CYCLES):
         if size <= target:
             return x
-        basis = [r / size]
-        H = torch.zeros(_RESTART + 1, _RESTART, dtype=b.dtype)
-        e = torch.zeros(_RESTART + 1, 1, dtype=b.dtype)
-        e[0] = size
+        V[0] = r / size
+        H = np.zeros((_RESTART + 1, _RESTART), dtype=complex if b.is_complex() else float)
+        # ν H = 0: what is left of the residual is its part along ν, and needs no least squares to be known.
+        nu = np.zeros(_RESTART + 1, dtype=H.dtype)
+        nu[0] = 1
         for j in range(_RESTART):
-            w = apply(basis[j])
-            V = torch.stack(basis)
+            basis, w = V[: j + 1], apply(V[j])
             for _again in range(2):  # Gram-Schmidt, twice for orthogonality to rounding
-                h = V.conj() @ w
-                w = w - h @ V
-                H[: j + 1, j] += h.cpu()
+                h = basis.conj() @ w
+                w = w - h @ basis
+                H[: j + 1, j] += h.cpu().numpy()
             norm = float(torch.linalg.vector_norm(w))
             H[j + 1, j] = norm
-            coefficients = torch.linalg.lstsq(H[: j + 2, : j + 1], e[: j + 2]).solution
-            left = float(torch.linalg.vector_norm(H[: j + 2, : j + 1] @ coefficients - e[: j + 2]))
-            if not left > 0.3 * target or norm == 0 or norm != norm:
+            if norm == 0 or norm != norm:
                 break
-            basis.append(w / norm)
-        x = x + (torch.stack(basis[: len(coefficients)]).T @ coefficients.to(b.device)).reshape(-1)
+            nu[j + 1] = -(nu[: j + 1] @ H[: j + 1, j]) / norm
+            V[j + 1] = w / norm
+            if not size / np.linalg.norm(nu[: j + 2]) > 0.3 * target:
+                break
+        k = j + 1
+        if norm != norm:
+            break
+        e = np.zeros(k + 1, dtype=H.dtype)
+        e[0] = size
+        coefficients = np.linalg.lstsq(H[: k + 1, :k], e, rcond=None)[0]
+        x = x + torch.from_numpy(coefficients).to(b) @ V[:k]
         r = b - apply(x)
         size = float(torch.linalg.vector_norm(r))
     return x if size <= target else torch.full_like(b, torch.nan)

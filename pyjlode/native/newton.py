@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..problem import ODEProblem
 from ..solution import Stats
-from .linear import Factors, Jacobian, Krylov, Linear
+from .linear import Jacobian, Linear, System
 
 # In a recorded solve the stages are reached by iterations that autograd does not see, then polished by this many exact
 # Newton steps that it does: each makes one more order of derivative exact (the implicit function theorem is the first).
@@ -98,7 +98,7 @@ class Frozen:
         self.J: Jacobian | None = None
         self.current = False  # J is that of this step
         self.dt = math.nan  # that the factors belong to
-        self.systems: list[Factors | Krylov] = []
+        self.systems: list[System] = []
         self.eta = 1.0
 
     def forget(self) -> None:
@@ -108,17 +108,15 @@ class Frozen:
         self.J, self.current, self.eta = self.linear.jacobian(t, y), True, 1.0
         self.dt = math.nan
 
-    def factors(self, dt: float) -> list[Factors | Krylov]:
+    def factors(self, dt: float) -> list[System]:
         """Factors of `shift / dt M - J`; those of the last step where dt is the same."""
         assert self.J is not None
         if not abs(dt - self.dt) <= _SAME * abs(dt):
-            self.systems = [self.linear.system(self.J, shift / dt) for shift in self.shifts]
+            self.systems = [self.linear.system(self.J, shift / dt, iterated=True) for shift in self.shifts]
             self.dt = dt
         return self.systems
 
-    def converge(
-        self, t: Tensor, y: Tensor, dt: float, iterate: Callable[[list[Factors | Krylov]], Converged]
-    ) -> Converged:
+    def converge(self, t: Tensor, y: Tensor, dt: float, iterate: Callable[[list[System]], Converged]) -> Converged:
         """What `iterate` comes to with the kept Jacobian; where that fails, with one of (t, y)."""
         while True:
             if self.J is None:

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..problem import ODEProblem
+from ..problem import ODEProblem, rms_norm
 from ..solution import Stats
 from . import interpolation
-from .linear import Factors, Jacobian, Krylov, Linear
+from .linear import Factors, Jacobian, Linear, System
 from .newton import POLISH_RECORDED, Converged, Frozen, damped, newton, newton_tolerance
 from .step import Interval, fraction, stage_times
 from .stiff_tableaus import RadauTableau
@@ -30,6 +30,8 @@ class Radau:
 
         self.p, self.stats, self.tab = p, stats, tab
         self.T, self.T_inverse, self.A = tensor(tab.T), tensor(np.linalg.inv(tab.T)), tensor(tab.A)
+        re, im = tab.pair.real, tab.pair.imag
+        self.spectrum = tensor(np.array([[tab.real, 0, 0], [0, re, im], [0, -im, re]]))  # T⁻¹ A⁻¹ T
         self.A_inverse, self.e = tensor(np.linalg.inv(tab.A)), tensor(tab.e)
         self.P = torch.tensor(tab.P, dtype=torch.float64, device=p.y0.device)
         self.C1 = np.append(tab.C, 0.0)  # the stages, then the start
@@ -51,12 +53,13 @@ class Radau:
         if self.f0 is None:
             self.f0 = self.p.f(t0, y)
         dt = interval.t1 - interval.t0
-        scale = self.p.atol + self.p.rtol * y.abs()
-        Z0 = self.predict(interval, y)
+        size = y.abs()
+        scale = size * self.p.rtol + self.p.atol
+        W0 = self.predict(interval, y)
 
-        def iterate(systems: list[Factors | Krylov]) -> Converged:
+        def iterate(systems: list[System]) -> Converged:
             return newton(
-                self.T_inverse @ Z0,
+                W0,
                 lambda W: self.change(W, t, y, dt, systems),
                 lambda dW: self.norm(dW / scale),
                 tol=self.tol,
@@ -70,36 +73,39 @@ class Radau:
             return Attempt(None, math.inf, done.why)
         self.done = done
         Z = self.T @ done.x
-        self.tried = RadauStep(self.P, interval, y, y + Z[-1], Z)
-        return Attempt(self.tried, self.error(self.tried, t0, dt))
+        self.tried = RadauStep(self.P, interval, y, y + Z[2], Z)
+        return Attempt(self.tried, self.error(self.tried, t0, dt, size))
 
     def norm(self, stages: Tensor) -> float:
         """Of (3, n): that of the stages' root mean square."""
+        if self.p.norm is rms_norm:  # of all elements
+            return rms_norm(stages)
         return self.p.norm(stages.square().mean(0).sqrt())
 
     def predict(self, interval: Interval, y: Tensor) -> Tensor:
-        """Stages from the last step's collocation polynomial, extended (HW (IV.8.5)): (3, n)."""
+        """Transformed stages of the last step's collocation polynomial, extended (HW (IV.8.5)): (3, n)."""
         if self.last is None:
             return y.new_zeros(3, y.numel())
-        times = [interval.t0 + float(c) * (interval.t1 - interval.t0) for c in self.tab.C]
-        return self.last.interpolate(times) - y
+        before, dt = self.last.interval, interval.t1 - interval.t0
+        theta = (interval.t0 - before.t0 + self.tab.C * dt) / (before.t1 - before.t0)
+        weights = np.stack([theta, theta**2, theta**3], 1) @ self.tab.P.T
+        weights[:, 2] -= 1  # from the end of that step on, where its last stage is
+        return self.T_inverse @ (torch.from_numpy(weights).to(y) @ self.last.Z)
 
-    def change(self, W: Tensor, t: list[Tensor], y: Tensor, dt: float, systems: list[Factors | Krylov]) -> Tensor:
+    def change(self, W: Tensor, t: list[Tensor], y: Tensor, dt: float, systems: list[System]) -> Tensor:
         """Newton's correction in the transformed variables W = T⁻¹ Z, which falls apart into a real and a complex
         system (HW (IV.8.4))."""
-        Z = self.T @ W
-        F = torch.stack([self.p.f(ti, y + z) for ti, z in zip(t, Z)])
-        rhs, MW = self.T_inverse @ F, self.linear.times_mass(W)
+        F = torch.stack([self.p.f(ti, Y) for ti, Y in zip(t, (y + self.T @ W).unbind())])
+        rhs = torch.addmm(self.T_inverse @ F, self.spectrum, self.linear.times_mass(W), alpha=-1 / dt)
         real, pair = systems
-        first = real.solve(rhs[0] - MW[0] * (self.tab.real / dt))
-        w = torch.complex(MW[1], MW[2]) * (self.tab.pair.conjugate() / dt)
-        rest = pair.solve(torch.complex(rhs[1], rhs[2]) - w)
+        first = real.solve(rhs[0])
+        rest = pair.solve(torch.complex(rhs[1], rhs[2]))
         return torch.stack([first, rest.real, rest.imag])
 
-    def error(self, step: RadauStep, t0: Tensor, dt: float) -> float:
+    def error(self, step: RadauStep, t0: Tensor, dt: float, size: Tensor) -> float:
         """HW (IV.8.19), and (8.20) after a rejected or at the first step."""
         assert self.f0 is not None
-        scale = self.p.atol + self.p.rtol * torch.maximum(step.y.abs(), step.y1.abs())
+        scale = torch.maximum(size, step.y1.abs()) * self.p.rtol + self.p.atol
         combined = self.linear.times_mass(torch.mv(step.Z.T, self.e)) / dt
         real = self.frozen.systems[0]
         estimate = real.solve(self.f0 + combined)
@@ -160,7 +166,7 @@ class Radau:
     def unblocked(self, v: Tensor) -> Tensor:
         return v.reshape(self.linear.B, 3, self.linear.d).transpose(0, 1).reshape(3, -1)
 
-    def coupled(self, jacobians: list[Jacobian], dt: float) -> Factors | Krylov:
+    def coupled(self, jacobians: list[Jacobian], dt: float) -> System:
         """The system of all stages, `M x 1 - dt A x J` with a Jacobian for each stage."""
         B, d, A = self.linear.B, self.linear.d, self.A
         if jacobians[0].blocks is None:

@@ -15,7 +15,7 @@ from ..derivatives import REFUSALS, directional
 from ..problem import ODEProblem
 from ..solution import Stats
 from . import controller, interpolation
-from .linear import Factors, Jacobian, Krylov, Linear
+from .linear import Factors, Jacobian, Linear, System
 from .newton import POLISH_RECORDED, SINGULAR
 from .step import Interval, fraction, stage_times
 from .stiff_tableaus import RosenbrockTableau
@@ -70,22 +70,24 @@ class Rosenbrock:
         step = self.step(interval, t, y, W)
         return Attempt(step, self.error(step))
 
-    def step(self, interval: Interval, t: tuple[Tensor, ...], y: Tensor, W: Factors | Krylov) -> RosenbrockStep:
+    def step(self, interval: Interval, t: tuple[Tensor, ...], y: Tensor, W: System) -> RosenbrockStep:
         f, A, C, J, f0 = self.p.f, self.c.A, self.c.C, self.J, self.f0
         assert J is not None
         assert J.rate is not None
         assert f0 is not None
         dt = interval.t1 - interval.t0
         U = y.new_empty(self.tab.stages, y.numel())
-        U[0] = W.solve(f0 + J.rate * (self.tab.gammas[0] * dt))
+        columns = U.T
+        U[0] = W.solve(torch.add(f0, J.rate, alpha=self.tab.gammas[0] * dt))
         for i in range(1, self.tab.stages):
-            k = f(t[i], torch.addmv(y, U[:i].T, A[i]))
-            rhs = k + self.linear.times_mass(torch.mv(U[:i].T, C[i])).div_(dt)
+            before = columns[:, :i]
+            k = f(t[i], torch.addmv(y, before, A[i]))
+            rhs = torch.add(k, self.linear.times_mass(torch.mv(before, C[i])), alpha=1 / dt)
             if self.tab.gammas[i]:
-                rhs = rhs + J.rate * (self.tab.gammas[i] * dt)
+                rhs = torch.add(rhs, J.rate, alpha=self.tab.gammas[i] * dt)
             U[i] = W.solve(rhs)
         self.f1 = k if self.c.fsal else None
-        return RosenbrockStep(self, interval, y, torch.addmv(y, U.T, self.c.m), U)
+        return RosenbrockStep(self, interval, y, torch.addmv(y, columns, self.c.m), U)
 
     def error(self, step: RosenbrockStep) -> float:
         scale = self.p.atol + self.p.rtol * torch.maximum(step.y.abs(), step.y1.abs())
@@ -112,7 +114,11 @@ class Rosenbrock:
             if i:
                 stacked = torch.stack(U).T
                 Y, carry = y + stacked @ c.A[i], self.linear.times_mass(stacked @ c.C[i]) / dt
-            U.append(solve(self.p.f(t[i], Y) + carry, tab.gammas[i] * dt))
+            k = self.p.f(t[i], Y)
+            U.append(solve(k + carry, tab.gammas[i] * dt))
+        # A recorded solve goes on from this step, not from the attempt at it: what rounding makes of the difference
+        # between a state and the slope of another grows from step to step.
+        self.f0 = k.detach() if c.fsal else None
         stacked = torch.stack(U)
         return RosenbrockStep(self, interval, y, y + stacked.T @ c.m, stacked)
 

@@ -42,7 +42,7 @@ def test_users_jacobian_is_used(method):
     assert float((h.h[-1] - tensor(0.0, math.exp(-1))).abs().max()) < 1e-4
 
 
-def test_what_torch_func_refuses_is_differenced_with_one_warning():
+def test_what_autograd_refuses_is_differenced_with_one_warning():
     code = (
         "import warnings, numpy as np, torch, pyjlode\n"
         "def f(t, h):\n"
@@ -60,13 +60,25 @@ def test_what_torch_func_refuses_is_differenced_with_one_warning():
     assert done.stdout.strip() == "1"
 
 
-@pytest.mark.parametrize("mode", ["reverse_columns", "forward_columns", "difference_columns"])
+class Opaque(torch.autograd.Function):
+    """The identity, with a derivative that no batch of cotangents passes at once."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.from_numpy(g.numpy().copy())
+
+
+@pytest.mark.parametrize("mode", ["reverse_columns", "row by row", "difference_columns"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_jacobians_agree_with_autograd(mode, batch):
     A = torch.randn(3, 3, dtype=F64)
 
     def f(t, h):
-        return torch.tanh(h @ A) * torch.sin(t) - h**3
+        return torch.tanh(Opaque.apply(h @ A) if mode == "row by row" else h @ A) * torch.sin(t) - h**3
 
     h0 = torch.randn(batch, 3, dtype=F64)
     seen = {}
@@ -74,8 +86,10 @@ def test_jacobians_agree_with_autograd(mode, batch):
     def probe(p, stats):
         made = linear.Linear(p, stats)
         t = torch.tensor(0.3, dtype=F64)
-        out = getattr(made, mode)(*((t, p.y0) if mode == "difference_columns" else (t, p.y0, True)))
-        seen["J"] = out if isinstance(out, torch.Tensor) else out[0]
+        if mode == "difference_columns":
+            seen["J"] = made.difference_columns(t, p.y0)
+        else:
+            seen["J"] = made.reverse_columns(t, p.y0, True)[0]
         seen["rate"] = made.time_derivative(t, p.y0)
 
     from pyjlode.native import stiff
@@ -91,6 +105,28 @@ def test_jacobians_agree_with_autograd(mode, batch):
         torch.testing.assert_close(seen["J"][i], exact, rtol=1e-7, atol=1e-7)
     rate = torch.tanh(h0 @ A) * torch.cos(t)
     torch.testing.assert_close(seen["rate"].reshape(batch, 3), rate, rtol=1e-9, atol=1e-9)
+
+
+def test_a_jacobian_is_that_of_the_state_that_f_is_given():
+    """f knows h0 by another way too: what it does with that is no part of df/dh."""
+    h0 = tensor(1.0, 2.0).requires_grad_()
+
+    def f(t, h):
+        return -h * h0
+
+    for method in ("rodas5p", "radau5"):
+        h = odeint(f, h0, T, method=method, rtol=1e-8, atol=1e-8)[-1]
+        (grad,) = torch.autograd.grad(h.sum(), h0)
+        torch.testing.assert_close(grad, torch.exp(-h0) * (1 - h0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_field_that_does_not_depend_on_the_state():
+    """Its Jacobian is zero, and no warning is due."""
+    slope = tensor(1.0, 2.0)
+    fields = ((lambda t, h: torch.cos(t).expand(2), tensor(1.0, 1.0) * math.sin(1)), (lambda t, h: slope, slope))
+    for f, end in fields:
+        h = odeint(f, tensor(0.0, 0.0), T, method="radau5", rtol=1e-8, atol=1e-8)[-1]
+        torch.testing.assert_close(h, end, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["rodas5p", "rosenbrock23"])
