@@ -110,7 +110,7 @@ class RNN(nn.Module):
             h = self.cell(torch.cat([x[:, i], gap[:, None]], -1), h)
         point, now, told = x[:, -1], t[:, -1], []
         stride = round(SEEN / t.shape[1])  # of the times; those between two steps are foretold on the way
-        for i, time in enumerate(times, 1):
+        for i, time in enumerate(times.expand(len(x), -1).unbind(1), 1):
             there = self.cell(torch.cat([point, (time - now)[:, None]], -1), h)
             told.append(self.head(there))
             if i % stride == 0:
