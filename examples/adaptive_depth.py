@@ -181,9 +181,9 @@ def draw(points: Found, digits: Found, nfe: Tensor, data: tuple[Tensor, Tensor],
         plot.trajectory(left, work, error, labels=[name], colors=[COLORS[1 - i]], marker="o", lw=2)
     for tol, work, error, _ in points.dial:
         if round(math.log10(tol)) % 2:
-            left.annotate(f"{tol:.1g}", (work, error), (7, 5), textcoords="offset points", color=COLORS[1])
+            left.annotate(f"{tol:.3g}", (work, error), (7, 5), textcoords="offset points", color=COLORS[1])
     left.set(
-        title="The dial: tolerance (numbers at the points)",
+        title="The dial: tolerance",
         xlabel="evaluations",
         ylabel="test error (%)",
         ylim=(-2, None),
@@ -195,7 +195,7 @@ def draw(points: Found, digits: Found, nfe: Tensor, data: tuple[Tensor, Tensor],
     x, y = data
     for label, marker in enumerate("ox"):
         middle.plot(*x[y == label][:120].T, marker, color="white", ms=3, mew=0.8, alpha=0.7)
-    middle.set(title="Work for each input (o disc, x ring)", xticks=[], yticks=[])
+    middle.set(title="Work (o disc, x ring)", xticks=[], yticks=[])
 
     names = ("easiest\nquarter", "second", "third", "hardest\nquarter")
     for i, (name, found) in enumerate((("disc and ring", points), ("digits", digits))):

@@ -69,12 +69,12 @@ def test_adaptive_depth(run):
 
 
 def test_latent_spirals(run):
-    """The latent ODE goes on better than the RNN, and much better than the last point; where the spirals were seen it
-    is nearer to them still."""
-    errors = run("latent_spirals")[50]
+    """Where it has seen nothing, the latent ODE goes on better than the RNN, and much better than the last point; where
+    the spirals were seen it is nearer to them still."""
+    errors = run("latent_spirals")[30]
     assert errors["latent_ode"] < errors["rnn"]
     assert errors["latent_ode"] < errors["still"] / 3
-    assert errors["within"] < errors["still"] / 5
+    assert errors["within"] < errors["still"] / 6
 
 
 def test_co2_irregular(run):
