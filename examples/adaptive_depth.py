@@ -11,8 +11,8 @@ accuracy; and each test point is solved alone, so that its evaluations are its o
 predicted classes; the table gives its rank correlation with the evaluations.
 
 The same is asked of an ODE-Net for scikit-learn's digits (real data; bosh3, whose steps of three evaluations make the
-dial a fine one). There the field is normalised in each layer and smooth for every digit, hard or easy: a few evaluations
-are enough for all of them, and the claim is hardly seen.
+dial a fine one). There the field is normalised in each layer and smooth for every digit, hard or easy: a few
+evaluations are enough for all of them, and the claim is hardly seen.
 
 Source: Chen, Rubanova, Bettencourt & Duvenaud, Neural ordinary differential equations, 2018, sections 3 and 3.2.
 """
