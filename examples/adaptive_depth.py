@@ -190,11 +190,11 @@ def draw(points: Found, digits: Found, nfe: Tensor, data: tuple[Tensor, Tensor],
     )
     left.legend()
 
-    image = middle.imshow(nfe, extent=(-2.2, 2.2, -2.2, 2.2), origin="lower", cmap="viridis")
+    image = middle.imshow(nfe.numpy(), extent=(-2.2, 2.2, -2.2, 2.2), origin="lower", cmap="viridis")
     canvas.colorbar(image, ax=middle, label="evaluations")
     x, y = data
     for label, marker in enumerate("ox"):
-        middle.plot(*x[y == label][:120].T, marker, color="white", ms=3, mew=0.8, alpha=0.7)
+        middle.plot(*x[y == label][:120].T.numpy(), marker, color="white", ms=3, mew=0.8, alpha=0.7)
     middle.set(title="Work (o disc, x ring)", xticks=[], yticks=[])
 
     names = ("easiest\nquarter", "second", "third", "hardest\nquarter")
