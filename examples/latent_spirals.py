@@ -46,6 +46,7 @@ NOISE = 0.3
 SCALE = 3.0  # the models see the plane in this unit
 STEP = 6 * math.pi / POINTS  # of time from point to point: about one for a radian
 TIMES = STEP * torch.arange(SEEN + AHEAD)
+STEPS = {30: 4000, 50: 2000, 100: 2000}  # of training: where fewer are seen, a step tells less
 QUICK = 400  # steps of training, at twice the rate, with half the batch
 PAPER = {30: (0.3937, 0.1642), 50: (0.3202, 0.1502), 100: (0.1813, 0.1346)}  # table 2: RNN, latent ODE
 
@@ -138,7 +139,7 @@ def latent_ode() -> LatentODE:
 def train_latent(data: Spirals, name: str, args: argparse.Namespace) -> LatentODE:
     torch.manual_seed(args.seed)
     model = latent_ode()
-    steps, size = (QUICK, 100) if args.quick else (2000, 200)
+    steps, size = (QUICK, 100) if args.quick else (STEPS[data.x.shape[1]], 200)
 
     def loss(i: int) -> tuple[Tensor, dict[str, float]]:
         elbo = model(*batch(data, i, size))
@@ -152,7 +153,7 @@ def train_latent(data: Spirals, name: str, args: argparse.Namespace) -> LatentOD
 def train_rnn(data: Spirals, name: str, args: argparse.Namespace) -> RNN:
     torch.manual_seed(args.seed)
     model = RNN()
-    steps, size = (QUICK, 100) if args.quick else (2000, 200)
+    steps, size = (QUICK, 100) if args.quick else (STEPS[data.x.shape[1]], 200)
 
     def loss(i: int) -> tuple[Tensor, dict[str, float]]:
         x, t = batch(data, i, size)
