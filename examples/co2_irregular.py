@@ -242,14 +242,14 @@ def draw(test: Windows, told: dict[str, Tensor], args: argparse.Namespace) -> No
     canvas = plot.figure(12, 6.4)
     for ax, i in zip(canvas.subplots(2, 1), (0, len(test.year) // 2)):
         t, seen = TIMES + float(test.year[i]), test.seen[i]
-        ax.axvspan(float(t[WEEKS]), float(t[-1]), color=SHADE, lw=0)
+        ax.axvspan(float(t[WEEKS]), float(t[-1]) + 0.02, color=SHADE, lw=0)
         ax.text(float(t[WEEKS]) + 0.02, 0.96, "forecast", va="top", transform=ax.get_xaxis_transform())
         for (name, values), color in zip(list(told.items())[:4], COLORS):
             plot.trajectory(ax, t, values[i], labels=[name], colors=[color], lw=1.8)
         dots: dict[str, Any] = {"linestyle": "none", "marker": "o", "ms": 3.5, "colors": [INK]}
         plot.trajectory(ax, t[seen], test.ppm[i][seen], labels=["seen"], **dots)
         plot.trajectory(ax, t[~seen], test.ppm[i][~seen], labels=["held out"], mfc="white", **dots)
-        ax.set(ylabel="CO₂ (ppm)", xlim=(float(t[0]), float(t[-1])))
+        ax.set(ylabel="CO₂ (ppm)", xlim=(float(t[0]) - 0.02, float(t[-1]) + 0.02))
     ax.set_xlabel("year")
     canvas.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=6)
     canvas.savefig(args.out, dpi=110)

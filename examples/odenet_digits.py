@@ -24,7 +24,7 @@ from typing import Any
 import matplotlib
 import torch
 from digits import Classifier, errors, folds, odenet, resnet, train
-from shared import COLORS, STYLE, arguments, table
+from shared import COLORS, FAINT, STYLE, arguments, table
 from torch import Tensor, nn
 
 from pyjlode import plot
@@ -101,7 +101,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         left.minorticks_off()
         left.set_yticks([5, 10, 20, 50, 100, 200], ["5", "10", "20", "50", "100", "200"])
         left.legend()
-        plot.trajectory(right, torch.arange(1, len(nfe) + 1), torch.tensor(nfe), colors=COLORS[1:])
+        step, window = torch.arange(1, len(nfe) + 1), min(25, len(nfe))
+        mean = torch.tensor(nfe, dtype=torch.float64).unfold(0, window, 1).mean(-1)
+        plot.trajectory(right, step, torch.tensor(nfe), colors=[FAINT], labels=["each step"], lw=0.8)
+        plot.trajectory(right, step[window - 1 :], mean, colors=COLORS[1:], labels=[f"mean of {window}"], lw=2)
+        right.legend(loc="lower right")
         right.set(title="Evaluations in training", xlabel="step", ylabel="evaluations forward", ylim=(0, None))
         canvas.savefig(args.out, dpi=110)
     print(f"picture     {args.out}")

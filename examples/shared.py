@@ -37,6 +37,7 @@ def arguments(doc: str | None, name: str, argv: Sequence[str] | None) -> argpars
     )
     args = parser.parse_args(argv)
     args.name = name
+    torch.set_num_threads(1)  # these networks are too small to be shared out
     return args
 
 

@@ -32,7 +32,8 @@ def test_cnf_density(run, tmp_path):
     result = run("cnf_density")
     moons = result["densities"]["two moons"]
     assert moons["mass"] == pytest.approx(1, abs=0.01)
-    assert moons["round_trip"] < 1e-3
+    assert moons["of_bound"] < 1
+    assert moons["round_trip"] < 1e-5 * moons["amplification"]
     assert moons["log_likelihood"] > moons["gaussian"] + 0.05
     rows = result["rows"]
     assert rows["continuous normalizing flow"] > rows["Gaussian, full covariance"]
@@ -52,20 +53,28 @@ def test_odenet_digits(run):
 
 
 def test_adaptive_depth(run):
-    """Less work at a looser tolerance, a smaller distance from the exact logits at a tighter one, and no more work for
-    easy digits than for hard ones."""
+    """Less work at a looser tolerance, and a larger error; less work for easy points than for hard ones."""
     result = run("adaptive_depth")
-    nfe = [row[1] for row in result["dial"]]
-    assert nfe == sorted(nfe)
-    assert nfe[-1] > 2 * nfe[0]
-    assert result["dial"][-1][3] < result["dial"][0][3] / 5
-    assert result["rank"] > -0.1
+    points, digits = result["disc and ring"], result["digits"]
+    for found in (points, digits):
+        nfe, far = [row[1] for row in found.dial], [row[3] for row in found.dial]
+        assert nfe == sorted(nfe)
+        assert nfe[-1] > 2 * nfe[0]
+        assert far[-1] < far[0] / 5
+    error = [row[2] for row in points.dial]
+    assert error[-1] < 15
+    assert error[0] > 1.5 * error[-1]
+    assert points.rank > 0.2
+    assert points.quarters[0][0] < points.quarters[3][0]
 
 
 def test_latent_spirals(run):
-    """Where the spirals were seen, the latent ODE is much nearer to them than their last point is later on."""
+    """Where it has seen nothing, the latent ODE goes on better than the RNN, and much better than the last point; where
+    the spirals were seen it is nearer to them still."""
     errors = run("latent_spirals")[30]
-    assert errors["within"] < errors["still"] / 3
+    assert errors["latent_ode"] < errors["rnn"]
+    assert errors["latent_ode"] < errors["still"] / 3
+    assert errors["within"] < errors["still"] / 6
 
 
 def test_co2_irregular(run):

@@ -80,20 +80,27 @@ def test_draws_on_the_axes_that_it_is_given(draw, style):
     assert different.mean() > 0.002
 
 
-@pytest.mark.parametrize("draw", [trajectory, phase_portrait, steps, of_solution])
+UNLABELLED = [vector_field, density_flow]  # one field, one image: nothing that a legend would tell apart
+
+
+@pytest.mark.parametrize("draw", PICTURES)
 def test_labels_stand_apart(draw):
     """Title, labels, ticks and legend are inside the figure, and no two of them overlap."""
     ax = draw(plot.figure(5, 4).add_subplot())
     ax.set(title="Title", xlabel="time", ylabel="state")
-    legend = ax.legend(loc="lower left", bbox_to_anchor=(0, 1.12))
+    handles, labels = ax.get_legend_handles_labels()
+    assert bool(labels) == (draw not in UNLABELLED)
+    assert len(set(labels)) == len(labels)
+    assert all(labels)
+    legends = [ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.12))] if labels else []
     _, renderer = rendered(ax)
     texts = [ax.title, ax.xaxis.label, ax.yaxis.label]
     for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
         # Matplotlib has ticks beyond the limits, too, and does not draw them.
         texts += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
-    boxes = [x.get_window_extent(renderer) for x in (*texts, legend)]
+    boxes = [x.get_window_extent(renderer) for x in (*texts, *legends)]
     assert len(boxes) > 6
-    assert legend.get_texts()
+    assert all(len(legend.get_texts()) == len(labels) for legend in legends)
     inside = ax.figure.bbox
     assert all(inside.x0 <= b.x0 and b.x1 <= inside.x1 and inside.y0 <= b.y0 and b.y1 <= inside.y1 for b in boxes)
     assert not [(a, b) for a, b in itertools.combinations(boxes, 2) if a.shrunk(0.95, 0.95).overlaps(b)]

@@ -98,15 +98,15 @@ class GRURecognition(nn.Module):
             BadShape, BadTime: a series is not as it should be.
         """
         s = series(x, t, mask, t0)
-        inputs = torch.cat([s.x, s.mask.to(s.x)], -1)
+        # All inputs at once, latest first: what a step of the recurrence costs is one cell.
+        times = torch.where(s.observed, s.t, torch.inf).flip(1)
+        later = F.pad(times.cummin(1).values[:, :-1], (1, 0), value=torch.inf)  # of the next observation
+        passed = torch.where(later.isfinite(), later - s.t.flip(1), 0)
+        inputs = torch.cat([s.x, s.mask.to(s.x)], -1).flip(1)
+        inputs = torch.cat([inputs, torch.stack([passed, s.t.flip(1) - t0], -1).to(inputs)], -1)
         h = x.new_zeros(len(x), self.cell.hidden_size)
-        last, seen = s.t[:, -1], torch.zeros_like(s.observed[:, 0])
-        for i in reversed(range(x.shape[1])):
-            now = s.observed[:, i]
-            passed = torch.where(seen, last - s.t[:, i], 0)
-            times = torch.stack([passed, s.t[:, i] - t0], -1).to(h)
-            h = torch.where(now[:, None], self.cell(torch.cat([inputs[:, i], times], -1), h), h)
-            last, seen = torch.where(now, s.t[:, i], last), seen | now
+        for now, entry in zip(s.observed.flip(1).unbind(1), inputs.unbind(1)):
+            h = torch.where(now[:, None], self.cell(entry, h), h)
         return normal(self.head(h))
 
 
