@@ -6,6 +6,7 @@ from .gradients import GRADIENTS
 from .methods import METHODS, julia_method
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from .solution import Solution, Stats
+from .source import julia_source
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "errors",
     "julia_function",
     "julia_method",
+    "julia_source",
     "odeint",
     "odeint_adjoint",
     "odeint_dense",

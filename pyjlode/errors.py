@@ -83,3 +83,7 @@ class JuliaError(PyJLODEError, RuntimeError):
 
 class GradientUnavailable(PyJLODEError, RuntimeError):
     """The gradient asked for cannot be had this way; the message names the way that has it."""
+
+
+class NotCompiled(PyJLODEError, RuntimeError):
+    """`f` cannot be compiled to Julia, and `compile=True` asked for that; the message says what stands in the way."""

@@ -18,7 +18,7 @@ from . import arguments, gradients, parameters, progress
 from .bridge import engine as julia
 from .bridge import runtime as julia_runtime
 from .bridge.function import JuliaFunction
-from .errors import BadOption, BadShape, BadTime, EngineUnavailable, GradientUnavailable
+from .errors import BadOption, BadShape, BadTime, EngineUnavailable, GradientUnavailable, NotCompiled
 from .native import engine as native
 from .problem import AdjointSettings, Callback, Field, Layout, ODEProblem
 from .solution import Solution, Stats, Steps
@@ -47,6 +47,7 @@ def odeint(
     adjoint_method: str | None = None,
     adjoint_options: dict[str, Any] | None = None,
     adjoint_params: Iterable[Tensor] | None = None,
+    compile: bool | None = None,
 ) -> Any:
     """Solve `dh/dt = f(t, h)`, `h(t[0]) = h0`, and give the states at the times `t`.
 
@@ -93,13 +94,28 @@ def odeint(
         StepSizeTooSmall, NonFiniteState, MaxStepsReached, NotConverged, EventNotFound: the solve failed; RuntimeError.
         EngineUnavailable: the engine asked for is not there; RuntimeError.
         GradientUnavailable: in the backward pass, where this `adjoint` has no such derivative; RuntimeError.
+        NotCompiled: `compile=True`, and `f` cannot be compiled; RuntimeError.
 
     Source: Chen, Rubanova, Bettencourt & Duvenaud, Neural ordinary differential equations, 2018.
     """
     given = (adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options)
     system = (mass_matrix, jac)
     solution = _solve(
-        f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, given, adjoint_params, system, dense=False
+        f,
+        h0,
+        t,
+        adjoint,
+        method,
+        rtol,
+        atol,
+        engine,
+        options,
+        event_fn,
+        given,
+        adjoint_params,
+        system,
+        compile,
+        dense=False,
     )
     return solution.h if event_fn is None else (solution.event_t, solution.h)
 
@@ -124,6 +140,7 @@ def solve(
     adjoint_method: str | None = None,
     adjoint_options: dict[str, Any] | None = None,
     adjoint_params: Iterable[Tensor] | None = None,
+    compile: bool | None = None,
 ) -> Solution:
     """As `odeint`, but return a `Solution`: states, dense output, and an account of the work.
 
@@ -139,7 +156,21 @@ def solve(
     given = (adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options)
     system = (mass_matrix, jac)
     return _solve(
-        f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, given, adjoint_params, system, dense=dense
+        f,
+        h0,
+        t,
+        adjoint,
+        method,
+        rtol,
+        atol,
+        engine,
+        options,
+        event_fn,
+        given,
+        adjoint_params,
+        system,
+        compile,
+        dense=dense,
     )
 
 
@@ -230,12 +261,13 @@ def _solve(
     adjoint_given: tuple[Any, Any, Any, Any],
     adjoint_params: Iterable[Tensor] | None,
     system: tuple[Any, Any],
+    compile: bool | None,
     *,
     dense: bool,
 ) -> Solution:
     start = time.perf_counter()
     made = _read(
-        f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, adjoint_given, adjoint_params, system
+        f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, adjoint_given, adjoint_params, system, compile
     )
     p, stats = made.problem, made.stats
     steps = _watch(p) if dense and made.engine is native else None
@@ -341,6 +373,7 @@ def _read(
     adjoint_given: tuple[Any, Any, Any, Any],
     adjoint_params: Iterable[Tensor] | None,
     system: tuple[Any, Any],
+    compile: bool | None,
 ) -> _Made:
     """Check every argument and make the problem of them."""
     if not callable(f):
@@ -355,7 +388,7 @@ def _read(
     batch = arguments.systems(opts, layout)
     autocast = torch.is_autocast_enabled(layout.device.type)
     p = ODEProblem(
-        f=_flat(f, layout, autocast),
+        f=flat_field(f, layout, autocast),
         y0=y0,
         t=t,
         times=times,
@@ -370,7 +403,10 @@ def _read(
         mass=arguments.mass_matrix(system[0], row, layout, batch),
         jac=arguments.jacobian(system[1], row, layout, batch),
         callbacks=arguments.callbacks(f, row, layout, y0),
+        compile=compile,
     )
+    if compile not in (None, True, False):
+        raise BadOption(f"compile must be True, False or None; got {compile!r}.")
     explicit = arguments.adjoint_params(adjoint_params)
     grad = torch.is_grad_enabled()
     chosen, reason = _engine(engine, p, adjoint)
@@ -410,6 +446,8 @@ def _read(
     if chosen is julia and p.adjoint and p.adjoint.method is not p.method:
         chosen, reason = _engine(engine, p, adjoint)
 
+    if compile and chosen is not julia:
+        raise NotCompiled(f"compile=True is for the Julia engine, and this is the native one: {reason}.")
     leaf = pytree.tree_leaves(h0)[0]
     copied = y0.numel() > 0 and y0.data_ptr() != leaf.data_ptr()
     stats = Stats(chosen.NAME, reason, row.name, copied)
@@ -417,7 +455,7 @@ def _read(
     return _Made(p, layout, stats, chosen, gradient, needed)
 
 
-def _flat(f: Any, layout: Layout, autocast: bool) -> Field:
+def flat_field(f: Any, layout: Layout, autocast: bool) -> Field:
     """f on the flat vector."""
     if autocast:  # f answers in a lower precision than the state's, and in the same one when a backward pass asks again
         dtype = torch.get_autocast_dtype(layout.device.type)
@@ -429,8 +467,9 @@ def _flat(f: Any, layout: Layout, autocast: bool) -> Field:
 
         return Field(cast)
     if layout.bare:
-        return Field(f, layout.shapes[0])
-    return Field(lambda t, y: layout.flatten(f(t, layout.unflatten(y))))
+        return Field(f, layout.shapes[0], (f, layout.shapes[0]))
+    source = (f, str(layout.spec), *layout.shapes, *layout.dtypes)
+    return Field(lambda t, y: layout.flatten(f(t, layout.unflatten(y))), source=source)
 
 
 def _adjoint(

@@ -79,10 +79,17 @@ class Field:
         f: `f(t, y)` with `t` a 0-d tensor and `y` of shape (n,), or of `shape`; returns its like.
         shape: of the user's state, where it is one real tensor. This is done here and not in one more function around
             `f` because it is the innermost call of every solve.
+        source: all that `f` is made of, the user's function first, for whoever would know whether another is the same;
+            None where a trace of `f` would not show what it does.
     """
 
-    def __init__(self, f: Callable[[Tensor, Tensor], Tensor], shape: torch.Size | None = None) -> None:
-        self.f, self.shape = f, shape
+    def __init__(
+        self,
+        f: Callable[[Tensor, Tensor], Tensor],
+        shape: torch.Size | None = None,
+        source: tuple[Any, ...] | None = None,
+    ) -> None:
+        self.f, self.shape, self.source = f, shape, source
         self.flat = shape is None or len(shape) == 1
         self.nfe = 0
 
@@ -246,6 +253,7 @@ class ODEProblem:
         mass: (n / B, n / B), M of `M y' = f(t, y)`, the same for each system; None is the identity.
         products: `v -> J v` and `v -> Jᵀ v` at a time t, `(t: 0-d, v: (n,)) -> (n,)`, for a large linear f.
         jac: `(t: 0-d, y: (n,)) -> (B, n / B, n / B)` or what reshapes to it, the user's df/dy.
+        compile: whether the Julia engine must (True), may (None) or must not (False) compile f.
     """
 
     f: Field
@@ -270,6 +278,7 @@ class ODEProblem:
     products: tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]] | None = None
     adjoint: AdjointSettings | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
+    compile: bool | None = None
 
     @property
     def direction(self) -> float:

@@ -32,6 +32,8 @@ class Stats:
         wall: seconds for the forward solve.
         nfe_backward: evaluations of f in backward passes through this solve so far (each with its product).
         wall_backward: seconds for these backward passes.
+        compiled: "scalar" or "array", how f was compiled for the Julia engine; "" where it was not.
+        not_compiled: why the Julia engine called f back.
     """
 
     engine: str
@@ -48,6 +50,8 @@ class Stats:
     wall: float = 0.0
     nfe_backward: int = 0
     wall_backward: float = 0.0
+    compiled: str = ""
+    not_compiled: str = ""
 
 
 @dataclass

@@ -14,9 +14,11 @@ using PrecompileTools: @compile_workload, @setup_workload
 using SciMLBase: CallbackSet, ContinuousCallback, DiscreteCallback, FullSpecialize, ODEFunction, ODEProblem, terminate!,
     u_modified!
 using SciMLLogging: SciMLLogging
+using SparseArrays: SparseMatrixCSC, nnz, nonzeros
 
 include("memory.jl")
 include("rhs.jl")
+include("compiled.jl")
 include("algorithms.jl")
 include("solve.jl")
 include("calls.jl")

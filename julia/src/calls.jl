@@ -34,6 +34,23 @@ function call_field(bits::Int64, functions::Ptr{Functions})
     end
 end
 
+function call_compiled_field(bits::Int64, functions::Ptr{CompiledFunctions})
+    return try
+        hold(Field{number_type(bits)}(unsafe_load(functions)))
+    catch error
+        failed(error)
+    end
+end
+
+"The address of the C function that [`compile`](@ref) makes."
+function call_compile(bits::Int64, text::Cstring)
+    return try
+        Int64(UInt(compile(number_type(bits), unsafe_string(text))))
+    catch error
+        failed(error)
+    end
+end
+
 "Of `m` parameters, which are copied, and with an event function or none."
 function call_source(bits::Int64, n::Int64, f::Int64, p::Int64, m::Int64, event::Int64)
     return try
@@ -115,6 +132,8 @@ function addresses()
     functions = (;
         failure = @cfunction(call_failure, Ptr{UInt8}, ()),
         field = @cfunction(call_field, Int64, (Int64, Ptr{Functions})),
+        compiled_field = @cfunction(call_compiled_field, Int64, (Int64, Ptr{CompiledFunctions})),
+        compile = @cfunction(call_compile, Int64, (Int64, Cstring)),
         source = @cfunction(call_source, Int64, (Int64, Int64, Int64, Int64, Int64, Int64)),
         source_function = @cfunction(call_source_function, Int64, (Cstring,)),
         evaluate = @cfunction(call_evaluate, Int64, (Int64, Int64, Int64, Int64, Int64, Int64, Int64, Float64)),

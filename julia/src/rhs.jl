@@ -38,6 +38,11 @@ mutable struct Field{T}
     const u::Vector{T}
     const du::Vector{T}
     const parameters::Vector{T}
+    # Of functions that are compiled from Julia text; see `CompiledFunctions`.
+    const native::Bool
+    const constants::Vector{T}
+    const work::Vector{T}
+    const pattern::Union{Nothing, SparseMatrixCSC{T, Int64}}
 end
 
 pointer_to(address) = Ptr{Cvoid}(UInt(address))
@@ -46,11 +51,14 @@ function Field{T}(
         n::Integer; f, jac = 0, tgrad = 0, jvp = 0, vjp = 0, vjp_p = 0, event = 0, parameters::Integer = 0
     ) where {T}
     pointers = map(pointer_to, (f, jac, tgrad, jvp, vjp, vjp_p, event))
-    return Field{T}(n, pointers..., Vector{T}[], T[], T[], zeros(T, parameters))
+    return Field{T}(n, pointers..., Vector{T}[], T[], T[], zeros(T, parameters), false, T[], T[], nothing)
 end
 
 function Field{T}(c::Functions) where {T}
-    return Field{T}(c.n, c.f, c.jac, c.tgrad, c.jvp, c.vjp, c.vjp_p, c.event, Vector{T}[], T[], T[], zeros(T, c.parameters))
+    return Field{T}(
+        c.n, c.f, c.jac, c.tgrad, c.jvp, c.vjp, c.vjp_p, c.event, Vector{T}[], T[], T[], zeros(T, c.parameters), false,
+        T[], T[], nothing
+    )
 end
 
 "Whether a callback may look at `a` itself."
@@ -91,6 +99,7 @@ end
 
 function (rhs::RHS)(du, u, p, t)
     field = rhs.field
+    field.native && return native(field, field.f, du, u, u, p, t)
     if pin!(field, u) && pin!(field, du)
         call(field.f, du, u, t)
     else
@@ -105,35 +114,49 @@ end
 struct Jacobian{T}
     field::Field{T}
 end
-(j::Jacobian{T})(J::Plain{T}, u::Plain{T}, p, t) where {T} = (call(j.field.jac, J, u, t); nothing)
+function (j::Jacobian{T})(J::Union{Plain{T}, SparseMatrixCSC{T}}, u::Plain{T}, p, t) where {T}
+    field = j.field
+    field.native || return call(field.jac, J, u, t)
+    pattern = field.pattern
+    if pattern === nothing || (J isa SparseMatrixCSC && nnz(J) == nnz(pattern))
+        return native(field, field.jac, J, u, u, p, t)
+    end
+    values = copy(pattern)
+    native(field, field.jac, values, u, u, p, t)
+    copyto!(J, values)
+    return nothing
+end
 
 struct TimeGradient{T}
     field::Field{T}
 end
-(g::TimeGradient{T})(dT::Plain{T}, u::Plain{T}, p, t) where {T} = (call(g.field.tgrad, dT, u, t); nothing)
+function (g::TimeGradient{T})(dT::Plain{T}, u::Plain{T}, p, t) where {T}
+    field = g.field
+    return field.native ? native(field, field.tgrad, dT, u, u, p, t) : call(field.tgrad, dT, u, t)
+end
 
 struct JVP{T}
     field::Field{T}
 end
 function (jvp::JVP{T})(out::Plain{T}, v::Plain{T}, u::Plain{T}, p, t) where {T}
-    call(jvp.field.jvp, out, v, u, t)
-    return nothing
+    field = jvp.field
+    return field.native ? native(field, field.jvp, out, v, u, p, t) : call(field.jvp, out, v, u, t)
 end
 
 struct VJP{T}
     field::Field{T}
 end
 function (vjp::VJP{T})(out::Plain{T}, v::Plain{T}, u::Plain{T}, p, t) where {T}
-    call(vjp.field.vjp, out, v, u, t)
-    return nothing
+    field = vjp.field
+    return field.native ? native(field, field.vjp, out, v, u, p, t) : call(field.vjp, out, v, u, t)
 end
 
 struct ParameterVJP{T}
     field::Field{T}
 end
 function (vjp::ParameterVJP{T})(out::Plain{T}, v::Plain{T}, u::Plain{T}, p, t) where {T}
-    call(vjp.field.vjp_p, out, v, u, t)
-    return nothing
+    field = vjp.field
+    return field.native ? native(field, field.vjp_p, out, v, u, p, t) : call(field.vjp_p, out, v, u, t)
 end
 
 """
@@ -142,7 +165,7 @@ The `ODEFunction` of a field. `full`: solvers are compiled for this very functio
 All products are named whether they are there or not: no solver calls what it has no use for, and this way all fields
 are of one type, for which solvers are compiled ahead.
 """
-function ode_function(field::Field; mass_matrix = I, full = true, jac_prototype = nothing)
+function ode_function(field::Field; mass_matrix = I, full = true, jac_prototype = field.pattern)
     return ODEFunction{true, FullSpecialize}(
         RHS(field);
         mass_matrix, jac_prototype,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import JuliaError
-from .memory import AdjointRequest, Functions, Outcome, Request
+from .memory import AdjointRequest, CompiledFunctions, Functions, Outcome, Request
 
 _I, _P = ctypes.c_int64, ctypes.c_void_p
 
@@ -16,6 +16,8 @@ _I, _P = ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "failure": (ctypes.c_char_p,),
     "field": (_I, _I, _P),
+    "compiled_field": (_I, _I, _P),
+    "compile": (_I, _I, ctypes.c_char_p),
     "source": (_I, _I, _I, _I, _I, _I, _I),
     "source_function": (_I, ctypes.c_char_p),
     "evaluate": (_I, _I, _I, _I, _I, _I, _I, _I, ctypes.c_double),
@@ -80,6 +82,16 @@ class Calls:
     def field(self, dtype: torch.dtype, functions: Functions) -> Held:
         """A field behind C functions, which the caller keeps for as long as it is called."""
         return self._held(self._c["field"](_bits(dtype), functions.address))
+
+    def compiled_field(self, dtype: torch.dtype, functions: CompiledFunctions) -> Held:
+        """A field of compiled functions, which keeps what was lent."""
+        return self._held(self._c["compiled_field"](_bits(dtype), functions.address), functions)
+
+    def compile(self, dtype: torch.dtype, text: str) -> int:
+        """The address of the C function of a generated Julia function: `compile` in julia/src/compiled.jl."""
+        address = self._c["compile"](_bits(dtype), text.encode())
+        self._check(address)
+        return address
 
     def source(self, dtype: torch.dtype, n: int, function: Held, theta: torch.Tensor, event: int) -> Held:
         """A field that is Julia code, with parameters `theta`, shape (m,), which are copied."""

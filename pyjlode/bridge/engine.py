@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +11,19 @@ import torch
 from torch import Tensor
 
 from .. import ends, forward
-from ..errors import BadOption, NonFiniteState, NotConverged, SolveError
+from ..errors import BadOption, NonFiniteState, NotCompiled, NotConverged, SolveError
 from ..gradients import Gradients, time_gradient
 from ..methods import Method
 from ..problem import ODEProblem, SolverOptions, is_finite
 from ..solution import Stats
 from . import runtime
 from .calls import Calls, Held
+from .codegen.field import Compiled
+from .function import JuliaFunction
 from .memory import AdjointRequest, Request
-from .rhs import RHS, Callbacks, field_of
+from .rhs import RHS, Callbacks, Source
+
+log = logging.getLogger("pyjlode")
 
 NAME = "julia"
 
@@ -157,8 +162,7 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     with torch.no_grad(), runtime.julia() as calls:
         runtime.sensitivity()
         _call(rhs, calls.adjoint, memory.solve, memory.gradient, _algorithm(calls, settings.method), request)
-    params = [x.to(q.device, q.dtype) for x, q in zip(rhs.params.leaves(theta), p.params)]
-    return Gradients(a + g[0], time_gradient(p, record, g, a, p.f), params)
+    return Gradients(a + g[0], time_gradient(p, record, g, a, p.f), rhs.parameter_gradients(theta))
 
 
 def _solve(
@@ -195,7 +199,7 @@ def _solve(
     )
     with torch.no_grad(), runtime.julia() as calls:
         algorithm = _algorithm(calls, p.method)
-        rhs = field_of(calls, p, gradient)
+        rhs = _field(calls, p, gradient, stats)
         solution, outcome = _call(rhs, calls.solve, rhs.field, algorithm, request)
     for name in ("naccept", "nreject", "njac", "nlu", "nnewton"):
         setattr(stats, name, getattr(outcome, name))
@@ -212,6 +216,29 @@ def _solve(
     if p.event_fn is not None and record.event_t is None:
         raise ends.no_event(p, t, dt)
     return record, rhs, solution
+
+
+def _field(calls: Calls, p: ODEProblem, gradient: str | None, stats: Stats) -> Callbacks:
+    """The problem's vector field for Julia: compiled where that can be and is not forbidden, else called back.
+
+    Raises:
+        NotCompiled: `compile=True`, and it cannot be.
+    """
+    if isinstance(p.f.f, JuliaFunction):
+        return Source(calls, p, p.f.f)
+    if p.compile is False:
+        stats.not_compiled = "compile=False"
+        return RHS(calls, p, gradient)
+    try:
+        compiled = Compiled(calls, p, gradient)
+    except NotCompiled as error:
+        if p.compile:
+            raise
+        stats.not_compiled = str(error)
+        log.info("f is called back: %s", error)
+        return RHS(calls, p, gradient)
+    stats.compiled = compiled.program.mode
+    return compiled
 
 
 def _call(rhs: Callbacks, function: Any, *args: Any) -> Any:

@@ -76,6 +76,16 @@ class Functions(Shown):
     )
 
 
+class CompiledFunctions(Lender):
+    """A field of compiled functions; `CompiledFunctions` in julia/src/compiled.jl says what each field is."""
+
+    _fields_ = (
+        ("n", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "event")),
+        *((name, Lent) for name in ("theta", "constants", "work", "columns", "rows")),
+    )
+
+
 class Outcome(Shown):
     """How a solve went; `Outcome` in julia/src/memory.jl says what each field is."""
 

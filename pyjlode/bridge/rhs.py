@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -25,13 +26,6 @@ _PRODUCT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctyp
 _FAR = 1e300
 
 
-def field_of(calls: Calls, p: ODEProblem, gradient: str | None) -> RHS | Source:
-    """The problem's vector field for Julia."""
-    if isinstance(p.f.f, JuliaFunction):
-        return Source(calls, p, p.f.f)
-    return RHS(calls, p, gradient)
-
-
 class Callbacks:
     """C functions of a problem that Julia calls.
 
@@ -42,13 +36,17 @@ class Callbacks:
     def __init__(self, p: ODEProblem) -> None:
         self.p = p
         self.n, self.dtype = p.y0.numel(), p.y0.dtype
-        self.params = Layout(list(p.params))
         self.error: BaseException | None = None
         self.functions: dict[str, Any] = {}
         self.field: Held
         if p.event_fn is not None:
             self.margin = Margin(p)
             self.functions["event"] = _PLAIN(self.guard("event"))
+
+    @functools.cached_property
+    def params(self) -> Layout:
+        """How the parameters lie in Julia's vector of them."""
+        return Layout(list(self.p.params))
 
     @property
     def pointers(self) -> dict[str, int]:
@@ -76,6 +74,10 @@ class Callbacks:
             return 0
 
         return guarded
+
+    def parameter_gradients(self, theta: Tensor) -> list[Tensor | None]:
+        """Of a gradient by the parameters, shape (m,), those by `p.params`."""
+        return [x.to(q.device, q.dtype) for x, q in zip(self.params.leaves(theta), self.p.params)]
 
     def state(self, address: int) -> Tensor:
         """Shape (n,): a copy, for what autograd may keep."""

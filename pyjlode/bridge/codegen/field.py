@@ -1,0 +1,183 @@
+"""A compiled vector field for Julia's solvers, compared with PyTorch's at first use."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...derivatives import REFUSALS, directional_by_reverse, jacobian
+from ...derivatives import vjp as torch_vjp
+from ...errors import NotCompiled
+from ...methods import Method
+from ...problem import Layout, ODEProblem
+from ..calls import Calls
+from ..memory import CompiledFunctions
+from ..rhs import Callbacks
+from .program import program_of, refuse
+
+_ADDRESS = ctypes.c_void_p
+_FUNCTION = ctypes.PYFUNCTYPE(None, *[_ADDRESS] * 6, ctypes.c_double)
+# What an order of summation may change, of a number and of the largest beside it.
+_TOLERANCE = {torch.float64: (1e-7, 1e-10), torch.float32: (2e-3, 2e-5)}
+_POINTS = 3
+# Numbers that Python compares faster than PyTorch does.
+_FEW = 32
+
+
+class Compiled(Callbacks):
+    """A field of compiled functions: only its event function is called back.
+
+    Args:
+        gradient: name of the gradient method that will be asked for; None for none.
+
+    Raises:
+        NotCompiled: it cannot be compiled, or what was compiled differs from PyTorch.
+    """
+
+    def __init__(self, calls: Calls, p: ODEProblem, gradient: str | None) -> None:
+        super().__init__(p)
+        if p.jac is not None and not _explicit(p.method):
+            raise NotCompiled("jac was given, and a compiled f has its own")
+        self.program, source = program_of(p.f, p.y0)
+        program = self.program
+        tensors = [source.tensors[i] for i in program.trace.slots]
+        trained, constants = tensors[: program.trace.trained], tensors[program.trace.trained :]
+        self._check_parameters(p, trained, gradient)
+        self.trained = trained
+        self.theta = _flat(trained, self.dtype)
+        self.constants = _flat(constants, self.dtype)
+        names = ["f"]
+        if not _explicit(p.method):
+            names += ["jac", "tgrad", "jvp"]
+        elif p.adjoint is not None and not _explicit(p.adjoint.method):
+            names += ["jac", "tgrad"]
+        if gradient is not None:
+            names += ["vjp", "vjp_p"]
+        addresses = {name: program.address(calls, name) for name in names}
+        self.work = torch.empty(max(program.work, 1), dtype=self.dtype)
+        self.verify(names, addresses)
+        functions = CompiledFunctions(n=self.n, event=self.pointers.get("event", 0), **addresses)
+        functions.lend(theta=self.theta, constants=self.constants, work=self.work)
+        if "jac" in names and program.pattern is not None:
+            functions.lend(columns=program.pattern.columns, rows=program.pattern.rows)
+        self.field = calls.compiled_field(self.dtype, functions)
+
+    def _check_parameters(self, p: ODEProblem, trained: Sequence[Tensor], gradient: str | None) -> None:
+        if gradient is None:
+            return
+        if p.retain_graph or p.suspects:
+            raise NotCompiled("f uses results of earlier operations, whose graph a compiled f is no part of")
+        ids = {id(x) for x in trained}
+        lost = [x for x in p.params if id(x) not in ids and x.is_floating_point() and not x.is_leaf]
+        if lost:
+            raise NotCompiled("f uses results of earlier operations, whose graph a compiled f is no part of")
+
+    @functools.cached_property
+    def params(self) -> Layout:
+        return Layout(self.trained)
+
+    def parameter_gradients(self, theta: Tensor) -> list[Tensor | None]:
+        """Of a gradient by all that the compiled functions hold, shape (m,), those by `p.params`."""
+        found = {id(x): g.to(x.device, x.dtype) for x, g in zip(self.trained, self.params.leaves(theta))}
+        return [found.get(id(x)) for x in self.p.params]
+
+    def call(self, address: int, out: Tensor, t: float, u: Tensor, v: Tensor | None = None) -> Tensor:
+        """out, of such a function."""
+        tensors = (out, u if v is None else v, u, self.theta, self.constants, self.work)
+        _FUNCTION(address)(*(x.data_ptr() for x in tensors), t)
+        return out
+
+    def verify(self, names: Sequence[str], addresses: dict[str, int]) -> None:
+        """Compare f at the start, and at first use each function at points around the start, with PyTorch's.
+
+        Raises:
+            NotCompiled: they differ; a warning shows by how much.
+        """
+        p, n = self.p, self.n
+        y0 = p.y0.detach().contiguous()
+        if p.f0 is not None and "f" in self.program.verified:
+            self.compare("f", self.call(addresses["f"], torch.empty_like(y0), p.times[0], y0), p.f0, y0)
+        fresh = [name for name in names if name not in self.program.verified]
+        if not fresh:
+            return
+        generator = torch.Generator().manual_seed(0)
+        span = abs(p.times[-1] - p.times[0]) if p.event_fn is None else 1.0
+        nfe = p.f.nfe
+        for i in range(_POINTS):
+            noise = torch.randn(n, generator=generator, dtype=torch.float64).to(y0)
+            u = y0 + 0.1 * i * noise * (y0.abs() + 0.1 * y0.abs().max())
+            t = p.times[0] + p.direction * 0.1 * i * min(span, 1.0)
+            v = torch.randn(n, generator=generator, dtype=torch.float64).to(y0)
+            self._verify_at(fresh, addresses, float(p.time(t)), u, v)
+        p.f.nfe = nfe
+        self.program.verified.update(fresh)
+
+    def _verify_at(self, names: Sequence[str], addresses: dict[str, int], t: float, u: Tensor, v: Tensor) -> None:
+        p, n, time = self.p, self.n, self.p.time(t)
+
+        def got(name: str, size: int, v: Tensor | None = None) -> Tensor:
+            return self.call(addresses[name], torch.zeros(size, dtype=u.dtype), t, u, v)
+
+        if "f" in names:
+            with torch.no_grad():
+                self.compare("f", got("f", n), p.f(time, u), u)
+        if "vjp" in names or "vjp_p" in names:
+            wrt = [x for x in self.trained if x.requires_grad]
+            _, (by_u, *by_theta) = torch_vjp(p, time, u, v, wrt)
+            self.compare("vjp", got("vjp", n, v), torch.zeros_like(u) if by_u is None else by_u, u)
+            filled = [torch.zeros_like(x) if g is None else g for x, g in zip(wrt, by_theta)]
+            want = self.params.flatten_leaves(filled)
+            self.compare("vjp_p", got("vjp_p", self.params.size, v), want, u)
+        if "jac" in names:
+            J = jacobian(p, time, u)
+            pattern = self.program.pattern
+            if pattern is None:
+                self.compare("jac", got("jac", n * n), J.T.reshape(-1), u)
+            else:
+                columns = torch.repeat_interleave(torch.arange(n), pattern.columns.diff())
+                full = torch.zeros_like(J)
+                full[pattern.rows - 1, columns] = got("jac", len(pattern.rows))
+                self.compare("jac", full.reshape(-1), J.reshape(-1), u)
+            if "jvp" in names:
+                self.compare("jvp", got("jvp", n, v), J @ v, u)
+        if "tgrad" in names:
+            try:
+                want = directional_by_reverse(p, time, u, torch.ones_like(time), None)
+            except REFUSALS as error:
+                raise NotCompiled(f"PyTorch has no second derivative of f to compare with: {error}") from error
+            self.compare("tgrad", got("tgrad", n), want, u)
+
+    def compare(self, name: str, got: Tensor, want: Tensor, u: Tensor) -> None:
+        want = want.detach()
+        relative, absolute = _TOLERANCE[self.dtype]
+        if want.numel() <= _FEW:  # at every solve
+            a, b = got.tolist(), want.tolist()
+            if all(x == y or abs(x - y) <= relative * abs(y) for x, y in zip(a, b)):
+                return
+        finite = want[want.isfinite()].abs()
+        room = relative * want.abs() + absolute * (float(finite.max()) if finite.numel() else 0.0)
+        same = ((got - want).abs() <= room) | (got == want) | (got.isnan() & want.isnan())
+        if bool(same.all()):
+            return
+        i = int((~same).nonzero()[0])
+        reason = f"what was compiled differs from PyTorch: {name}[{i}] is {float(got[i])!r}, not {float(want[i])!r}"
+        warnings.warn(f"f is not compiled: {reason}. Please report this.", stacklevel=2)
+        refuse(self.p.f, self.p.y0, reason)
+        raise NotCompiled(reason)
+
+
+def _explicit(method: Method) -> bool:
+    """Whether a solver asks for nothing but f."""
+    return method.kind in ("adaptive", "fixed")
+
+
+def _flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Tensors one after the other, shape (m,), as numbers of one type."""
+    if not tensors:
+        return torch.empty(0, dtype=dtype)
+    return torch.cat([x.detach().reshape(-1).to("cpu", dtype) for x in tensors])

@@ -1,0 +1,244 @@
+"""The functions of a compiled field: made when first asked for, and kept for fields that are alike."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import NotCompiled
+from ...problem import Field
+from ..calls import Calls
+from . import array, scalar
+from .capture import Held, held
+from .trace import Trace
+
+FUNCTIONS = ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p")
+# A sparse Jacobian wins from about this size, and below this part of non-zeros.
+_SPARSE_SIZE, _SPARSE_PART = 24, 0.3
+# Programs kept: what they cost is the text and the machine code of a few functions.
+_KEPT = 256
+
+
+class Pattern(NamedTuple):
+    """The places of a sparse Jacobian, as of Julia's SparseMatrixCSC: (n + 1,) and (k,), int64, 1-based."""
+
+    columns: Tensor
+    rows: Tensor
+
+
+class Program:
+    """The functions of vector fields that do the same with their tensors.
+
+    Args:
+        trace: of one of them.
+
+    Attributes:
+        mode: "scalar" where that has few enough operations, else "array".
+        work: numbers that the functions need room for.
+
+    Raises:
+        NotCompiled: f is not to be had as Julia.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace, self.n, self.dtype = trace, trace.like.numel(), trace.like.dtype
+        self.parameters = sum(x.numel() for x in trace.tensors[: trace.trained])
+        self.verified: set[str] = set()
+        self.work = 0
+        self._texts: dict[str, str] = {}
+        self._addresses: dict[str, int] = {}
+        self.mode = "scalar"
+        try:
+            _ = self._f
+        except NotCompiled:
+            self.mode = "array"
+        _ = self.text("f")
+
+    def text(self, name: str) -> str:
+        """Julia source of a function `f(out, v, u, p, c, w, t)`, one of `FUNCTIONS`.
+
+        Raises:
+            NotCompiled: there is none for this function.
+        """
+        if name not in self._texts:
+            self._texts[name] = getattr(self, f"_{name}_text")() if self.mode == "scalar" else self._array_text(name)
+        return self._texts[name]
+
+    def address(self, calls: Calls, name: str) -> int:
+        """Of the function in machine code."""
+        if name not in self._addresses:
+            text, key = self.text(name), (self.dtype, self.text(name))
+            if key not in _compiled:
+                _compiled[key] = calls.compile(self.dtype, text)
+            self._addresses[name] = _compiled[key]
+        return self._addresses[name]
+
+    @functools.cached_property
+    def _f(self) -> scalar.Functions:
+        graph = self.trace.f
+        return scalar.evaluate(graph, self.trace.examples(graph), self.trace.trained, scalar.LIMIT)
+
+    @functools.cached_property
+    def _vjp(self) -> scalar.Functions:
+        graph = self.trace.vjp
+        return scalar.evaluate(graph, self.trace.examples(graph), self.trace.trained, 4 * scalar.LIMIT)
+
+    @functools.cached_property
+    def _rows_of_columns(self) -> list[dict[int, int]]:
+        """For each column of the Jacobian: row -> expression, 1-based rows; structural zeros are not there."""
+        code, outputs = self._vjp
+        memo: dict[int, dict[int, int]] = {}
+        assert outputs[1] is not None
+        return [scalar.linear(code, place, memo) for place in outputs[1].tolist()]
+
+    @functools.cached_property
+    def pattern(self) -> Pattern | None:
+        """Of the Jacobian with its diagonal, where it is to be sparse."""
+        if self.mode != "scalar":
+            return None
+        columns = [sorted({*column, j + 1}) for j, column in enumerate(self._rows_of_columns)]
+        count = sum(map(len, columns))
+        if self.n < _SPARSE_SIZE or count > _SPARSE_PART * self.n**2:
+            return None
+        starts = torch.tensor([0, *map(len, columns)]).cumsum(0) + 1
+        return Pattern(starts, torch.tensor([i for column in columns for i in column]))
+
+    def _function(
+        self, name: str, out: str, places: Sequence[int], at: Sequence[int], code: scalar.Code, zeros: int
+    ) -> str:
+        """Source of a function that stores expressions at indices of its output, after `zeros` zeros there."""
+        v = "v" if name in ("jvp", "vjp", "vjp_p") else "_"
+        lines = [f"function {name}({out}, {v}, u, p, c, w, t)"]
+        if zeros:
+            lines += [f"    for i in 1:{zeros}", f"        {out}[i] = {code.literal(0.0)}", "    end"]
+        lines += code.lines(places, [f"{out}[{i}]" for i in at])
+        return "\n".join([*lines, "    return nothing", "end"])
+
+    def _f_text(self) -> str:
+        code, (out, *_) = self._f
+        assert out is not None
+        return self._function("f", "du", out.tolist(), range(1, self.n + 1), code, 0)
+
+    def _jac_text(self) -> str:
+        code, places, at = self._vjp.code, [], []
+        if self.pattern is not None:
+            starts = self.pattern.columns.tolist()
+            for j, column in enumerate(self._rows_of_columns):
+                rows = self.pattern.rows[starts[j] - 1 : starts[j + 1] - 1].tolist()
+                places += [column.get(i, code.zero) for i in rows]
+            at, zeros = list(range(1, len(places) + 1)), 0
+        else:
+            for j, column in enumerate(self._rows_of_columns):
+                places += [column[i] for i in sorted(column)]
+                at += [j * self.n + i for i in sorted(column)]
+            zeros = self.n**2 if len(at) < self.n**2 else 0
+        return self._function("jac", "J", places, at, code, zeros)
+
+    def _tgrad_text(self) -> str:
+        code, outputs = self._vjp
+        assert outputs[0] is not None
+        column = scalar.linear(code, int(outputs[0]), {})
+        places = [column.get(i, code.zero) for i in range(1, self.n + 1)]
+        return self._function("tgrad", "dT", places, range(1, self.n + 1), code, 0)
+
+    def _jvp_text(self) -> str:
+        code = self._vjp.code
+        out = [code.zero] * self.n
+        for j, column in enumerate(self._rows_of_columns):
+            v = code.load("v", j + 1)
+            for i, place in column.items():
+                out[i - 1] = code.make("add", out[i - 1], code.make("mul", place, v))
+        return self._function("jvp", "out", out, range(1, self.n + 1), code, 0)
+
+    def _vjp_text(self) -> str:
+        code, outputs = self._vjp
+        assert outputs[1] is not None
+        return self._function("vjp", "out", outputs[1].tolist(), range(1, self.n + 1), code, 0)
+
+    def _vjp_p_text(self) -> str:
+        code, outputs = self._vjp
+        places = [i for x in outputs[2:] if x is not None for i in x.reshape(-1).tolist()]
+        return self._function("vjp_p", "out", places, range(1, len(places) + 1), code, 0)
+
+    def _array_text(self, name: str) -> str:
+        trace = self.trace
+        graph = trace.f if name == "f" else trace.jvp if name in ("jvp", "tgrad") else trace.vjp
+        outputs = {"f": [0], "jvp": [0], "vjp_p": list(range(2, 2 + trace.trained))}.get(name, [1])
+        emitted = array.emit(graph, trace.examples(graph), trace.trained, outputs)
+        start = emitted.work
+        if name == "jac":  # a row for each unit vector
+            emitted.work += 2 * self.n
+            text = [emitted.text("vjp"), _ROWS.format(n=self.n, start=start, row=start + self.n)]
+        else:
+            text = [emitted.text(name)]
+        self.work = max(self.work, emitted.work)
+        return "\n\n".join(text)
+
+
+_ROWS = """function jac(J, _, u, p, c, w, t)
+    v, row = w + {start}, w + {row}
+    for i in 1:{n}
+        for j in 1:{n}
+            v[j] = i == j
+        end
+        vjp(row, v, u, p, c, w, t)
+        for j in 1:{n}
+            J[i + (j - 1) * {n}] = row[j]
+        end
+    end
+    return nothing
+end"""
+
+_compiled: dict[tuple[torch.dtype, str], int] = {}
+_programs: collections.OrderedDict[tuple, Program | NotCompiled] = collections.OrderedDict()
+
+
+def program_of(field: Field, like: Tensor) -> tuple[Program, Held]:
+    """The program for a vector field, and what the field holds now.
+
+    Args:
+        like: the state, shape (n,).
+
+    Raises:
+        NotCompiled: there is none; the message says why.
+    """
+    if field.source is None:
+        raise NotCompiled("it is solved within another (autocast, or its sensitivities), which is not compiled")
+    source = held(field.source)
+    key = (source.key, like.dtype, torch.get_default_dtype())
+    found = _programs.get(key)
+    if found is None:
+        try:
+            found = Program(Trace(field, source, like))
+        except NotCompiled as error:
+            found = NotCompiled(*error.args)  # without the frames of the trace, which hold tensors
+        _programs[key] = found
+        while len(_programs) > _KEPT:
+            _programs.popitem(last=False)
+    else:
+        _programs.move_to_end(key)
+    if isinstance(found, NotCompiled):
+        raise NotCompiled(*found.args)
+    return found, source
+
+
+def refuse(field: Field, like: Tensor, reason: str) -> None:
+    """Have the program for such a field not be used again."""
+    assert field.source is not None
+    _programs[held(field.source).key, like.dtype, torch.get_default_dtype()] = NotCompiled(reason)
+
+
+def text_of(program: Program) -> str:
+    """All functions that the program has, as text."""
+    parts = []
+    for name in FUNCTIONS:
+        try:
+            parts.append(program.text(name))
+        except NotCompiled as error:
+            parts.append(f"# {name}: {error}")
+    return "\n\n".join(parts)
