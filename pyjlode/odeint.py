@@ -47,7 +47,7 @@ def odeint(
     adjoint_method: str | None = None,
     adjoint_options: dict[str, Any] | None = None,
     adjoint_params: Iterable[Tensor] | None = None,
-    compile: bool | None = None,
+    compile: bool | None = False,
 ) -> Any:
     """Solve `dh/dt = f(t, h)`, `h(t[0]) = h0`, and give the states at the times `t`.
 
@@ -83,6 +83,8 @@ def odeint(
             by default those of the forward one. `adjoint_options={"norm": "seminorm"}` leaves the parameters out of
             the error norm (Kidger, Chen & Lyons 2021).
         adjoint_params: the tensors besides `h0` and `t` to differentiate by; by default all that `f` is found to use.
+        compile: for the Julia engine: True translates `f` to Julia, so that no Python runs in the solve (nor what else
+            `f` does in Python); None does so where it can be done, and `Stats.not_compiled` says why not.
 
     Returns:
         The states: the pytree of `h0` with (T, ...) in front of each leaf's shape. With `event_fn`: `(event_t,
@@ -140,7 +142,7 @@ def solve(
     adjoint_method: str | None = None,
     adjoint_options: dict[str, Any] | None = None,
     adjoint_params: Iterable[Tensor] | None = None,
-    compile: bool | None = None,
+    compile: bool | None = False,
 ) -> Solution:
     """As `odeint`, but return a `Solution`: states, dense output, and an account of the work.
 

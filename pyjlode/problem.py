@@ -278,7 +278,7 @@ class ODEProblem:
     products: tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]] | None = None
     adjoint: AdjointSettings | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
-    compile: bool | None = None
+    compile: bool | None = False
 
     @property
     def direction(self) -> float:

@@ -37,8 +37,9 @@ def shown(p: ODEProblem) -> Iterator[None]:
                 bar.update(passed - bar.n)
             return f(t, h)
 
-        p.f.f = watched
+        source = p.f.source
+        p.f.f, p.f.source = watched, None  # compiled, f would not be called
         try:
             yield
         finally:
-            p.f.f = f
+            p.f.f, p.f.source = f, source

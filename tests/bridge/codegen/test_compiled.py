@@ -199,7 +199,7 @@ def branches(t, h):
 
 
 def test_fallback_has_a_reason():
-    solution = solve(branches, torch.ones(2, dtype=F64), T, engine="julia", **TOL)
+    solution = solve(branches, torch.ones(2, dtype=F64), T, engine="julia", compile=None, **TOL)
     assert "branch" in solution.stats.not_compiled
     assert solution.stats.compiled == ""
     assert torch.allclose(solution.h[-1], torch.full((2,), math.exp(-2), dtype=F64))
@@ -236,7 +236,7 @@ def test_wrong_code_is_caught_at_first_use(function, monkeypatch):
     h0 = torch.tensor([1.0, 1.0], dtype=F64)
     kwargs = {"engine": "julia", "adjoint": "gauss", "method": "rodas5p", **TOL}
     with pytest.warns(UserWarning, match=f"{function}\\[.*not"):
-        solution = solve(f, h0, T, **kwargs)
+        solution = solve(f, h0, T, compile=None, **kwargs)
     assert solution.stats.compiled == ""
     assert function in solution.stats.not_compiled
     want = odeint(f, h0, T, engine="torch", rtol=1e-8, atol=1e-9)
@@ -258,7 +258,7 @@ def test_custom_backward_falls_back_for_gradients():
     w = leaf(0.7, -0.2)
     f = lambda t, h: Straight.apply(h * w) - h  # noqa: E731
     with pytest.warns(UserWarning, match="not compiled"):
-        solution = solve(f, torch.tensor([1.0, 3.0], dtype=F64), T, engine="julia", adjoint=True)
+        solution = solve(f, torch.tensor([1.0, 3.0], dtype=F64), T, engine="julia", adjoint=True, compile=None)
     assert "differs" in solution.stats.not_compiled
 
 
