@@ -5,7 +5,8 @@
 For each method that both engines have: the largest difference of the two solutions over a set of problems, divided by
 `atol + rtol |h|`, at rtol = atol = 1e-8 in float64 and 1e-4 in float32, forward and backward in time; fixed steps: the
 difference itself. Then for each gradient method the largest relative difference of the gradients by h0, t and the
-parameters of a network. "-": the Julia engine declines and says why. `--quick`: fewer problems.
+parameters of a network. "-": the Julia engine declines and says why; the
+name of an error: Julia's solver gave up on one of the problems. `--quick`: fewer problems.
 """
 
 from __future__ import annotations
@@ -91,8 +92,11 @@ def solutions(quick: bool) -> None:
         problems = list((STIFF if stiff else NONSTIFF).values())[: 1 if quick else None]
         cells = []
         for dtype, backward in ((F64, False), (F64, True), (torch.float32, False)):
-            values = [gap(p, name, dtype, backward) for p in problems]
-            cells.append(number(max(values), "" if row.adaptive else " absolute"))
+            try:
+                values = [gap(p, name, dtype, backward) for p in problems]
+                cells.append(number(max(values), "" if row.adaptive else " absolute"))
+            except pyjlode.errors.SolveError as error:
+                cells.append(type(error).__name__)
         print(f"| `{name}` | {' | '.join(cells)} |", flush=True)
 
 
