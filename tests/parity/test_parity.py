@@ -206,6 +206,16 @@ def test_gradients(name, dtype, backward):
             assert max_error(a, b) < 100 * tol * max(1.0, float(b.abs().max()))
 
 
+@each(ADAPTIVE)
+def test_gradients_of_each_method(method):
+    """An adjoint reads the dense output: it must be as good as the steps."""
+    f, h0, t = Field(F64), torch.randn(2, 3, dtype=F64), torch.tensor([0.0, 0.7, 2.0], dtype=F64)
+    want = gradients(f, h0, t, engine="torch", adjoint=False, rtol=1e-11, atol=1e-12, method="vern9")
+    got = gradients(f, h0, t, engine="julia", adjoint="gauss", rtol=1e-8, atol=1e-8, method=method.name)
+    for a, b in zip(got, want):
+        assert max_error(a, b) < 1e-6 * max(1.0, float(b.abs().max()))
+
+
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients_meet_as_tolerances_shrink(name):
     f, h0, t = Field(F64), torch.randn(2, 3, dtype=F64), torch.tensor([0.0, 0.7, 2.0], dtype=F64)
