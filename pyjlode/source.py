@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import arguments
-from .bridge.codegen.program import program_of, text_of
 from .odeint import flat_field
 
 
@@ -28,6 +27,8 @@ def julia_source(f: Callable[[Tensor, Any], Any], h0: Any) -> str:
     Raises:
         NotCompiled: `f` cannot be compiled; the message says why.
     """
+    from .bridge.codegen.program import program_of, text_of  # half the cost of importing this package
+
     layout, y0 = arguments.state(h0)
     program, held = program_of(flat_field(f, layout, False), y0)
     names = {id(x): name for name, x in f.named_parameters()} if isinstance(f, nn.Module) else {}

@@ -19,7 +19,6 @@ from ..problem import ODEProblem, SolverOptions, is_finite
 from ..solution import Stats
 from . import runtime
 from .calls import Calls, Held
-from .codegen.field import Compiled
 from .function import JuliaFunction
 from .memory import AdjointRequest, Request
 from .rhs import RHS, Callbacks, Source
@@ -237,6 +236,8 @@ def _field(calls: Calls, p: ODEProblem, gradient: str | None, stats: Stats) -> C
     if p.compile is False:
         stats.not_compiled = "compile=False"
         return RHS(calls, p, gradient)
+    from .codegen.field import Compiled  # half the cost of importing this package
+
     try:
         compiled = Compiled(calls, p, gradient)
     except NotCompiled as error:
