@@ -101,23 +101,9 @@ def odeint(
     Source: Chen, Rubanova, Bettencourt & Duvenaud, Neural ordinary differential equations, 2018.
     """
     given = (adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options)
-    system = (mass_matrix, jac)
+    system = (mass_matrix, jac, compile)
     solution = _solve(
-        f,
-        h0,
-        t,
-        adjoint,
-        method,
-        rtol,
-        atol,
-        engine,
-        options,
-        event_fn,
-        given,
-        adjoint_params,
-        system,
-        compile,
-        dense=False,
+        f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, given, adjoint_params, system, dense=False
     )
     return solution.h if event_fn is None else (solution.event_t, solution.h)
 
@@ -156,23 +142,9 @@ def solve(
         What `odeint` raises.
     """
     given = (adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options)
-    system = (mass_matrix, jac)
+    system = (mass_matrix, jac, compile)
     return _solve(
-        f,
-        h0,
-        t,
-        adjoint,
-        method,
-        rtol,
-        atol,
-        engine,
-        options,
-        event_fn,
-        given,
-        adjoint_params,
-        system,
-        compile,
-        dense=dense,
+        f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, given, adjoint_params, system, dense=dense
     )
 
 
@@ -262,14 +234,13 @@ def _solve(
     event_fn: Any,
     adjoint_given: tuple[Any, Any, Any, Any],
     adjoint_params: Iterable[Tensor] | None,
-    system: tuple[Any, Any],
-    compile: bool | None,
+    system: tuple[Any, Any, bool | None],
     *,
     dense: bool,
 ) -> Solution:
     start = time.perf_counter()
     made = _read(
-        f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, adjoint_given, adjoint_params, system, compile
+        f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, adjoint_given, adjoint_params, system
     )
     p, stats = made.problem, made.stats
     steps = _watch(p) if dense and made.engine is native else None
@@ -374,8 +345,7 @@ def _read(
     event_fn: Any,
     adjoint_given: tuple[Any, Any, Any, Any],
     adjoint_params: Iterable[Tensor] | None,
-    system: tuple[Any, Any],
-    compile: bool | None,
+    system: tuple[Any, Any, bool | None],
 ) -> _Made:
     """Check every argument and make the problem of them."""
     if not callable(f):
@@ -389,6 +359,7 @@ def _read(
     opts = arguments.options(options, row, h0, f, layout)
     batch = arguments.systems(opts, layout)
     autocast = torch.is_autocast_enabled(layout.device.type)
+    mass_matrix, jac, compile = system
     p = ODEProblem(
         f=flat_field(f, layout, autocast),
         y0=y0,
@@ -402,8 +373,8 @@ def _read(
         event_fn=event_fn and (lambda t, y: arguments.event_value(event_fn(t, layout.unflatten(y)))),
         layout=layout,
         batch=batch,
-        mass=arguments.mass_matrix(system[0], row, layout, batch),
-        jac=arguments.jacobian(system[1], row, layout, batch),
+        mass=arguments.mass_matrix(mass_matrix, row, layout, batch),
+        jac=arguments.jacobian(jac, row, layout, batch),
         callbacks=arguments.callbacks(f, row, layout, y0),
         compile=compile,
     )
