@@ -20,6 +20,10 @@ POLISH_REPLAY = 1
 
 # Above this rate of convergence the Jacobian is renewed for the next step (HW (IV.8.12)).
 _SLOW = 1e-3
+# A step so many times longer than the one that a Jacobian was made for gets a new one. What an old one is wrong by
+# counts in proportion to dt, and no rate of convergence tells: where it makes a slow component a fast one, Newton's
+# corrections of that are next to nothing, and look converged. So it is after a transient, when steps grow fast.
+_GROWN = 4.0
 # Steps whose sizes differ by rounding share their factors.
 _SAME = 1e-9
 
@@ -60,7 +64,7 @@ def newton(
     Args:
         change: the Newton correction at x.
         size: norm of a correction, in units of the step's tolerance.
-        eta: rate / (1 - rate) of the last iteration with this Jacobian, by which one correction may be found enough;
+        eta: rate / (1 - rate) of the last iteration with these factors, by which one correction may be found enough;
             1 where there was none, and then one is never enough: a wrong Jacobian makes small corrections too.
     """
     last, rate = math.nan, math.nan
@@ -97,6 +101,7 @@ class Frozen:
         self.linear, self.shifts = linear, shifts
         self.J: Jacobian | None = None
         self.current = False  # J is that of this step
+        self.made_for = math.nan  # dt, of J
         self.dt = math.nan  # that the factors belong to
         self.systems: list[System] = []
         self.eta = 1.0
@@ -104,8 +109,8 @@ class Frozen:
     def forget(self) -> None:
         self.J, self.current = None, False
 
-    def renew(self, t: Tensor, y: Tensor) -> None:
-        self.J, self.current, self.eta = self.linear.jacobian(t, y), True, 1.0
+    def renew(self, t: Tensor, y: Tensor, dt: float) -> None:
+        self.J, self.current, self.made_for = self.linear.jacobian(t, y), True, dt
         self.dt = math.nan
 
     def factors(self, dt: float) -> list[System]:
@@ -113,14 +118,15 @@ class Frozen:
         assert self.J is not None
         if not abs(dt - self.dt) <= _SAME * abs(dt):
             self.systems = [self.linear.system(self.J, shift / dt, iterated=True) for shift in self.shifts]
-            self.dt = dt
+            # The rate at another step size says nothing of this one, where an old Jacobian may be far off.
+            self.dt, self.eta = dt, 1.0
         return self.systems
 
     def converge(self, t: Tensor, y: Tensor, dt: float, iterate: Callable[[list[System]], Converged]) -> Converged:
         """What `iterate` comes to with the kept Jacobian; where that fails, with one of (t, y)."""
         while True:
-            if self.J is None:
-                self.renew(t, y)
+            if self.J is None or abs(dt) > _GROWN * abs(self.made_for):
+                self.renew(t, y, dt)
             systems = self.factors(dt)
             ok = all(system.ok for system in systems)
             done = iterate(systems) if ok else Converged(None, 0, math.nan, 1.0, SINGULAR)
