@@ -57,7 +57,7 @@ class EsdirkTableau:
     A: np.ndarray
     """(s, s), lower triangular; the last row is B."""
     E: np.ndarray
-    """(s,), the local error estimate is dt E K, before it is smoothed."""
+    """(s,), the local error estimate is dt E K."""
     error_order: int
     P: np.ndarray
     """(s, q): dense output y(t + θ dt) = y + dt Σ_i K[i] Σ_j P[i, j] θ^(j+1)."""
@@ -80,6 +80,14 @@ class EsdirkTableau:
         times: np.ndarray = self.A.sum(1)
         times[-1] = 1.0
         return times
+
+    @property
+    def smoothed(self) -> bool:
+        """Whether the estimate is to be damped in the stiff components (Hosea & Shampine 1996). Not where the formula
+        of lower order is a stage: it is bounded there as the other one is, and a damped estimate would not see what a
+        stiff oscillation adds to the error."""
+        lower = self.B - self.E
+        return not any(np.allclose(row, lower, rtol=0, atol=1e-12) for row in self.A)
 
 
 @dataclass(frozen=True, eq=False)
