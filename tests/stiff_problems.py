@@ -108,6 +108,96 @@ def hires(t: Any, h: Any, xp: Any) -> Any:
     )
 
 
+_POLLUTION = [
+    0.35,
+    0.266e2,
+    0.123e5,
+    0.86e-3,
+    0.82e-3,
+    0.15e5,
+    0.13e-3,
+    0.24e5,
+    0.165e5,
+    0.9e4,
+    0.22e-1,
+    0.12e5,
+    0.188e1,
+]
+_POLLUTION += [
+    0.163e5,
+    0.48e7,
+    0.35e-3,
+    0.175e-1,
+    0.1e9,
+    0.444e12,
+    0.124e4,
+    0.21e1,
+    0.578e1,
+    0.474e-1,
+    0.178e4,
+    0.312e1,
+]
+
+
+def pollution(t: Any, h: Any, xp: Any) -> Any:
+    """Verwer (1994): 25 reactions of 20 substances; Test Set, POLLU."""
+    y = [0.0, *h]  # both are counted from 1
+    products = [y[1], y[2] * y[4], y[5] * y[2], y[7], y[7], y[7] * y[6], y[9], y[9] * y[6], y[11] * y[2], y[11] * y[1]]
+    products += [y[13], y[10] * y[2], y[14], y[1] * y[6], y[3], y[4], y[4], y[16], y[16], y[17] * y[6], y[19], y[19]]
+    products += [y[1] * y[4], y[19] * y[1], y[20]]
+    r = [0.0, *(k * x for k, x in zip(_POLLUTION, products))]
+    return stack(
+        xp,
+        [
+            r[2] + r[3] + r[9] + r[11] + r[12] + r[22] + r[25] - r[1] - r[10] - r[14] - r[23] - r[24],
+            r[1] + r[21] - r[2] - r[3] - r[9] - r[12],
+            r[1] + r[17] + r[19] + r[22] - r[15],
+            r[15] - r[2] - r[16] - r[17] - r[23],
+            2 * r[4] + r[6] + r[7] + r[13] + r[20] - r[3],
+            r[3] + 2 * r[18] - r[6] - r[8] - r[14] - r[20],
+            r[13] - r[4] - r[5] - r[6],
+            r[4] + r[5] + r[6] + r[7],
+            -r[7] - r[8],
+            r[7] + r[9] - r[12],
+            r[8] + r[11] - r[9] - r[10],
+            r[9],
+            r[10] - r[11],
+            r[12] - r[13],
+            r[14],
+            r[16] - r[18] - r[19],
+            -r[20],
+            r[20],
+            r[23] + r[25] - r[21] - r[22] - r[24],
+            r[24] - r[25],
+        ],
+    )
+
+
+def stiff_oscillation(t: Any, h: Any, xp: Any) -> Any:
+    """The smooth solution that two components with eigenvalues -10 ± 10000i follow."""
+    a, b = h[0] - xp.cos(t), h[1]
+    return stack(xp, [-10 * a - 1e4 * b, 1e4 * a - 10 * b])
+
+
+def akzo_nobel(t: Any, h: Any, xp: Any) -> Any:
+    """Test Set, CHEMAKZO: five differential equations and an algebraic one for the last component."""
+    a, b, c, d, e, g = h
+    root = abs(b) ** 0.5
+    r = [18.7 * a**4 * root, 0.58 * c * d, 0.58 / 34.4 * a * e, 0.09 * a * d**2, 0.42 * g**2 * root]
+    inflow = 3.3 * (0.9 / 737 - b)
+    return stack(
+        xp,
+        [
+            r[1] - 2 * r[0] - r[2] - r[3],
+            inflow - 0.5 * r[0] - r[3] - 0.5 * r[4],
+            r[0] - r[1] + r[2],
+            r[2] - r[1] - 2 * r[3],
+            r[1] - r[2] + r[4],
+            115.83 * a * d - g,
+        ],
+    )
+
+
 def arenstorf(t: Any, h: Any, xp: Any) -> Any:
     """The restricted problem of three bodies in the frame of earth and moon; Hairer, Nørsett & Wanner II.0 (0.1)."""
     x, y, u, v = h
@@ -191,4 +281,42 @@ HIRES = Stiff("HIRES", hires, [1.0, 0, 0, 0, 0, 0, 0, 0.0057], 321.8122, _HIRES,
 ARENSTORF = Stiff("Arenstorf orbit", arenstorf, _ORBIT, 17.0652165601579625588917206249, _ORBIT)
 TWO_BODY = Stiff("two bodies, e = 0.9", two_body, _ELLIPSE, 20 * math.pi, _ELLIPSE)
 HEAT = Stiff("heat equation, N = 100", heat, heat_modes(100, 0.0), 0.2, heat_modes(100, 0.2))
-STIFF = [ROBERTSON_40, ROBERTSON, VAN_DER_POL, VAN_DER_POL_SCALED, OREGONATOR, HIRES, HEAT]
+_POLLUTED = [0.0, 0.2, 0.0, 0.04, 0.0, 0.0, 0.1, 0.3, 0.01, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.007, 0.0, 0.0, 0.0]
+_POLLUTED_END = [
+    0.056462554800228,
+    0.13424841304223403,
+    4.13973433109945e-09,
+    0.005523140207484385,
+    2.0189772623022063e-07,
+    1.4645418634939668e-07,
+    0.07784249118998017,
+    0.3245075353396029,
+    0.007494013383880408,
+    1.622293157301561e-08,
+    1.1358638332570753e-08,
+    0.002230505975721273,
+    0.00020871628827986513,
+    1.3969210168401543e-05,
+    0.008964884856898345,
+    4.352846369330124e-18,
+    0.006899219696263414,
+    0.00010078030373659356,
+    1.7721465139699952e-06,
+    5.682943292316458e-05,
+]
+POLLUTION = Stiff("pollution", pollution, _POLLUTED, 60.0, _POLLUTED_END, 1e-3)
+_AKZO_END = [0.1150794920661702, 0.1203831471567715e-2, 0.1611562887407974, 0.3656156421249283e-3]
+_AKZO_END += [0.1708010885264404e-1, 0.4873531310307455e-2]
+AKZO_NOBEL = Stiff(
+    "Akzo Nobel", akzo_nobel, [0.444, 0.00123, 0.0, 0.007, 0.0, 115.83 * 0.444 * 0.007], 180.0, _AKZO_END, 1e-2
+)  # with the mass matrix diag(1, 1, 1, 1, 1, 0)
+# What is known of the end is SciPy's Radau at rtol 1e-12.
+VAN_DER_POL_STIFFER = Stiff(
+    "van der Pol, mu = 1e5",
+    van_der_pol(1e5),
+    [2.0, 0.0],
+    1e5,
+    [-1.8633844657157572, 7.537348147930202e-06],
+    [1.0, 1e-5],
+)
+STIFF = [ROBERTSON_40, ROBERTSON, VAN_DER_POL, VAN_DER_POL_SCALED, OREGONATOR, HIRES, HEAT, POLLUTION]

@@ -43,6 +43,39 @@ def test_tight_tolerance(problem, method):
     assert problem.error(end(problem, method, 1e-8).h[-1], 1e-8) < 30
 
 
+def test_tight_tolerance_on_a_cycle_that_multiplies_errors():
+    assert sp.OREGONATOR.error(end(sp.OREGONATOR, "bdf", 1e-9).h[-1], 1e-9) < 30
+
+
+@pytest.mark.parametrize("method", ["kencarp4", "kvaerno5", "trbdf2"])
+def test_no_jacobian_of_a_transient_is_kept(method):
+    """After the jump steps grow by nine orders of size; with its Jacobian Newton's iteration would look converged."""
+    problem = sp.VAN_DER_POL_STIFFER
+    assert problem.error(end(problem, method, 1e-4).h[-1], 1e-4) < 30
+
+
+@pytest.mark.parametrize("method", ["rodas5p", "radau5", "bdf", "kvaerno5", "kencarp4"])
+def test_stiff_oscillation(method):
+    """An error estimate damped in the stiff components misses what they add to the error."""
+    # h = (cos t, 0) + e with e' = A e + (sin t, 0), whose smooth solution is Re((i - A)^-1 (-i, 0) exp(i t)).
+    A = np.array([[-10, -1e4], [1e4, -10]])
+    smooth = np.linalg.solve(1j * np.eye(2) - A, np.array([-1j, 0]))
+    start, last = ((np.array([np.cos(t), 0]) + (smooth * np.exp(1j * t)).real).tolist() for t in (0.0, 1.0))
+    problem = sp.Stiff("stiff oscillation", sp.stiff_oscillation, start, 1.0, last)
+    # The formulas of bdf above order 2 are unstable here, and tight tolerances need them.
+    for tol in (1e-4, 1e-6) if method == "bdf" else (1e-4, 1e-6, 1e-8):
+        assert problem.error(end(problem, method, tol).h[-1], tol) < 30
+
+
+@pytest.mark.parametrize("method", ["rodas5p", "radau5", "bdf"])
+def test_reference_value_of_a_dae(method):
+    problem, M = sp.AKZO_NOBEL, torch.diag(torch.tensor([1.0, 1, 1, 1, 1, 0], dtype=F64))
+    for tol in (1e-4, 1e-6, 1e-8):
+        atol = problem.atol(tol)
+        h = solve(problem.f, problem.y0, problem.times, method=method, rtol=tol, atol=atol, mass_matrix=M).h[-1]
+        assert problem.error(h, tol) < 30
+
+
 @each(sp.STIFF)
 @pytest.mark.parametrize(("method", "theirs"), [("radau5", "Radau"), ("bdf", "BDF")])
 @pytest.mark.parametrize("tol", [1e-4, 1e-6])
