@@ -1,6 +1,6 @@
 """What vector fields compiled from PyTorch to Julia cost, beside hand-written Julia, diffrax and torchdiffeq.
 
-    python benchmarks/compiled.py [--part first|small|call|stiff|neural|gradient|wide|size] [--rounds N]
+    python benchmarks/compiled.py [--part first|small|call|stiff|neural|gradient|wide|size|sweep|allocations] [--rounds N]
 
 Every table is of one run: its contenders take turns, round after round, on one thread, and what is printed of them are
 medians of CPU time (which on one thread is the time, and which other programs on the machine change least), and medians
@@ -15,6 +15,8 @@ stiff: Robertson, van der Pol, Brusselator (Jacobian found by itself), against J
 neural: forward solves of small networks. gradient: gradients of these, and of Lotka-Volterra with 101 outputs.
 wide: 64-256-256-64 at batch 512, against the native engine and diffrax.
 size: networks from d = 2 to 4096: compiled, called back, native.
+sweep: 10,000 Lorenz systems with different parameters in one call.
+allocations: bytes that Julia allocates in a solve, and for each step of it.
 """
 
 from __future__ import annotations
@@ -627,7 +629,7 @@ def _gradient(
 
     runs: dict[str, Any] = {
         name: lambda name=name: ours(name)
-        for name in ("interpolating", "gauss", "backsolve")
+        for name in ("interpolating", "gauss", "backsolve", "forward")
         if name in pyjlode.GRADIENTS
     }
     if diffrax is not None:
@@ -690,6 +692,79 @@ def size(rounds: int) -> None:
             compare(f"d = {d} ({mode})", runs, rounds)
 
 
+def sweep(rounds: int) -> None:
+    count, end, tol = 10_000, 5.0, 1e-6
+    rho, h0 = torch.linspace(0.0, 28.0, count, dtype=F64), torch.ones(count, 3, dtype=F64)
+    t = torch.tensor([0.0, end], dtype=F64)
+
+    def f(t: Tensor, h: Tensor) -> Tensor:
+        x, y, z = h.unbind(-1)
+        return torch.stack([10 * (y - x), x * (rho - z) - y, x * y - 8 / 3 * z], -1)
+
+    options = {"batch_dims": 1}
+    one_by_one = lambda: pyjlode.odeint(
+        f, h0, t, engine="julia", compile=True, method="tsit5", rtol=tol, atol=tol, options=options
+    )
+    exact = pyjlode.odeint(
+        f, h0, t, engine="julia", compile=True, method="vern9", rtol=1e-12, atol=1e-12, options=options
+    )[-1]
+    runs: dict[str, Any] = {
+        "compiled": one_by_one,
+        "native (common steps)": lambda: pyjlode.odeint(f, h0, t, engine="torch", method="tsit5", rtol=tol, atol=tol),
+    }
+    ends = {name: run()[-1] for name, run in runs.items()}
+    if diffrax is not None:
+        once = jax.jit(
+            jax.vmap(jax_solver(jax_lorenz, None, jnp.array([0.0, end]), diffrax.Tsit5(), tol, tol), in_axes=(0, 0))
+        )
+        j0 = jnp.array(h0.numpy())
+        jp = jnp.stack([jnp.full(count, 10.0), jnp.array(rho.numpy()), jnp.full(count, 8 / 3)], 1)
+        runs["diffrax vmap"] = lambda: once(j0, jp).block_until_ready()
+        ends["diffrax vmap"] = torch.tensor(jax.device_get(runs["diffrax vmap"]()))[:, -1]
+    try:
+        import torchode
+    except ImportError:
+        torchode = None
+    if torchode is not None:
+        term = torchode.ODETerm(lambda t, y: f(t, y))
+        control = torchode.IntegralController(atol=tol, rtol=tol, term=term)
+        solver = torchode.AutoDiffAdjoint(torchode.Tsit5(term), control)
+        problem = torchode.InitialValueProblem(y0=h0, t_eval=t.expand(count, 2).contiguous())
+        runs["torchode"] = lambda: solver.solve(problem)
+        ends["torchode"] = runs["torchode"]().ys[:, -1]
+    for name, h in ends.items():
+        print(f"{name}: error / tolerance {float(((h - exact) / (tol + tol * exact.abs())).abs().max()):.2g}")
+    times = compare(f"{count} Lorenz systems", runs, rounds)
+    print("trajectories a second: " + ", ".join(f"{name} {count / s:.0f}" for name, s in times.items()))
+
+
+def allocations(rounds: int) -> None:
+    """Bytes that Julia allocates in a solve, and in one of twice the length."""
+    cases: list[tuple[str, Any, Tensor, float]] = [
+        ("Lorenz", lorenz(torch.tensor(LORENZ, dtype=F64)), torch.tensor([1.0, 0.0, 0.0], dtype=F64), 10.0),
+        ("2-16-16-2", MLP(2, 16, 16, 2), torch.ones(2, dtype=F64), SPAN),
+        ("64-256-256-64 batch 16", MLP(64, 256, 256, 64), torch.randn(16, 64, dtype=F64), 2.0),
+        ("8-64-8 batch 128", MLP(8, 64, 8), torch.randn(128, 8, dtype=F64), 5.0),
+    ]
+    for title, f, h0, end in cases:
+        for method in ("tsit5", "rodas5p") if h0.numel() < 10 else ("tsit5",):
+            rows = []
+            for stop in (end, 2 * end):
+                t = torch.tensor([0.0, stop], dtype=F64)
+                kwargs = {"engine": "julia", "compile": True, "method": method, "rtol": 1e-8, "atol": 1e-8}
+                with torch.no_grad():
+                    for _ in range(2):  # the first one compiles
+                        before = int(julia("Base.gc_bytes()"))
+                        stats = pyjlode.solve(f, h0, t, dense=False, **kwargs).stats
+                        after = int(julia("Base.gc_bytes()"))
+                rows.append((stats.naccept + stats.nreject, after - before))
+            (n0, b0), (n1, b1) = rows
+            print(
+                f"{title:24s} {method:8s} {stats.compiled:7s} {n0} steps {b0 / 1024:.1f} KiB, {n1} steps "
+                f"{b1 / 1024:.1f} KiB: {(b1 - b0) / (n1 - n0):.2f} bytes a step"
+            )
+
+
 PARTS: dict[str, Callable[[int], None]] = {
     "first": first,
     "small": small,
@@ -699,6 +774,8 @@ PARTS: dict[str, Callable[[int], None]] = {
     "gradient": gradient,
     "wide": wide,
     "size": size,
+    "sweep": sweep,
+    "allocations": allocations,
 }
 
 

@@ -62,7 +62,7 @@ def gradient(f: nn.Module, h0: Tensor, t: Tensor, **kwargs: Any) -> list[Tensor]
 
 def start() -> None:
     t, h0 = torch.linspace(0, 1, 5, dtype=F64), torch.randn(5, 2, dtype=F64)
-    kwargs: dict[str, Any] = {"engine": "julia", "rtol": 1e-6, "atol": 1e-8, "method": "tsit5"}
+    kwargs: dict[str, Any] = {"engine": "julia", "compile": False, "rtol": 1e-6, "atol": 1e-8, "method": "tsit5"}
 
     def solve(f: nn.Module) -> None:
         with torch.no_grad():
@@ -87,7 +87,7 @@ def call(rounds: int) -> None:
     f, h0, t = mlp(16), torch.randn(5, 2, dtype=F64), torch.tensor([0.0, 20.0], dtype=F64)
     options: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-8}
     runs: dict[str, Callable[[], Any]] = {
-        "julia": lambda: pyjlode.odeint(f, h0, t, engine="julia", method="tsit5", **options),
+        "julia": lambda: pyjlode.odeint(f, h0, t, engine="julia", compile=False, method="tsit5", **options),
         "torch": lambda: pyjlode.odeint(f, h0, t, engine="torch", method="tsit5", **options),
     }
     try:
@@ -124,7 +124,9 @@ def adjoint(rounds: int) -> None:
         for engine in ("julia", "torch"):
 
             def run(name: str = name, engine: str = engine) -> list[Tensor]:
-                return gradient(f, h0, t, engine=engine, adjoint=name, method="tsit5", rtol=1e-8, atol=1e-8)
+                return gradient(
+                    f, h0, t, engine=engine, compile=False, adjoint=name, method="tsit5", rtol=1e-8, atol=1e-8
+                )
 
             got = run()
             wall = statistics.median(seconds(run) for _ in range(rounds))
@@ -142,7 +144,7 @@ def size(rounds: int) -> None:
             for name, row in walls.items():
                 wall = seconds(
                     lambda name=name, f=f: gradient(  # type: ignore[misc]
-                        f, h0, t, engine="julia", adjoint=name, method="tsit5", rtol=1e-6, atol=1e-8
+                        f, h0, t, engine="julia", compile=False, adjoint=name, method="tsit5", rtol=1e-6, atol=1e-8
                     )
                 )
                 if i:

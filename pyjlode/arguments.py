@@ -16,13 +16,14 @@ from torch.utils import _pytree as pytree
 from . import methods
 from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, NonFiniteState
 from .methods import Method
-from .problem import Callbacks, Layout, Norm, SolverOptions, is_finite, max_rms_norm, rms_norm
+from .problem import NO_OPTIONS, Callbacks, Layout, Norm, SolverOptions, is_finite, max_rms_norm, rms_norm
 
 FLOATS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 _COMMON = {"norm", "max_num_steps", "dtype", "specialize", "progress"}
 _BY_KIND: dict[str, set[str]] = {
-    "adaptive": {"first_step", "safety", "ifactor", "dfactor", "min_step", "max_step", "step_t", "jump_t"},
+    "adaptive": {"first_step", "safety", "ifactor", "dfactor", "min_step", "max_step", "step_t", "jump_t"}
+    | {"batch_dims"},
     "fixed": {"step_size", "grid_constructor", "interp", "perturb"},
     "implicit": {"step_size", "grid_constructor", "interp", "perturb", "max_iters"},
     "adams": {"step_size", "grid_constructor", "interp", "perturb", "max_iters", "max_order"},
@@ -45,7 +46,7 @@ def warn_once(key: str, message: str) -> None:
 
 def state(h0: Any) -> tuple[Layout, Tensor]:
     """Check `h0` and lay it flat: the layout and the flat real vector, shape (n,)."""
-    leaves = pytree.tree_leaves(h0)
+    leaves = [h0] if isinstance(h0, Tensor) else pytree.tree_leaves(h0)
     if not leaves:
         raise BadShape("h0 holds no tensors.")
     for leaf in leaves:
@@ -166,7 +167,9 @@ def options(given: Any, method: Method, h0: Any, f: Any, layout: Layout) -> Solv
     """
     if given is not None and not isinstance(given, Mapping):
         raise BadOption(f"options must be a dictionary; got {given!r:.80}.")
-    given = dict(given or {})
+    if not given:
+        return NO_OPTIONS
+    given = dict(given)
     for name in given:
         if name not in _KNOWN:
             raise BadOption(methods.unknown(name, "option", _KNOWN))
@@ -356,6 +359,9 @@ def default_norm(layout: Layout, batch: int = 1) -> Norm:
     return lambda flat: max_rms_norm(flat.split(layout.sizes))
 
 
+_NO_CALLBACKS = Callbacks()
+
+
 def callbacks(f: Any, method: Method, layout: Layout, like: Tensor, suffix: str = "") -> Callbacks:
     """The callbacks that `f` carries as attributes, taking `(t0, y0, dt)` as tensors in the user's own structure."""
     supported = {"adaptive": 3, "stiff": 3, "auto": 3, "scipy": 0}.get(method.kind, 1)
@@ -366,6 +372,8 @@ def callbacks(f: Any, method: Method, layout: Layout, like: Tensor, suffix: str 
             warnings.warn(f"{method.name} does not call {name + suffix}.", stacklevel=4)
             call = None
         found.append(call and _as_tensors(call, like))
+    if not any(found):
+        return _NO_CALLBACKS
     made = Callbacks(*found)
     return made if suffix else made.on(layout.unflatten)
 

@@ -47,7 +47,7 @@ def odeint(
     adjoint_method: str | None = None,
     adjoint_options: dict[str, Any] | None = None,
     adjoint_params: Iterable[Tensor] | None = None,
-    compile: bool | None = False,
+    compile: bool | None = None,
 ) -> Any:
     """Solve `dh/dt = f(t, h)`, `h(t[0]) = h0`, and give the states at the times `t`.
 
@@ -61,7 +61,8 @@ def odeint(
             complex64 or complex128.
         t: shape (T,), floating point, strictly increasing or strictly decreasing; a tensor, or a sequence of floats.
         adjoint: how to differentiate. False: through the solver's own operations (any order of derivative). True: the
-            engine's recommended adjoint ("discrete" on the native engine, "gauss" on Julia's). Or one by name:
+            engine's recommended adjoint ("discrete" on the native engine; on Julia's "gauss", or "forward" where few
+            sensitivities are compiled). Or one by name:
             "discrete", "backsolve", "interpolating", "quadrature", "gauss", "forward" (`pyjlode.GRADIENTS`). Adjoints
             give first derivatives.
         method: name of the solver, see `pyjlode.METHODS`; "dopri5" by default.
@@ -83,8 +84,9 @@ def odeint(
             by default those of the forward one. `adjoint_options={"norm": "seminorm"}` leaves the parameters out of
             the error norm (Kidger, Chen & Lyons 2021).
         adjoint_params: the tensors besides `h0` and `t` to differentiate by; by default all that `f` is found to use.
-        compile: for the Julia engine: True translates `f` to Julia, so that no Python runs in the solve (nor what else
-            `f` does in Python); None does so where it can be done, and `Stats.not_compiled` says why not.
+        compile: for the Julia engine, which can translate `f` to Julia, so that no Python runs in the solve (nor what
+            else `f` does in Python). None does so from the second solve of the same `f` on, where it can be done, and
+            `Stats.not_compiled` says why not; True does it at once, or raises; False never does.
 
     Returns:
         The states: the pytree of `h0` with (T, ...) in front of each leaf's shape. With `event_fn`: `(event_t,
@@ -128,7 +130,7 @@ def solve(
     adjoint_method: str | None = None,
     adjoint_options: dict[str, Any] | None = None,
     adjoint_params: Iterable[Tensor] | None = None,
-    compile: bool | None = False,
+    compile: bool | None = None,
 ) -> Solution:
     """As `odeint`, but return a `Solution`: states, dense output, and an account of the work.
 
@@ -246,7 +248,8 @@ def _solve(
     steps = _watch(p) if dense and made.engine is native else None
     # Autocast is for f alone: in half precision the solver's own sums would lose the state.
     bar = progress.shown(p) if p.options.progress else contextlib.nullcontext()
-    with torch.autocast(p.y0.device.type, enabled=False), bar:
+    autocast = torch.is_autocast_enabled(p.y0.device.type)
+    with torch.autocast(p.y0.device.type, enabled=False) if autocast else contextlib.nullcontext(), bar:
         record = gradients.solve(made.engine, p, stats, made.gradient, made.needed, dense)
         event_t, ys, ts = None, record.ys, p.t
         if event_fn is not None:
@@ -406,6 +409,8 @@ def _read(
             p.params, p.retain_graph, p.suspects = parameters.dependencies(f, f0, probe, mark)
         else:
             p.params = tuple(parameters.held(f))
+        if adjoint is True and chosen is julia and all(x is None for x in adjoint_given) and julia.prefers_forward(p):
+            gradient = "forward"
         if gradient == "discrete":
             p.graph_bytes = meter.bytes_beside(p.params)
         needed = needed or bool(p.params) or (f0.requires_grad and gradient is None)
@@ -421,7 +426,7 @@ def _read(
 
     if compile and chosen is not julia:
         raise NotCompiled(f"compile=True is for the Julia engine, and this is the native one: {reason}.")
-    leaf = pytree.tree_leaves(h0)[0]
+    leaf = h0 if isinstance(h0, Tensor) else pytree.tree_leaves(h0)[0]
     copied = y0.numel() > 0 and y0.data_ptr() != leaf.data_ptr()
     stats = Stats(chosen.NAME, reason, row.name, copied)
     log.info("engine %s (%s), method %s, gradient %s", chosen.NAME, reason, row.name, gradient or "through the solver")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 _LIMIT = 10_000
 # What every module has, besides its parameters, buffers and submodules: none of it holds tensors, unless hooks do.
 _MODULE = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}
+_HOOKS = tuple(name for name in _MODULE if name.endswith("hooks"))
 _LIBRARIES = ("torch", "numpy", "builtins", "math", "functools", "pyjlode")
 
 
@@ -49,9 +50,9 @@ def held(func: Any) -> list[Tensor]:
                 found[id(x)] = x
         elif isinstance(x, nn.Module):
             for module in x.modules():
-                for name, value in vars(module).items():
-                    if name not in _MODULE or (name.endswith("hooks") and value):
-                        todo.append(value)
+                state = vars(module)
+                todo.extend([state[name] for name in state.keys() - _MODULE])
+                todo.extend([state[name] for name in _HOOKS if state.get(name)])
         elif isinstance(x, functools.partial):
             todo.extend([x.func, x.args, x.keywords])
         elif isinstance(x, types.MethodType):
@@ -116,10 +117,7 @@ class GraphMeter:
 
 def graph_mark() -> int:
     """A number that autograd nodes made from now on (in this thread) are not below."""
-    with torch.enable_grad():
-        node = torch.zeros((), requires_grad=True).view(()).grad_fn
-    assert node is not None
-    return node._sequence_nr()
+    return torch.autograd._get_sequence_nr()
 
 
 def dependencies(func: Any, output: Tensor, probe: Tensor, mark: int) -> Dependencies:

@@ -17,6 +17,13 @@ from .methods import Method
 
 Norm = Callable[[Tensor], float]
 
+# Numbers on the CPU that Python looks at faster than PyTorch does.
+FEW = 32
+
+
+# Of a tree that is one tensor: asking PyTorch takes longer than all else that is done with the most common state.
+_LEAF = pytree.tree_flatten(torch.empty(0))[1]
+
 
 class Layout:
     """How a pytree of tensors lies in one flat real vector, and back.
@@ -29,7 +36,7 @@ class Layout:
     """
 
     def __init__(self, tree: Any) -> None:
-        leaves, self.spec = pytree.tree_flatten(tree)
+        leaves, self.spec = ([tree], _LEAF) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
         self.shapes = [leaf.shape for leaf in leaves]
         self.dtypes = [leaf.dtype for leaf in leaves]
         self.complex = [leaf.is_complex() for leaf in leaves]
@@ -81,6 +88,7 @@ class Field:
             `f` because it is the innermost call of every solve.
         source: all that `f` is made of, the user's function first, for whoever would know whether another is the same;
             None where a trace of `f` would not show what it does.
+        parts: tensors that `source` holds, by their `id`, and what stands for them in `f`.
     """
 
     def __init__(
@@ -88,8 +96,10 @@ class Field:
         f: Callable[[Tensor, Tensor], Tensor],
         shape: torch.Size | None = None,
         source: tuple[Any, ...] | None = None,
+        parts: dict[int, Tensor] | None = None,
     ) -> None:
-        self.f, self.shape, self.source = f, shape, source
+        self.f, self.shape, self.source, self.parts = f, shape, source, parts or {}
+        self.program: Any = None  # of the compiled functions, once it was looked for
         self.flat = shape is None or len(shape) == 1
         self.nfe = 0
 
@@ -123,6 +133,8 @@ def rms_norm(y: Tensor) -> float:
 
 def is_finite(x: Tensor) -> bool:
     """Whether every element is finite. The sum tells in one kernel, unless large numbers overflow in it."""
+    if x.numel() <= FEW and x.device.type == "cpu":
+        return all(map(math.isfinite, x.reshape(-1).tolist()))
     return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
@@ -191,6 +203,8 @@ class SolverOptions:
     progress: bool = False
     solver: str = "LSODA"
 
+
+NO_OPTIONS = SolverOptions()
 
 Callback = Callable[[float, Any, float], None]
 
@@ -278,7 +292,7 @@ class ODEProblem:
     products: tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]] | None = None
     adjoint: AdjointSettings | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
-    compile: bool | None = False
+    compile: bool | None = None
 
     @property
     def direction(self) -> float:

@@ -61,7 +61,8 @@ function PyJLODE.adjoint!(s::Solve{T}, name::String, alg, r::AdjointRequest) whe
     # What solves the state backward begins anew from the forward solution at each output.
     checkpoints = name == "backsolve" ? (; checkpoints = times) : (;)
     du0, dp = adjoint_sensitivities(
-        isimplicit(alg) ? with_jacobian(s) : s.sol, backward_solver(alg, s.field); t = times[2:end], dgdu_discrete = dgdu, sensealg = adjoint_method(name, s.field, reltol, abstol),
+        isimplicit(alg) ? with_jacobian(s) : s.sol, backward_solver(alg, s.field);
+        t = times[2:end], dgdu_discrete = dgdu, sensealg = adjoint_method(name, s.field, reltol, abstol),
         reltol, abstol, maxiters = r.max_steps, verbose = PyJLODE.SILENT, checkpoints...
     )
     copyto!(Vector{T}(r.du0), du0)

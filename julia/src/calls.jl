@@ -26,94 +26,91 @@ end
 "A number type by its width in bits."
 number_type(bits::Int64) = bits == 32 ? Float32 : Float64
 
-function call_field(bits::Int64, functions::Ptr{Functions})
+"What `f` returns, or 0 where it fails."
+function answer(f)
     return try
-        hold(Field{number_type(bits)}(unsafe_load(functions)))
+        f()
     catch error
         failed(error)
     end
 end
 
-function call_compiled_field(bits::Int64, functions::Ptr{CompiledFunctions})
-    return try
+function call_field(bits::Int64, functions::Ptr{Functions})
+    return answer() do
         hold(Field{number_type(bits)}(unsafe_load(functions)))
-    catch error
-        failed(error)
+    end
+end
+
+function call_compiled_field(bits::Int64, functions::Ptr{CompiledFunctions})
+    return answer() do
+        hold(Field{number_type(bits)}(unsafe_load(functions)))
     end
 end
 
 "The address of the C function that [`compile`](@ref) makes."
 function call_compile(bits::Int64, text::Cstring)
-    return try
+    return answer() do
         Int64(UInt(compile(number_type(bits), unsafe_string(text))))
-    catch error
-        failed(error)
     end
 end
 
 "Of `m` parameters, which are copied, and with an event function or none."
 function call_source(bits::Int64, n::Int64, f::Int64, p::Int64, m::Int64, event::Int64)
-    return try
+    return answer() do
         T = number_type(bits)
         hold(Source{T}(n, HELD[f], copy(Vector{T}(Lent(pointer_to(p), m))), pointer_to(event)))
-    catch error
-        failed(error)
     end
 end
 
 function call_source_function(text::Cstring)
-    return try
+    return answer() do
         hold(source_function(unsafe_string(text)))
-    catch error
-        failed(error)
     end
 end
 
 "`f(du, u, p, t)` once, between the addresses of `n` numbers and of `m` parameters."
 function call_evaluate(bits::Int64, f::Int64, du::Int64, u::Int64, n::Int64, p::Int64, m::Int64, t::Float64)
-    return try
+    return answer() do
         at(address, length) = Vector{number_type(bits)}(Lent(pointer_to(address), length))
         HELD[f](at(du, n), at(u, n), at(p, m), t)
         Int64(1)
-    catch error
-        failed(error)
     end
 end
 
 function call_algorithm(text::Cstring)
-    return try
+    return answer() do
         hold(algorithm(unsafe_string(text)))
-    catch error
-        failed(error)
     end
 end
 
 "The number of a [`Solve`](@ref), which looks at the memory of the request for as long as it is held."
 function call_solve(field::Int64, alg::Int64, request::Ptr{Request}, outcome::Ptr{Outcome})
-    return try
+    return answer() do
         s, o = solve(HELD[field], HELD[alg], unsafe_load(request))
         unsafe_store!(outcome, o)
         hold(s)
-    catch error
-        failed(error)
+    end
+end
+
+"The systems of a sweep, each by itself; nothing is held afterwards."
+function call_sweep(field::Int64, alg::Int64, request::Ptr{Request}, systems::Ptr{Systems}, outcome::Ptr{Outcome})
+    return answer() do
+        unsafe_store!(outcome, sweep(HELD[field], HELD[alg], unsafe_load(request), unsafe_load(systems)))
+        Int64(1)
     end
 end
 
 function call_interpolate(s::Int64, times::Int64, out::Int64, m::Int64)
-    return try
+    return answer() do
         interpolate!(HELD[s], times, out, m)
         Int64(1)
-    catch error
-        failed(error)
     end
 end
 
 function call_adjoint(s::Int64, name::Cstring, alg::Int64, request::Ptr{AdjointRequest})
-    return try
+    return answer() do
         adjoint!(HELD[s], unsafe_string(name), HELD[alg], unsafe_load(request))
         Int64(1)
-    catch error
-        failed(error)
     end
 end
 
@@ -139,6 +136,7 @@ function addresses()
         evaluate = @cfunction(call_evaluate, Int64, (Int64, Int64, Int64, Int64, Int64, Int64, Int64, Float64)),
         algorithm = @cfunction(call_algorithm, Int64, (Cstring,)),
         solve = @cfunction(call_solve, Int64, (Int64, Int64, Ptr{Request}, Ptr{Outcome})),
+        sweep = @cfunction(call_sweep, Int64, (Int64, Int64, Ptr{Request}, Ptr{Systems}, Ptr{Outcome})),
         interpolate = @cfunction(call_interpolate, Int64, (Int64, Int64, Int64, Int64)),
         adjoint = @cfunction(call_adjoint, Int64, (Int64, Cstring, Int64, Ptr{AdjointRequest})),
         release = @cfunction(call_release, Int64, (Ptr{Int64}, Int64)),

@@ -149,37 +149,58 @@ end
     return nothing
 end
 
-for (T, gemm, gemv) in ((Float64, :dgemm_, :dgemv_), (Float32, :sgemm_, :sgemv_))
-    @eval begin
-        # BLAS's matrices are column-major: what lies here in rows is to it the transpose.
-        @noinline function multiply_many!(out::Numbers{$T}, m, n, k, a, a1, a2, b, b1, b2, add)
-            beta = add ? one($T) : zero($T)
-            if m == 1 || n == 1
-                # (rows, k) times a vector
-                x, x1, rows, s1, s2, step = m == 1 ? (b, a, n, b2, b1, a2) : (a, b, m, a1, a2, b1)
-                trans, r, c, ld = s2 == 1 ? ('T', k, rows, s1) : ('N', rows, k, s2)
-                ccall(
-                    (BLAS.@blasfunc($gemv), BLAS.libblastrampoline), Cvoid,
-                    (
-                        Ref{UInt8}, Ref{BLAS.BlasInt}, Ref{BLAS.BlasInt}, Ref{$T}, Ptr{$T}, Ref{BLAS.BlasInt}, Ptr{$T},
-                        Ref{BLAS.BlasInt}, Ref{$T}, Ptr{$T}, Ref{BLAS.BlasInt}, Clong,
-                    ),
-                    trans, r, c, one($T), x.address, ld, x1.address, step, beta, out.address, 1, 1
-                )
-            else
-                transposed_b, ld_b = b2 == 1 ? ('N', b1) : ('T', b2)
-                transposed_a, ld_a = a2 == 1 ? ('N', a1) : ('T', a2)
-                ccall(
-                    (BLAS.@blasfunc($gemm), BLAS.libblastrampoline), Cvoid,
-                    (
-                        Ref{UInt8}, Ref{UInt8}, Ref{BLAS.BlasInt}, Ref{BLAS.BlasInt}, Ref{BLAS.BlasInt}, Ref{$T}, Ptr{$T},
-                        Ref{BLAS.BlasInt}, Ptr{$T}, Ref{BLAS.BlasInt}, Ref{$T}, Ptr{$T}, Ref{BLAS.BlasInt}, Clong, Clong,
-                    ),
-                    transposed_b, transposed_a, n, m, k, one($T), b.address, ld_b, a.address, ld_a, beta, out.address, n,
-                    1, 1
-                )
+"Of another BLAS, with integers of 32 bits: dgemm, dgemv, sgemm, sgemv; null for Julia's own."
+const BORROWED = fill(C_NULL, 4)
+
+"""
+    borrow_blas(dgemm, dgemv, sgemm, sgemv)
+
+Multiply matrices in compiled functions by the Fortran functions at these addresses. Those of the library that a field
+was written with take as long there as here, round alike, and run on the threads that it was given.
+"""
+borrow_blas(addresses::Integer...) = (BORROWED .= pointer_to.(addresses); nothing)
+
+@noinline function multiply_many!(arguments...)
+    return BORROWED[1] == C_NULL ? multiply_own!(arguments...) : multiply_borrowed!(arguments...)
+end
+
+for (T, k, gemm, gemv) in ((Float64, 1, :dgemm_, :dgemv_), (Float32, 3, :sgemm_, :sgemv_))
+    own(name) = :((BLAS.@blasfunc($name), BLAS.libblastrampoline))
+    for (multiply, I, gemm, gemv) in (
+            (:multiply_own!, BLAS.BlasInt, own(gemm), own(gemv)),
+            (:multiply_borrowed!, Int32, :(BORROWED[$k]), :(BORROWED[$(k + 1)])),
+        )
+        @eval begin
+            # BLAS's matrices are column-major: what lies here in rows is to it the transpose.
+            function $multiply(out::Numbers{$T}, m, n, k, a, a1, a2, b, b1, b2, add)
+                beta = add ? one($T) : zero($T)
+                if m == 1 || n == 1
+                    # (rows, k) times a vector
+                    x, x1, rows, s1, s2, step = m == 1 ? (b, a, n, b2, b1, a2) : (a, b, m, a1, a2, b1)
+                    trans, r, c, ld = s2 == 1 ? ('T', k, rows, s1) : ('N', rows, k, s2)
+                    ccall(
+                        $gemv, Cvoid,
+                        (
+                            Ref{UInt8}, Ref{$I}, Ref{$I}, Ref{$T}, Ptr{$T}, Ref{$I}, Ptr{$T}, Ref{$I}, Ref{$T}, Ptr{$T},
+                            Ref{$I}, Clong,
+                        ),
+                        trans, r, c, one($T), x.address, ld, x1.address, step, beta, out.address, 1, 1
+                    )
+                else
+                    transposed_b, ld_b = b2 == 1 ? ('N', b1) : ('T', b2)
+                    transposed_a, ld_a = a2 == 1 ? ('N', a1) : ('T', a2)
+                    ccall(
+                        $gemm, Cvoid,
+                        (
+                            Ref{UInt8}, Ref{UInt8}, Ref{$I}, Ref{$I}, Ref{$I}, Ref{$T}, Ptr{$T}, Ref{$I}, Ptr{$T}, Ref{$I},
+                            Ref{$T}, Ptr{$T}, Ref{$I}, Clong, Clong,
+                        ),
+                        transposed_b, transposed_a, n, m, k, one($T), b.address, ld_b, a.address, ld_a, beta, out.address,
+                        n, 1, 1
+                    )
+                end
+                return nothing
             end
-            return nothing
         end
     end
 end
@@ -211,7 +232,7 @@ end
 """
 A field of compiled functions, 0 where there is none. Layout as in C.
 
-  - `theta`: of `T`, the parameters, which are copied.
+  - `theta`: of `T`, the parameters.
   - `constants`: of `T`, what the functions read besides; `work`: of `T`, room for what they write in between.
   - `columns`, `rows`: of Int64, the pattern of a sparse Jacobian as of a `SparseMatrixCSC`; empty for a dense one.
 """
@@ -239,9 +260,25 @@ function Field{T}(c::CompiledFunctions) where {T}
         SparseMatrixCSC(c.n, c.n, copy(Vector{Int64}(c.columns)), rows, zeros(T, length(rows)))
     end
     return Field{T}(
-        c.n, c.f, c.jac, c.tgrad, c.jvp, c.vjp, c.vjp_p, c.event, Vector{T}[], T[], T[], copy(Vector{T}(c.theta)), true,
+        c.n, c.f, c.jac, c.tgrad, c.jvp, c.vjp, c.vjp_p, c.event, Vector{T}[], T[], T[], Vector{T}(c.theta), true,
         Vector{T}(c.constants), Vector{T}(c.work), pattern
     )
+end
+
+"The same field with memory of its own for what changes."
+function Base.copy(field::Field{T}) where {T}
+    return Field{T}(
+        field.n, field.f, field.jac, field.tgrad, field.jvp, field.vjp, field.vjp_p, field.event, Vector{T}[], T[], T[],
+        copy(field.parameters), field.native, copy(field.constants), copy(field.work),
+        field.pattern === nothing ? nothing : copy(field.pattern)
+    )
+end
+
+"Set one of the numbers that a field holds: its parameters, and then its constants."
+function set_held!(field::Field, place, value)
+    m = length(field.parameters)
+    place <= m ? (field.parameters[place] = value) : (field.constants[place - m] = value)
+    return nothing
 end
 
 plain(x::Union{Array, Base.FastContiguousSubArray}) = x

@@ -21,7 +21,8 @@ What a solve is asked for. Layout as in C: the caller fills one in its own memor
 
   - `u0`, `out`: of `T`, the first state, and room for the state at each output time, one after the other.
   - `times`: of Float64, monotone; the first is that of `u0`.
-  - `offsets`: of Int64, where the tensors of the state lie in it: tensor i is `offsets[i] + 1 : offsets[i + 1]`.
+  - `offsets`: of Int64, where the tensors of the state lie in it: tensor i is `offsets[i] + 1 : offsets[i + 1]`;
+    empty where it is one.
   - `rtol`, `atol`: of Float64, one number or one for each of the state.
   - `stops`, `jumps`: of Float64, times that a step ends at, and where the field jumps.
   - `mass`: of `T`, the mass matrix in column-major order; empty for the identity.
@@ -80,7 +81,7 @@ How a solve went. As [`Request`](@ref).
 
   - `code`: name of the `ReturnCode`, zero-terminated, for ever.
   - `t`, `dt`: where it ended, and the step it was about to take.
-  - `event_time`: NaN where no event ended it.
+  - `event_time`: NaN where no event ended it. `system`: of several, the one that this is of, from 1.
 """
 struct Outcome
     code::Ptr{UInt8}
@@ -93,6 +94,21 @@ struct Outcome
     nlu::Int64
     nnewton::Int64
     nf::Int64
+    system::Int64
+end
+
+"""
+The `count` independent systems of a sweep. As [`Request`](@ref).
+
+  - `places`: of Int64, which of the numbers that the field holds, its parameters and then its constants, differ from
+    system to system; `values`: of `T`, these numbers of each system.
+  - `slopes`: of `T`, room for the field at the start of each system.
+"""
+struct Systems
+    count::Int64
+    places::Lent
+    values::Lent
+    slopes::Lent
 end
 
 "One number, or one for each of the state."

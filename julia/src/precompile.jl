@@ -65,6 +65,42 @@ function solve_linear(
 end
 solve_linear(::Type{T}, text; kwargs...) where {T} = solve_linear(Returns(nothing), T, text; kwargs...)
 
+# The same, as a compiled function is called.
+function c_compiled(
+        out::Ptr{Float64}, v::Ptr{Float64}, u::Ptr{Float64}, p::Ptr{Float64}, c::Ptr{Float64}, w::Ptr{Float64}, t::Cdouble
+    )
+    unsafe_store!(out, -unsafe_load(u))
+    return nothing
+end
+
+"Two systems u' = -u in one sweep."
+function sweep_linear(text)
+    u0, times, out, slopes = ones(2), [0.0, 1.0], zeros(4), zeros(2)
+    rtol, atol, none, nowhere = [1.0e-4], [1.0e-6], Float64[], Int64[]
+    f = @cfunction(
+        c_compiled, Cvoid,
+        (Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Cdouble)
+    )
+    functions = [CompiledFunctions(1, f, fill(C_NULL, 6)..., lend.((none, none, none, nowhere, nowhere))...)]
+    systems, outcome = [Systems(2, lend(nowhere), lend(none), lend(slopes))], Vector{Outcome}(undef, 1)
+    GC.@preserve u0 times out slopes rtol atol none nowhere functions systems outcome text begin
+        request = [
+            Request(
+                lend.((u0, out, times, nowhere, rtol, atol, none, none, none))..., 0.0, 0.0, Inf, 100_000, 0, 0, 0
+            ),
+        ]
+        GC.@preserve request begin
+            alg = call_algorithm(Cstring(pointer(text)))
+            field = call_compiled_field(64, pointer(functions))
+            done = call_sweep(field, alg, pointer(request), pointer(systems), pointer(outcome))
+            done == 0 && error(FAILURE[])
+            numbers = [alg, field]
+            call_release(pointer(numbers), 2)
+        end
+    end
+    return out
+end
+
 const IMPLICIT = (
     "Rosenbrock23()", "Rodas5P()", "RadauIIA5()", "FBDF()", "KenCarp4()", "Kvaerno5()", "TRBDF2()", "DefaultODEAlgorithm()",
 )
@@ -79,6 +115,9 @@ const IMPLICIT = (
             end
             T == Float64 && solve_linear(T, text; first_step = 0.1)
             T == Float64 && solve_linear(T, text; event = true)
+        end
+        for text in ("DP5()", "Tsit5()")
+            sweep_linear(text)
         end
         for text in ("BS3()", "DP8()", "Vern7()", "Vern9()", IMPLICIT...)
             solve_linear(Float64, text; dense = true)

@@ -159,6 +159,10 @@ function (vjp::ParameterVJP{T})(out::Plain{T}, v::Plain{T}, u::Plain{T}, p, t) w
     return field.native ? native(field, field.vjp_p, out, v, u, p, t) : call(field.vjp_p, out, v, u, t)
 end
 
+# SciML finds out by reflection, for a millisecond each, whether a function writes its result into its first argument.
+const InPlace = Union{RHS, Jacobian, TimeGradient, JVP, VJP, ParameterVJP}
+SciMLBase.isinplace(::InPlace, ::Integer, name = "f", preferred = true; kwargs...) = true
+
 """
 The `ODEFunction` of a field. `full`: solvers are compiled for this very function.
 

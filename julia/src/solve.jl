@@ -9,10 +9,13 @@ struct Solve{T, F}
     sol::Any
 end
 
-"Writes the states at the output times as the solver passes them."
+"""
+Writes the states at the output times as the solver passes them: at time `k` of system `i` to `out[:, i, k]`.
+"""
 mutable struct Outputs{T}
     const times::Vector{Float64}
-    const out::Matrix{T}
+    const out::Array{T, 3}
+    system::Int
     next::Int
 end
 
@@ -22,7 +25,7 @@ function (o::Outputs)(integrator)
     u_modified!(integrator, false)
     (; t, tdir) = integrator
     while o.next <= length(o.times) && tdir * o.times[o.next] <= tdir * t
-        column = view(o.out, :, o.next)
+        column = view(o.out, :, o.system, o.next)
         time = o.times[o.next]
         time == t ? copyto!(column, integrator.u) : integrator(column, time)
         o.next += 1
@@ -66,7 +69,8 @@ Base.broadcastable(norm::LargestRMS) = Ref(norm)
 
 function (norm::LargestRMS)(u, t)
     largest = zero(real(float(eltype(u))))
-    for (a, b) in zip(norm.offsets, Iterators.drop(norm.offsets, 1))
+    for k in 2:length(norm.offsets)
+        a, b = norm.offsets[k - 1], norm.offsets[k]
         total = zero(largest)
         @inbounds @simd for i in (a + 1):b
             total += abs2(u[i])
@@ -94,19 +98,27 @@ Solve from `u0` at `times[1]` and write the states at all of `times` into `out`.
 function solve(field::Union{Field{T}, Source{T}}, alg, r::Request) where {T}
     times = copy(Vector{Float64}(r.times))
     u0 = Vector{T}(r.u0)
-    states = reshape(Vector{T}(r.out), field.n, length(times))
-    copyto!(view(states, :, 1), u0)
-    direction = times[2] < times[1] ? -1.0 : 1.0
+    states = reshape(Vector{T}(r.out), field.n, 1, length(times))
+    copyto!(view(states, :, 1, 1), u0)
     event = field.event == C_NULL ? nothing : Event(field, T)
+    integrator = prepare(field, alg, r, u0, Outputs{T}(event === nothing ? times : times[1:1], states, 1, 2), event)
+    sol = solve!(integrator)
+    event === nothing || copyto!(view(states, :, 1, 2), integrator.u)
+    return Solve{T, typeof(field)}(field, sol), Outcome(sol, integrator, event === nothing ? NaN : event.time, 1)
+end
+
+"The integrator of a solve from `u0`, at the first of the request's times."
+function prepare(field, alg, r::Request, u0::Vector{T}, outputs::Outputs{T}, event) where {T}
+    times = copy(Vector{Float64}(r.times))
+    direction = times[2] < times[1] ? -1.0 : 1.0
     span = event === nothing ? (times[1], times[end]) : (times[1], direction * Inf)
     mass = r.mass.length == 0 ? I : copy(reshape(Vector{T}(r.mass), field.n, field.n))
     problem = ODEProblem(ode_function(field; mass_matrix = mass, full = r.full != 0), u0, span, field.parameters)
-    wanted = event === nothing ? times : times[1:1]
-    outputs = DiscreteCallback(always, Outputs{T}(wanted, states, 2); save_positions = (false, false))
+    written = DiscreteCallback(always, outputs; save_positions = (false, false))
     callback = if event === nothing
-        CallbackSet(outputs)
+        CallbackSet(written)
     else
-        CallbackSet(ContinuousCallback(event, Stop(event); save_positions = (false, false)), outputs)
+        CallbackSet(ContinuousCallback(event, Stop(event); save_positions = (false, false)), written)
     end
     adaptive = r.fixed == 0 && isadaptive(alg)
     tstops, step = copy(Vector{Float64}(r.stops)), r.first_step
@@ -115,23 +127,89 @@ function solve(field::Union{Field{T}, Source{T}}, alg, r::Request) where {T}
         step = abs(times[end] - times[1])
     end
     dense = r.dense != 0
-    integrator = init(
+    offsets = r.offsets.length == 0 ? [0, length(u0)] : copy(Vector{Int64}(r.offsets))
+    return init(
         problem, alg;
         reltol = tolerance(r.rtol), abstol = tolerance(r.atol), adaptive, callback, dense,
         dt = step == 0 ? nothing : direction * step,
         dtmax = direction * min(r.max_step, abs(span[2] - span[1])), dtmin = r.min_step, force_dtmin = r.min_step > 0,
         maxiters = r.max_steps, tstops, d_discontinuities = copy(Vector{Float64}(r.jumps)),
         save_everystep = dense, save_start = dense, save_end = dense, calck = true,
-        internalnorm = LargestRMS(copy(Vector{Int64}(r.offsets))), verbose = SILENT,
+        internalnorm = LargestRMS(offsets), verbose = SILENT,
     )
-    sol = solve!(integrator)
-    event === nothing || copyto!(view(states, :, 2), integrator.u)
+end
+
+function Outcome(sol, integrator, event_time, system)
     (; stats, retcode) = sol
-    outcome = Outcome(
-        code_name(retcode), integrator.t, integrator.dt, event === nothing ? NaN : event.time,
-        stats.naccept, stats.nreject, stats.njacs, stats.nw, stats.nnonliniter, stats.nf,
+    return Outcome(
+        code_name(retcode), integrator.t, integrator.dt, event_time, stats.naccept, stats.nreject, stats.njacs, stats.nw,
+        stats.nnonliniter, stats.nf, system,
     )
-    return Solve{T, typeof(field)}(field, sol), outcome
+end
+
+"""
+    sweep(field::Field{T}, alg, request, systems) -> Outcome
+
+Solve independent systems one after the other, each with steps of its own; on several threads where Julia has them.
+
+`field` is that of one system, compiled. The states in `request` are those of all systems, one after the other, at each
+time. The outcome is that of the first system that fails, with the work of all.
+
+# Arguments
+
+  - `systems`: a [`Systems`](@ref).
+"""
+function sweep(field::Field{T}, alg, r::Request, s::Systems) where {T}
+    times = copy(Vector{Float64}(r.times))
+    states = reshape(Vector{T}(r.out), field.n, s.count, length(times))
+    first_states = reshape(Vector{T}(r.u0), field.n, s.count)
+    slopes = reshape(Vector{T}(s.slopes), field.n, s.count)
+    values, places = Vector{T}(s.values), Vector{Int64}(s.places)
+    values = reshape(values, length(places), s.count)
+    states[:, :, 1] = first_states
+    parts = Iterators.partition(1:(s.count), cld(s.count, Threads.nthreads()))
+    outcomes = Vector{Outcome}(undef, length(parts))
+    function solve_part(k, part)
+        own = copy(field)
+        u0 = first_states[:, first(part)]
+        outputs = Outputs{T}(times, states, first(part), 2)
+        integrator = nothing
+        for i in part
+            for (place, value) in zip(places, view(values, :, i))
+                set_held!(own, place, value)
+            end
+            copyto!(u0, view(first_states, :, i))
+            native(own, own.f, view(slopes, :, i), u0, u0, own.parameters, times[1])
+            outputs.system, outputs.next = i, 2
+            integrator = begin_again!(integrator, own, alg, r, u0, outputs)
+            sol = solve!(integrator)
+            outcomes[k] = Outcome(sol, integrator, NaN, i)
+            sol.retcode == ReturnCode.Success || break
+        end
+        return nothing
+    end
+    if length(parts) == 1
+        solve_part(1, only(parts))
+    else
+        @sync for (k, part) in enumerate(parts)
+            Threads.@spawn solve_part(k, part)
+        end
+    end
+    return reduce(together, outcomes)
+end
+
+begin_again!(::Nothing, field, alg, r, u0, outputs) = prepare(field, alg, r, u0, outputs, nothing)
+begin_again!(integrator, field, alg, r, u0, outputs) = (reinit!(integrator, u0); integrator)
+
+succeeded(o::Outcome) = o.code == code_name(ReturnCode.Success)
+
+"The outcome of the first that failed, with the work of both."
+function together(a::Outcome, b::Outcome)
+    o = succeeded(a) && !succeeded(b) ? b : a
+    return Outcome(
+        o.code, o.t, o.dt, o.event_time, a.naccept + b.naccept, a.nreject + b.nreject, a.njac + b.njac, a.nlu + b.nlu,
+        a.nnewton + b.nnewton, a.nf + b.nf, o.system,
+    )
 end
 
 # A symbol's text is never freed.

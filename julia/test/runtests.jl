@@ -3,7 +3,7 @@
 using LinearAlgebra
 using PyJLODE
 using PyJLODE: AdjointRequest, Field, Functions, Lent, Outcome, Request, Source, adjoint!, algorithm, interpolate!, lend,
-    source_function
+    Systems, source_function
 using SciMLSensitivity
 using Test
 
@@ -110,7 +110,12 @@ end
         @test sizeof(Request) == 9 * 16 + 7 * 8
         @test sizeof(AdjointRequest) == 6 * 16 + 8
         @test sizeof(Functions) == 9 * 8
-        @test sizeof(Outcome) == 10 * 8
+        @test sizeof(Outcome) == 11 * 8
+        @test sizeof(Systems) == 8 + 3 * 16
+    end
+
+    @testset "systems of a sweep end where each would" begin
+        @test all(abs.(PyJLODE.sweep_linear("Tsit5()") .- [1, 1, exp(-1), exp(-1)]) .< 1.0e-4)
     end
 
     @testset "$text, $T, to $last" for text in ("DP5()", "Tsit5()", "BS3()", "DP8()", "Vern7()", "Vern9()"),

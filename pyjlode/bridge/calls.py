@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import JuliaError
-from .memory import AdjointRequest, CompiledFunctions, Functions, Outcome, Request
+from .memory import AdjointRequest, CompiledFunctions, Functions, Outcome, Request, Systems
 
 _I, _P = ctypes.c_int64, ctypes.c_void_p
 
@@ -23,6 +23,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "evaluate": (_I, _I, _I, _I, _I, _I, _I, _I, ctypes.c_double),
     "algorithm": (_I, ctypes.c_char_p),
     "solve": (_I, _I, _I, _P, _P),
+    "sweep": (_I, _I, _I, _P, _P, _P),
     "interpolate": (_I, _I, _I, _I, _I),
     "adjoint": (_I, _I, ctypes.c_char_p, _I, _P),
     "release": (_I, _P, _I),
@@ -117,6 +118,16 @@ class Calls:
         outcome = Outcome()
         number = self._c["solve"](field.number, algorithm.number, request.address, ctypes.addressof(outcome))
         return self._held(number, (field, request)), outcome
+
+    def sweep(self, field: Held, algorithm: Held, request: Request, systems: Systems) -> Outcome:
+        """Solve independent systems, each by itself: the outcome of the first that failed, with the work of all."""
+        outcome = Outcome()
+        self._check(
+            self._c["sweep"](
+                field.number, algorithm.number, request.address, systems.address, ctypes.addressof(outcome)
+            )
+        )
+        return outcome
 
     def interpolate(self, solution: Held, times: torch.Tensor, out: torch.Tensor) -> None:
         """States out (M, n) at times (M,), float64, of a solve that was dense."""

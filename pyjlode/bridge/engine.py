@@ -15,13 +15,14 @@ from .. import ends, forward
 from ..errors import BadOption, NonFiniteState, NotCompiled, NotConverged, SolveError
 from ..gradients import Gradients, time_gradient
 from ..methods import Method
-from ..problem import ODEProblem, SolverOptions, is_finite
+from ..problem import NO_OPTIONS, ODEProblem, is_finite
 from ..solution import Stats
 from . import runtime
 from .calls import Calls, Held
 from .function import JuliaFunction
 from .memory import AdjointRequest, Request
 from .rhs import RHS, Callbacks, Source
+from .sweep import Sweep
 
 log = logging.getLogger("pyjlode")
 
@@ -37,8 +38,10 @@ GRADIENTS = ("backsolve", "interpolating", "quadrature", "gauss", "forward")
 # And the adjoint reads the state off the forward solve's dense output: for most stiff methods a cubic, from which the
 # gradient of that reaction at rtol=1e-8 comes out with errors from 3e-4 (bdf) to 7e-1 (rosenbrock23).
 _STIFF_METHODS = ("rodas5p", "radau5")
+# Compiled sensitivities of so many numbers take less time than an adjoint: benchmarks/compiled.py --part gradient.
+_FEW_SENSITIVITIES = 200
 _OPTIONS = {"first_step", "min_step", "max_step", "max_num_steps", "step_t", "jump_t", "step_size"}
-_OPTIONS |= {"specialize", "progress"}
+_OPTIONS |= {"batch_dims", "specialize", "progress"}
 
 
 @dataclass
@@ -60,7 +63,12 @@ class Record:
 
 @dataclass
 class Memory:
-    """What a forward solve keeps for its vector-Jacobian product."""
+    """What a forward solve keeps for its vector-Jacobian product.
+
+    Attributes:
+        sensitivities: with respect to y0 and the problem's parameters, shape (T, n, n + |theta|).
+        wrt: the parameters in the order in which their gradients are asked for.
+    """
 
     problem: ODEProblem
     record: Record
@@ -68,6 +76,7 @@ class Memory:
     rhs: Callbacks | None
     solve: Held | None
     sensitivities: Tensor | None = None
+    wrt: tuple[Tensor, ...] = ()
 
 
 class DenseOutput:
@@ -100,18 +109,33 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
                     f"adjoint={gradient!r} with {method.name!r}, a stiff method, would be inaccurate there; what is "
                     "accurate is 'gauss' with 'rodas5p' or 'radau5', or 'forward'"
                 )
-    if p.batch > 1:
-        return "options['batch_dims'] is of the native engine's linear algebra"
+    if p.batch > 1 and (obstacle := _cannot_sweep(p, gradient)):
+        return f"options['batch_dims'] solves systems one by one there, and that {obstacle}"
     if p.mass is not None and gradient is not None:
         return "with a mass_matrix it solves, and does not differentiate"
     if p.mass is not None and p.event_fn is not None:
         return "with a mass_matrix it takes no event_fn"
-    default = SolverOptions()
-    changed = {name for name, value in vars(p.options).items() if value != getattr(default, name)}
+    changed = set()
+    if p.options is not NO_OPTIONS:
+        changed = {name for name, value in vars(p.options).items() if value != getattr(NO_OPTIONS, name)}
     if changed - _OPTIONS:
         return f"options {sorted(changed - _OPTIONS)} configure the native engine's own loop"
     if any((p.callbacks.step, p.callbacks.accept, p.callbacks.reject)):
         return "f has callbacks (callback_step and the like), which the native engine calls"
+    return None
+
+
+def _cannot_sweep(p: ODEProblem, gradient: str | None) -> str | None:
+    if not p.compile:
+        return "needs compile=True"
+    if gradient is not None:
+        return "has no gradient"
+    if p.event_fn is not None or p.mass is not None or p.options.jump_t or p.options.step_t:
+        return "takes no event_fn, mass_matrix, step_t or jump_t"
+    if isinstance(p.rtol, Tensor) or isinstance(p.atol, Tensor):
+        return "takes one rtol and one atol for all"
+    if p.layout is None or not p.layout.bare:
+        return "needs a real state"
     return None
 
 
@@ -133,8 +157,9 @@ def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = 
 def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = False) -> Memory:
     """Solve `p` and keep what `vjp` needs for the gradient method named."""
     if gradient == "forward":
-        record, rhs, solution = _solve(forward.augment(p), stats, None, dense)
-        return Memory(p, record, gradient, rhs, solution, forward.split(p, record))
+        ordered = _in_order(p) or p
+        record, rhs, solution = _solve(forward.augment(ordered), stats, None, dense, ordered)
+        return Memory(ordered, record, gradient, rhs, solution, forward.split(ordered, record), p.params)
     record, rhs, solution = _solve(p, stats, gradient, dense)
     return Memory(p, record, gradient, rhs, solution)
 
@@ -143,7 +168,9 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     """Gradients of a loss with cotangents g (T, n) of the states at the output times."""
     p, record, rhs = memory.problem, memory.record, memory.rhs
     if memory.sensitivities is not None:
-        return forward.contract(p, record, memory.sensitivities, g, None)
+        grads = forward.contract(p, record, memory.sensitivities, g, None)
+        found = {id(x): gradient for x, gradient in zip(p.params, grads.params)}
+        return grads._replace(params=[found[id(x)] for x in memory.wrt])
     if rhs is None:  # nothing was solved
         return Gradients(g.sum(0), time_gradient(p, record, g, torch.zeros_like(p.y0), p.f), [None] * len(p.params))
     assert p.adjoint is not None
@@ -151,14 +178,9 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     settings = p.adjoint
     a, theta = torch.zeros_like(p.y0), torch.zeros(rhs.params.size, dtype=p.y0.dtype)
     request = AdjointRequest(max_steps=settings.options.max_num_steps)
-    request.lend(
-        du0=a,
-        dp=theta,
-        g=g.contiguous(),
-        times=torch.tensor(times, dtype=torch.float64),
-        rtol=_tolerance(settings.rtol),
-        atol=_tolerance(settings.atol),
-    )
+    request.lend(du0=a, dp=theta, g=g.contiguous())
+    request.lend_numbers(times=times)
+    request.lend_tolerances(settings.rtol, settings.atol)
     with torch.no_grad(), runtime.julia() as calls:
         runtime.sensitivity()
         _call(
@@ -172,9 +194,28 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     return Gradients(a + g[0], time_gradient(p, record, g, a, p.f), rhs.parameter_gradients(theta))
 
 
+def prefers_forward(p: ODEProblem) -> bool:
+    """Whether sensitivities are what `adjoint=True` should solve for: they are compiled, and few."""
+    n, m = p.y0.numel(), sum(x.numel() for x in p.params)
+    return n * (n + m) <= _FEW_SENSITIVITIES and _in_order(p) is not None
+
+
+def _in_order(p: ODEProblem) -> ODEProblem | None:
+    if p.compile is False or isinstance(p.f.f, JuliaFunction):
+        return None
+    from .codegen.field import in_order  # half the cost of importing this package
+
+    return in_order(p)
+
+
 def _solve(
-    p: ODEProblem, stats: Stats, gradient: str | None, dense: bool
+    p: ODEProblem, stats: Stats, gradient: str | None, dense: bool, of: ODEProblem | None = None
 ) -> tuple[Record, Callbacks | None, Held | None]:
+    """Solve.
+
+    Args:
+        of: the problem that `p` is the one of the sensitivities of.
+    """
     if len(p.times) == 1 or p.y0.numel() == 0:
         return Record(p.y0.detach().expand(len(p.times), -1).clone()), None, None
     o = p.options
@@ -191,42 +232,58 @@ def _solve(
         dense=dense or gradient is not None,
         full=o.specialize == "full",
     )
-    # Beside the user's tensors there may be sensitivities.
-    sizes = [*p.layout.sizes, y0.numel() - sum(p.layout.sizes)] if p.layout is not None else [y0.numel()]
-    request.lend(
-        u0=y0,
-        out=out,
-        times=torch.tensor(p.times, dtype=torch.float64),
-        offsets=torch.tensor([0, *sizes]).cumsum(0),
-        rtol=_tolerance(p.rtol),
-        atol=_tolerance(p.atol),
-        stops=torch.tensor(o.step_t, dtype=torch.float64),
-        jumps=torch.tensor(o.jump_t, dtype=torch.float64),
-        mass=y0.new_empty(0) if p.mass is None else p.mass.T.contiguous(),
-    )
+    # Beside the user's tensors there may be sensitivities; and a sweep's norm is of one system.
+    if p.layout is not None and p.layout.sizes != [y0.numel()]:
+        sizes = [*p.layout.sizes, y0.numel() - sum(p.layout.sizes)]
+        request.lend(offsets=torch.tensor([0, *sizes]).cumsum(0))
+    request.lend(u0=y0, out=out)
+    request.lend_numbers(times=p.times, stops=o.step_t, jumps=o.jump_t)
+    request.lend_tolerances(p.rtol, p.atol)
+    if p.mass is not None:
+        request.lend(mass=p.mass.T.contiguous())
+    if p.batch > 1 and dense:
+        raise BadOption(
+            "the systems of a batch keep no dense output on the Julia engine: call solve(..., dense=False)."
+        )
     with torch.no_grad(), runtime.julia() as calls:
         algorithm = _algorithm(calls, p.method, gradient)
-        rhs = _field(calls, p, gradient, stats)
-        solution, outcome = _call(rhs, calls.solve, rhs.field, algorithm, request)
+        solution = None
+        if p.batch > 1:
+            systems = Sweep(p)
+            rhs = _field(calls, systems.first, gradient, stats, True)
+            outcome = systems.solve(calls, rhs, algorithm, request)
+        else:
+            rhs = _field(calls, p, gradient, stats, gradient is None and not dense, of)
+            solution, outcome = _call(rhs, calls.solve, rhs.field, algorithm, request)
     for name in ("naccept", "nreject", "njac", "nlu", "nnewton"):
         setattr(stats, name, getattr(outcome, name))
     code, t, dt, event_t = outcome.code.decode(), outcome.t, outcome.dt, outcome.event_time
     if isinstance(rhs, RHS):
         rhs.check_kept()
     else:
-        p.f.nfe += outcome.nf
+        (of or p).f.nfe += outcome.nf
     if code not in ("Success", "Terminated", "Default"):
-        raise _failure(p, code, t, dt)
+        failure = _failure(p, code, t, dt)
+        if p.batch > 1:
+            failure.args = (f"system {outcome.system - 1} of the batch: {failure}",)
+        raise failure
     if not is_finite(out):
         raise NonFiniteState(f"{p.method.name}: the state is NaN or infinite by t={t:.6g}.", t=t, dt=dt)
-    record = Record(out, DenseOutput(rhs, solution) if dense else None, None if math.isnan(event_t) else event_t)
+    kept = DenseOutput(rhs, solution) if solution and dense else None
+    record = Record(out, kept, None if math.isnan(event_t) else event_t)
     if p.event_fn is not None and record.event_t is None:
         raise ends.no_event(p, t, dt)
     return record, rhs, solution
 
 
-def _field(calls: Calls, p: ODEProblem, gradient: str | None, stats: Stats) -> Callbacks:
+def _field(
+    calls: Calls, p: ODEProblem, gradient: str | None, stats: Stats, passing: bool, of: ODEProblem | None = None
+) -> Callbacks:
     """The problem's vector field for Julia: compiled where that can be and is not forbidden, else called back.
+
+    Args:
+        passing: nobody asks for anything once the solve is over.
+        of: the problem that `p` is the one of the sensitivities of.
 
     Raises:
         NotCompiled: `compile=True`, and it cannot be.
@@ -239,7 +296,7 @@ def _field(calls: Calls, p: ODEProblem, gradient: str | None, stats: Stats) -> C
     from .codegen.field import Compiled  # half the cost of importing this package
 
     try:
-        compiled = Compiled(calls, p, gradient)
+        compiled = Compiled(calls, p, gradient, passing, of)
     except NotCompiled as error:
         if p.compile:
             raise
@@ -252,8 +309,11 @@ def _field(calls: Calls, p: ODEProblem, gradient: str | None, stats: Stats) -> C
 
 def _call(rhs: Callbacks, function: Any, *args: Any) -> Any:
     """Call Julia; what a callback raised there is raised here as itself."""
-    try:
+    if not rhs.functions:  # nothing is called back
         return function(*args)
+    try:
+        with rhs.listening():
+            return function(*args)
     except Exception:
         rhs.raise_error()
         raise
@@ -269,11 +329,6 @@ def _algorithm(calls: Calls, method: Method, gradient: str | None) -> Held:
         return runtime.algorithm(calls, expression)
     except Exception as error:
         raise BadOption(f"method={method.name!r}: Julia does not make a solver of that: {error}") from error
-
-
-def _tolerance(tol: float | Tensor) -> Tensor:
-    """One number, or one for each of the state: float64."""
-    return torch.as_tensor(tol, dtype=torch.float64).reshape(-1).contiguous()
 
 
 def _failure(p: ODEProblem, code: str, t: float, dt: float) -> SolveError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,13 +29,14 @@ class Lender(Shown):
     """A structure of lent memory that Julia reads.
 
     Attributes:
-        tensors: what was lent. Whatever Julia makes of it keeps this structure (`calls.Held`): there is no other way to
-            lend, so nothing lent can be freed too early.
+        tensors, arrays: what was lent. Whatever Julia makes of it keeps this structure (`calls.Held`): there is no
+            other way to lend, so nothing lent can be freed too early.
     """
 
     def __init__(self, **numbers: float) -> None:
         super().__init__(**numbers)
         self.tensors: dict[str, Tensor] = {}
+        self.arrays: dict[str, Any] = {}
 
     def lend(self, **tensors: Tensor) -> None:
         """Lend the memory of tensors under the names of fields of type `Lent`.
@@ -46,6 +49,21 @@ class Lender(Shown):
             assert x.is_contiguous()
             assert x.device.type == "cpu"
             setattr(self, name, Lent(x.data_ptr(), x.numel()))
+
+    def lend_numbers(self, **numbers: Sequence[float]) -> None:
+        """Lend Python's numbers as float64; a tensor of a few of them would take ten times as long to make."""
+        for name, values in numbers.items():
+            if values:
+                array = self.arrays[name] = (ctypes.c_double * len(values))(*values)
+                setattr(self, name, Lent(ctypes.addressof(array), len(values)))
+
+    def lend_tolerances(self, rtol: float | Tensor, atol: float | Tensor) -> None:
+        """One number each, or one for each of the state."""
+        for name, tol in (("rtol", rtol), ("atol", atol)):
+            if isinstance(tol, Tensor):
+                self.lend(**{name: tol.to(torch.float64).reshape(-1).contiguous()})
+            else:
+                self.lend_numbers(**{name: (tol,)})
 
 
 class Request(Lender):
@@ -92,8 +110,14 @@ class Outcome(Shown):
     _fields_ = (
         ("code", ctypes.c_char_p),
         *((name, ctypes.c_double) for name in ("t", "dt", "event_time")),
-        *((name, ctypes.c_int64) for name in ("naccept", "nreject", "njac", "nlu", "nnewton", "nf")),
+        *((name, ctypes.c_int64) for name in ("naccept", "nreject", "njac", "nlu", "nnewton", "nf", "system")),
     )
+
+
+class Systems(Lender):
+    """The independent systems of a sweep; `Systems` in julia/src/memory.jl says what each field is."""
+
+    _fields_ = (("count", ctypes.c_int64), *((name, Lent) for name in ("places", "values", "slopes")))
 
 
 class Views(dict[int, Tensor]):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,13 +32,16 @@ class Callbacks:
     """C functions of a problem that Julia calls.
 
     An exception in one of them cannot pass through Julia's solver: it is kept in `error`, the function returns 1, on
-    which Julia abandons the solve, and `raise_error` raises it in Python.
+    which Julia abandons the solve, and `raise_error` raises it in Python. Ctrl-C while Julia computes is an exception
+    in the next function before its first statement, where nothing can catch it: it arrives in `lost`, by `listening`,
+    and the function after that one raises it.
     """
 
     def __init__(self, p: ODEProblem) -> None:
         self.p = p
         self.n, self.dtype = p.y0.numel(), p.y0.dtype
         self.error: BaseException | None = None
+        self.lost: list[BaseException] = []
         self.functions: dict[str, Any] = {}
         self.field: Held
         if p.event_fn is not None:
@@ -53,6 +58,25 @@ class Callbacks:
         """Addresses of the functions."""
         return {name: ctypes.cast(f, ctypes.c_void_p).value or 0 for name, f in self.functions.items()}
 
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within this context: what ctypes would otherwise print, a KeyboardInterrupt that no function caught."""
+        before = sys.unraisablehook
+
+        def hook(what: sys.UnraisableHookArgs) -> None:
+            if isinstance(what.exc_value, KeyboardInterrupt):
+                self.lost.append(what.exc_value)
+            else:
+                before(what)
+
+        sys.unraisablehook = hook
+        try:
+            yield
+        finally:
+            sys.unraisablehook = before
+        if self.lost:
+            raise self.lost.pop()
+
     def raise_error(self) -> None:
         """Raise what a callback raised, if one did, with its own traceback."""
         if self.error is not None:
@@ -67,6 +91,8 @@ class Callbacks:
             this = ref()
             assert this is not None
             try:
+                if this.lost:
+                    raise this.lost.pop()
                 getattr(this, name)(*args)
             except BaseException as error:
                 this.error = error
@@ -134,11 +160,13 @@ class RHS(Callbacks):
     def f(self) -> Callable[[int, int, float], int]:
         # The innermost call of all: one Python function, and every name that it uses a local one.
         views, field, dtype, clock = self.views, self.p.f, self.dtype, Clock(self.dtype)
-        f, shape, ref = field.f, self.views.shape, weakref.ref(self)
+        f, shape, ref, lost = field.f, self.views.shape, weakref.ref(self), self.lost
 
         def call(du: int, u: int, t: float) -> int:
             nonlocal clock
             try:
+                if lost:
+                    raise lost.pop()
                 field.nfe += 1
                 clock.cell.value = t
                 k = f(clock.tensor, views[u])

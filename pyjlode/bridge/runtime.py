@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import logging
 import os
@@ -157,6 +158,20 @@ def sensitivity() -> None:
         _runtime.seconds["sensitivity"] = time.perf_counter() - start
 
 
+def _torch_blas() -> tuple[int, ...] | None:
+    """Addresses of dgemm, dgemv, sgemm and sgemv (Fortran, 32-bit integers) in PyTorch's own library, if it has them.
+
+    On Linux it carries MKL and exports it; elsewhere fields that are compiled multiply by Julia's OpenBLAS.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        blas = ctypes.CDLL(str(library))
+        found = [getattr(blas, name) for name in ("dgemm_", "dgemv_", "sgemm_", "sgemv_")]
+    except (AttributeError, OSError):
+        return None
+    return tuple(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in found)
+
+
 def _start() -> None:
     found = find()
     if isinstance(found, str):
@@ -190,4 +205,6 @@ def _start() -> None:
     _runtime.pid, _runtime.thread = os.getpid(), threading.get_ident()
     _runtime.seconds.update(juliacall=loaded - start, solvers=time.perf_counter() - loaded)
     main.seval(f"PyJLODE.BLAS.set_num_threads({torch.get_num_threads()})")
+    if blas := _torch_blas():
+        main.seval(f"PyJLODE.borrow_blas{blas}")
     log.info("Julia started in %.1f s (%s)", sum(_runtime.seconds.values()), found.source)

@@ -1,8 +1,10 @@
 """The Julia engine through the front door: values, gradients, errors, and what it hands back to the native engine."""
 
 import math
+import sys
 import threading
 import traceback
+import types
 
 import pytest
 import torch
@@ -162,6 +164,25 @@ def test_an_interrupt_in_f_is_an_interrupt():
 
     with pytest.raises(KeyboardInterrupt):
         odeint(f, H0, T, engine="julia")
+    assert odeint(linear, H0, T, engine="julia").shape == (7, 2)
+
+
+def test_an_interrupt_between_calls_of_f_is_not_lost():
+    """Ctrl-C while Julia computes is an exception before the first statement of the next function that it calls, which
+    ctypes hands to `sys.unraisablehook`."""
+    calls = []
+
+    def f(t, h):
+        calls.append(float(t))
+        if len(calls) == 20:
+            sys.unraisablehook(types.SimpleNamespace(exc_value=KeyboardInterrupt()))
+        return -h
+
+    before = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt):
+        odeint(f, H0, T, engine="julia", compile=False, rtol=1e-8, atol=1e-8)
+    assert len(calls) == 20
+    assert sys.unraisablehook is before
     assert odeint(linear, H0, T, engine="julia").shape == (7, 2)
 
 

@@ -1,4 +1,7 @@
-"""Both engines on the same problems: solutions, gradients and accounts agree, and more so as tolerances shrink."""
+"""Both engines on the same problems: solutions, gradients and accounts agree, and more so as tolerances shrink.
+
+All of it twice: with fields that Julia calls back, and with fields compiled to Julia.
+"""
 
 import pytest
 import torch
@@ -7,11 +10,45 @@ from hypothesis import strategies as st
 from problems import BERNOULLI, COSINE, FEHLBERG, LINEAR, LOGISTIC, OSCILLATOR, max_error
 from stiff_problems import ARENSTORF, HEAT, HIRES, Stiff, brusselator, brusselator_start
 
-from pyjlode import METHODS, errors, odeint, solve
+import pyjlode
+from pyjlode import METHODS, errors
 from pyjlode.bridge import engine as julia_engine
 from pyjlode.methods import CONTROLLED
 
-pytestmark = pytest.mark.usefixtures("julia")
+pytestmark = pytest.mark.usefixtures("julia", "compiled")
+MODE = {"compile": False}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["called_back", "compiled"])
+def compiled(request):
+    MODE["compile"] = request.param
+
+
+def how(kwargs):
+    """With `compile` for the Julia engine: where it is True, not to compile is an error."""
+    method = METHODS[kwargs.get("method", "dopri5")]
+    # The Jacobian of the sensitivities has second derivatives of f, and is not compiled.
+    stiff = method.kind in ("stiff", "auto") or kwargs.get("method") == "trbdf2"
+    differenced = kwargs.get("adjoint") == "forward" and stiff
+    if kwargs["engine"] == "julia" and not differenced:
+        return {**kwargs, "compile": MODE["compile"]}
+    return kwargs
+
+
+def odeint(f, h0, t, **kwargs):
+    try:
+        return pyjlode.odeint(f, h0, t, **how(kwargs))
+    except errors.NotCompiled as error:  # LINEAR's matrix, for a state in float32
+        if "f holds float64 tensors" not in str(error):
+            raise
+        return pyjlode.odeint(f, h0, t, **kwargs)
+
+
+def solve(f, h0, t, **kwargs):
+    solution = pyjlode.solve(f, h0, t, **how(kwargs))
+    assert bool(solution.stats.compiled) == (kwargs["engine"] == "julia" and MODE["compile"])
+    return solution
+
 
 F64 = torch.float64
 # The reference is the native engine's, by another method at a tolerance a thousand times smaller.

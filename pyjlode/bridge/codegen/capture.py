@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import NotCompiled
+from ...problem import Field
 
 # A callable that holds more is not walked at every solve.
 _LIMIT = 5_000
@@ -67,6 +68,21 @@ def held(f: Any) -> Held:
     walk = _Walk()
     walk.visit(f)
     return Held(tuple(walk.key), walk.tensors)
+
+
+def held_by(field: Field) -> Held:
+    """What a vector field holds: the parts of tensors where it has parts of them.
+
+    Raises:
+        NotCompiled: as `held`; or a trace of the field would not show what it does.
+    """
+    if field.source is None:
+        raise NotCompiled("it is solved within another (autocast, or its sensitivities), which is not compiled")
+    whole = held(field.source)
+    if not field.parts:
+        return whole
+    tensors = [field.parts[id(x)] for x in whole.tensors]
+    return Held((*whole.key, "parts", field.shape), tensors)
 
 
 def _library(name: str | None) -> bool:

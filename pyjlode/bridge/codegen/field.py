@@ -6,6 +6,7 @@ import ctypes
 import functools
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from ...derivatives import REFUSALS, directional_by_reverse, jacobian
 from ...derivatives import vjp as torch_vjp
 from ...errors import NotCompiled
 from ...methods import Method
-from ...problem import Layout, ODEProblem
+from ...problem import FEW, Layout, ODEProblem
 from ..calls import Calls
 from ..memory import CompiledFunctions
 from ..rhs import Callbacks
@@ -25,8 +26,6 @@ _FUNCTION = ctypes.PYFUNCTYPE(None, *[_ADDRESS] * 6, ctypes.c_double)
 # What an order of summation may change, of a number and of the largest beside it.
 _TOLERANCE = {torch.float64: (1e-7, 1e-10), torch.float32: (2e-3, 2e-5)}
 _POINTS = 3
-# Numbers that Python compares faster than PyTorch does.
-_FEW = 32
 
 
 class Compiled(Callbacks):
@@ -34,38 +33,59 @@ class Compiled(Callbacks):
 
     Args:
         gradient: name of the gradient method that will be asked for; None for none.
+        passing: nobody asks for anything once the solve is over.
+        of: the problem that `p` is the one of the sensitivities of, for an explicit method.
 
     Raises:
         NotCompiled: it cannot be compiled, or what was compiled differs from PyTorch.
     """
 
-    def __init__(self, calls: Calls, p: ODEProblem, gradient: str | None) -> None:
+    def __init__(
+        self, calls: Calls, p: ODEProblem, gradient: str | None, passing: bool, of: ODEProblem | None = None
+    ) -> None:
         super().__init__(p)
         if p.jac is not None and not _explicit(p.method):
             raise NotCompiled("jac was given, and a compiled f has its own")
-        self.program, source = program_of(p.f, p.y0)
+        self.of = of or p
+        self.program, source = program_of(self.of.f, self.of.y0, at_once=bool(p.compile))
         program = self.program
         tensors = [source.tensors[i] for i in program.trace.slots]
         trained, constants = tensors[: program.trace.trained], tensors[program.trace.trained :]
-        self._check_parameters(p, trained, gradient)
+        self._check_parameters(self.of, trained, gradient or ("forward" if of else None))
         self.trained = trained
-        self.theta = _flat(trained, self.dtype)
-        self.constants = _flat(constants, self.dtype)
         names = ["f"]
-        if not _explicit(p.method):
+        if of is not None:
+            program.text("sensitivities")  # raises where there are too many
+            if [id(x) for x in trained] != [id(x) for x in of.params]:
+                raise NotCompiled("it is differentiated by other tensors than those that f was found to use")
+            names = ["sensitivities"]
+        elif not _explicit(p.method):
             names += ["jac", "tgrad", "jvp"]
         elif p.adjoint is not None and not _explicit(p.adjoint.method):
             names += ["jac", "tgrad"]
         if gradient is not None:
             names += ["vjp", "vjp_p"]
         addresses = {name: program.address(calls, name) for name in names}
-        self.work = torch.empty(max(program.work, 1), dtype=self.dtype)
+        # One field for all solves that leave nothing behind: they come one after the other.
+        again = program.passing.get(tuple(names)) if passing and not self.functions else None
+        if again is None:
+            fields = {"f" if name == "sensitivities" else name: address for name, address in addresses.items()}
+            functions = CompiledFunctions(n=self.n, event=self.pointers.get("event", 0), **fields)
+            functions.lend(
+                theta=_flat(trained, self.dtype),
+                constants=_flat(constants, self.dtype),
+                work=torch.empty(max(program.work, 1), dtype=self.dtype),
+            )
+            if "jac" in names and program.pattern is not None:
+                functions.lend(columns=program.pattern.columns, rows=program.pattern.rows)
+            again = calls.compiled_field(self.dtype, functions), functions.tensors
+            if passing and not self.functions:
+                program.passing[tuple(names)] = again
+        else:
+            _flat(trained, self.dtype, again[1]["theta"])
+            _flat(constants, self.dtype, again[1]["constants"])
+        self.field, self.memory = again
         self.verify(names, addresses)
-        functions = CompiledFunctions(n=self.n, event=self.pointers.get("event", 0), **addresses)
-        functions.lend(theta=self.theta, constants=self.constants, work=self.work)
-        if "jac" in names and program.pattern is not None:
-            functions.lend(columns=program.pattern.columns, rows=program.pattern.rows)
-        self.field = calls.compiled_field(self.dtype, functions)
 
     def _check_parameters(self, p: ODEProblem, trained: Sequence[Tensor], gradient: str | None) -> None:
         if gradient is None:
@@ -88,8 +108,9 @@ class Compiled(Callbacks):
 
     def call(self, address: int, out: Tensor, t: float, u: Tensor, v: Tensor | None = None) -> Tensor:
         """out, of such a function."""
-        tensors = (out, u if v is None else v, u, self.theta, self.constants, self.work)
-        _FUNCTION(address)(*(x.data_ptr() for x in tensors), t)
+        m = self.memory
+        tensors = (out, u if v is None else v, u, m["theta"], m["constants"], m["work"])
+        _FUNCTION(address)(*[x.data_ptr() for x in tensors], t)
         return out
 
     def verify(self, names: Sequence[str], addresses: dict[str, int]) -> None:
@@ -100,8 +121,10 @@ class Compiled(Callbacks):
         """
         p, n = self.p, self.n
         y0 = p.y0.detach().contiguous()
-        if p.f0 is not None and "f" in self.program.verified:
-            self.compare("f", self.call(addresses["f"], torch.empty_like(y0), p.times[0], y0), p.f0, y0)
+        f0, value = self.of.f0, names[0]
+        if f0 is not None and value in self.program.verified:
+            got = self.call(addresses[value], torch.empty_like(y0), p.times[0], y0)
+            self.compare(value, got[: len(f0)], f0, y0)
         fresh = [name for name in names if name not in self.program.verified]
         if not fresh:
             return
@@ -123,9 +146,10 @@ class Compiled(Callbacks):
         def got(name: str, size: int, v: Tensor | None = None) -> Tensor:
             return self.call(addresses[name], torch.zeros(size, dtype=u.dtype), t, u, v)
 
-        if "f" in names:
-            with torch.no_grad():
-                self.compare("f", got("f", n), p.f(time, u), u)
+        for name in ("f", "sensitivities"):
+            if name in names:
+                with torch.no_grad():
+                    self.compare(name, got(name, n), p.f(time, u), u)
         if "vjp" in names or "vjp_p" in names:
             wrt = [x for x in self.trained if x.requires_grad]
             _, (by_u, *by_theta) = torch_vjp(p, time, u, v, wrt)
@@ -155,7 +179,7 @@ class Compiled(Callbacks):
     def compare(self, name: str, got: Tensor, want: Tensor, u: Tensor) -> None:
         want = want.detach()
         relative, absolute = _TOLERANCE[self.dtype]
-        if want.numel() <= _FEW:  # at every solve
+        if want.numel() <= FEW:  # at every solve
             a, b = got.tolist(), want.tolist()
             if all(x == y or abs(x - y) <= relative * abs(y) for x, y in zip(a, b)):
                 return
@@ -167,8 +191,23 @@ class Compiled(Callbacks):
         i = int((~same).nonzero()[0])
         reason = f"what was compiled differs from PyTorch: {name}[{i}] is {float(got[i])!r}, not {float(want[i])!r}"
         warnings.warn(f"f is not compiled: {reason}. Please report this.", stacklevel=2)
-        refuse(self.p.f, self.p.y0, reason)
+        refuse(self.of.f, self.of.y0, reason)
         raise NotCompiled(reason)
+
+
+def in_order(p: ODEProblem) -> ODEProblem | None:
+    """The problem with its parameters as the compiled functions have them; None where the field of the sensitivities
+    is not compiled."""
+    if p.compile is False or not _explicit(p.method) or p.retain_graph or p.suspects:
+        return None
+    try:
+        program, source = program_of(p.f, p.y0, at_once=bool(p.compile))
+        program.text("sensitivities")
+    except NotCompiled:
+        return None
+    trained = [source.tensors[i] for i in program.trace.slots[: program.trace.trained]]
+    same = {id(x) for x in trained} == {id(x) for x in p.params}
+    return replace(p, params=tuple(trained)) if same else None
 
 
 def _explicit(method: Method) -> bool:
@@ -176,8 +215,11 @@ def _explicit(method: Method) -> bool:
     return method.kind in ("adaptive", "fixed")
 
 
-def _flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _flat(tensors: Sequence[Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Tensors one after the other, shape (m,), as numbers of one type."""
     if not tensors:
         return torch.empty(0, dtype=dtype)
-    return torch.cat([x.detach().reshape(-1).to("cpu", dtype) for x in tensors])
+    flat = [x.reshape(-1) for x in tensors]
+    if any(x.dtype != dtype or x.device.type != "cpu" for x in flat):
+        flat = [x.to("cpu", dtype) for x in flat]
+    return torch.cat(flat, out=out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ...errors import NotCompiled
 from ...problem import Field
 from ..calls import Calls
 from . import array, scalar
-from .capture import Held, held
+from .capture import Held, held_by
 from .trace import Trace
 
 FUNCTIONS = ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p")
@@ -40,6 +40,8 @@ class Program:
     Attributes:
         mode: "scalar" where that has few enough operations, else "array".
         work: numbers that the functions need room for.
+        passing: by the names of its functions, a field of Julia's and the memory that it looks at, for solves that
+            leave nothing behind.
 
     Raises:
         NotCompiled: f is not to be had as Julia.
@@ -49,6 +51,7 @@ class Program:
         self.trace, self.n, self.dtype = trace, trace.like.numel(), trace.like.dtype
         self.parameters = sum(x.numel() for x in trace.tensors[: trace.trained])
         self.verified: set[str] = set()
+        self.passing: dict[tuple[str, ...], tuple[Any, dict[str, Tensor]]] = {}
         self.work = 0
         self._texts: dict[str, str] = {}
         self._addresses: dict[str, int] = {}
@@ -60,11 +63,14 @@ class Program:
         _ = self.text("f")
 
     def text(self, name: str) -> str:
-        """Julia source of a function `f(out, v, u, p, c, w, t)`, one of `FUNCTIONS`.
+        """Julia source of a function `f(out, v, u, p, c, w, t)`, one of `FUNCTIONS`, or "sensitivities", which is the
+        field of the state and its derivatives (`forward.augment`).
 
         Raises:
             NotCompiled: there is none for this function.
         """
+        if name == "sensitivities" and self.mode != "scalar":
+            raise NotCompiled("its sensitivities are those of too many numbers")
         if name not in self._texts:
             self._texts[name] = getattr(self, f"_{name}_text")() if self.mode == "scalar" else self._array_text(name)
         return self._texts[name]
@@ -165,6 +171,29 @@ class Program:
         places = [i for x in outputs[2:] if x is not None for i in x.reshape(-1).tolist()]
         return self._function("vjp_p", "out", places, range(1, len(places) + 1), code, 0)
 
+    def _sensitivities_text(self) -> str:
+        n, width = self.n, self.n + self.parameters
+        if n * n * width > 4 * scalar.LIMIT:
+            raise NotCompiled("its sensitivities are those of too many numbers")
+        code, outputs = self._vjp
+        memo: dict[int, dict[int, int]] = {}
+        thetas = [i for x in outputs[2:] if x is not None for i in x.reshape(-1).tolist()]
+        by_theta = [scalar.linear(code, place, memo) for place in thetas]
+        places = []
+        for i in range(1, n + 1):
+            row = [(j, column[i]) for j, column in enumerate(self._rows_of_columns) if i in column]
+            for k in range(width):
+                total = by_theta[k - n].get(i, code.zero) if k >= n else code.zero
+                for j, factor in row:
+                    total = code.make("add", total, code.make("mul", factor, code.load("u", n + j * width + k + 1)))
+                places.append(total)
+        parts = [
+            self.text("f"),
+            self._function("products", "out", places, range(1, n * width + 1), code, 0),
+            _SENSITIVITIES.format(n=n),
+        ]
+        return "\n\n".join(parts)
+
     def _array_text(self, name: str) -> str:
         trace = self.trace
         graph = trace.f if name == "f" else trace.jvp if name in ("jvp", "tgrad") else trace.vjp
@@ -194,24 +223,40 @@ _ROWS = """function jac(J, _, u, p, c, w, t)
     return nothing
 end"""
 
+_SENSITIVITIES = """function sensitivities(out, v, u, p, c, w, t)
+    f(out, v, u, p, c, w, t)
+    products(out + {n}, v, u, p, c, w, t)
+    return nothing
+end"""
+
 _compiled: dict[tuple[torch.dtype, str], int] = {}
 _programs: collections.OrderedDict[tuple, Program | NotCompiled] = collections.OrderedDict()
+_met: collections.OrderedDict[tuple, None] = collections.OrderedDict()
 
 
-def program_of(field: Field, like: Tensor) -> tuple[Program, Held]:
+def program_of(field: Field, like: Tensor, *, at_once: bool = True) -> tuple[Program, Held]:
     """The program for a vector field, and what the field holds now.
 
     Args:
         like: the state, shape (n,).
+        at_once: else there is none for a field that is met for the first time, which may be solved but once.
 
     Raises:
         NotCompiled: there is none; the message says why.
     """
-    if field.source is None:
-        raise NotCompiled("it is solved within another (autocast, or its sensitivities), which is not compiled")
-    source = held(field.source)
+    if isinstance(field.program, NotCompiled):
+        raise NotCompiled(*field.program.args)
+    if field.program is not None:
+        return field.program
+    source = held_by(field)
     key = (source.key, like.dtype, torch.get_default_dtype())
     found = _programs.get(key)
+    if found is None and not at_once and key not in _met:
+        _met[key] = None
+        while len(_met) > _KEPT:
+            _met.popitem(last=False)
+        field.program = NotCompiled("it is solved for the first time; the next solve compiles it")
+        raise NotCompiled(*field.program.args)
     if found is None:
         try:
             found = Program(Trace(field, source, like))
@@ -224,13 +269,14 @@ def program_of(field: Field, like: Tensor) -> tuple[Program, Held]:
         _programs.move_to_end(key)
     if isinstance(found, NotCompiled):
         raise NotCompiled(*found.args)
-    return found, source
+    field.program = found, source
+    return field.program
 
 
 def refuse(field: Field, like: Tensor, reason: str) -> None:
     """Have the program for such a field not be used again."""
-    assert field.source is not None
-    _programs[held(field.source).key, like.dtype, torch.get_default_dtype()] = NotCompiled(reason)
+    field.program = None
+    _programs[held_by(field).key, like.dtype, torch.get_default_dtype()] = NotCompiled(reason)
 
 
 def text_of(program: Program) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from ...errors import NotCompiled
 from ...problem import Field
-from .capture import Held, held
+from .capture import Held, held_by
 
 aten = torch.ops.aten
 
@@ -47,10 +47,9 @@ class Trace:
     """
 
     def __init__(self, field: Field, source: Held, like: Tensor) -> None:
-        assert field.source is not None
         self.like = like.detach()
         module = _trace(lambda t, h: _flat(field, t, h), (like.new_tensor(0.3), self.like))
-        if held(field.source).key != source.key:
+        if held_by(field).key != source.key:
             raise NotCompiled("f changes what it holds when it is called")
         self.slots, self.trained = _lift(module, source.tensors)
         self.tensors = [source.tensors[i].detach() for i in self.slots]

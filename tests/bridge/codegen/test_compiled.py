@@ -31,6 +31,12 @@ class MLP(nn.Module):
         return self.net(h) * torch.cos(t)
 
 
+def second(*args, **kwargs):
+    """The second of two solves, which compiles what it can."""
+    solve(*args, **kwargs)
+    return solve(*args, **kwargs)
+
+
 def lorenz(p):
     def f(t, u):
         x, y, z = u
@@ -77,11 +83,13 @@ def test_states_are_those_of_the_callback(name, method):
     assert torch.allclose(ours.h, native, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("adjoint", ["interpolating", "gauss", "quadrature", "backsolve"])
+@pytest.mark.parametrize("adjoint", ["interpolating", "gauss", "quadrature", "backsolve", "forward"])
 @pytest.mark.parametrize("name", ["mlp", "mlp_batch", "lorenz", "lotka"])
 @pytest.mark.parametrize("mode", ["scalar", "array"])
 def test_gradients_are_the_native_engines(name, adjoint, mode, monkeypatch):
     if mode == "array":
+        if adjoint == "forward":
+            pytest.skip("the sensitivities of large fields are not compiled")
         monkeypatch.setattr(scalar, "LIMIT", -1)
         monkeypatch.setattr(programs, "_programs", type(programs._programs)())
     f, h0, t = problems()[name]
@@ -97,6 +105,28 @@ def test_gradients_are_the_native_engines(name, adjoint, mode, monkeypatch):
     assert stats.compiled == mode
     for a, b in zip(ours, want):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
+def test_sensitivities_of_some_of_what_f_uses():
+    """With other tensors to differentiate by than f uses there is no compiled field of the sensitivities."""
+    p, unused = leaf(1.5, 1.0, 3.0, 1.0), leaf(1.0)
+    h0 = torch.tensor([1.0, 1.0], dtype=F64)
+    kwargs = {"engine": "julia", "adjoint": "forward", "method": "tsit5", **TOL}
+    want = torch.autograd.grad(odeint(lotka(p), h0, T, compile=True, **kwargs)[-1, 0], p)[0]
+    solution = second(lotka(p), h0, T, adjoint_params=(p, unused), **kwargs)
+    assert "other tensors" in solution.stats.not_compiled
+    got = torch.autograd.grad(solution.h[-1, 0], (p, unused), allow_unused=True)
+    assert torch.allclose(got[0], want, rtol=1e-6)
+    assert not torch.any(got[1])
+
+
+def test_sensitivities_at_an_event():
+    p = leaf(2.0)
+    h0 = torch.ones(1, dtype=F64)
+    kwargs = {"engine": "julia", "adjoint": "forward", "compile": True, **TOL}
+    t, _ = odeint(lambda t, h: -p * h, h0, T[:2], event_fn=lambda t, h: h - 0.5, **kwargs)
+    assert abs(float(t.detach()) - math.log(2) / 2) < 1e-8
+    assert abs(float(torch.autograd.grad(t, p)[0]) + math.log(2) / 4) < 1e-7
 
 
 def test_gradient_by_an_implicit_method():
@@ -194,12 +224,22 @@ def test_what_python_changes_is_seen():
     assert abs(run() - (2 - math.exp(-4))) < 1e-7
 
 
+def test_what_is_solved_again_is_compiled():
+    rate = torch.tensor(0.71, dtype=F64)
+    runs = [solve(lambda t, h: -rate * h, torch.ones(2, dtype=F64), T, engine="julia", **TOL) for _ in range(3)]
+    assert [bool(run.stats.compiled) for run in runs] == [False, True, True]
+    assert "first time" in runs[0].stats.not_compiled
+    for run in runs[1:]:
+        assert torch.allclose(run.h, runs[0].h, rtol=1e-12, atol=1e-12)
+    assert not solve(lambda t, h: -rate * h, runs[0].h[0], T, engine="julia", compile=False).stats.compiled
+
+
 def branches(t, h):
     return h if h.sum() > 10 else -h
 
 
 def test_fallback_has_a_reason():
-    solution = solve(branches, torch.ones(2, dtype=F64), T, engine="julia", compile=None, **TOL)
+    solution = second(branches, torch.ones(2, dtype=F64), T, engine="julia", **TOL)
     assert "branch" in solution.stats.not_compiled
     assert solution.stats.compiled == ""
     assert torch.allclose(solution.h[-1], torch.full((2,), math.exp(-2), dtype=F64))
@@ -236,7 +276,7 @@ def test_wrong_code_is_caught_at_first_use(function, monkeypatch):
     h0 = torch.tensor([1.0, 1.0], dtype=F64)
     kwargs = {"engine": "julia", "adjoint": "gauss", "method": "rodas5p", **TOL}
     with pytest.warns(UserWarning, match=f"{function}\\[.*not"):
-        solution = solve(f, h0, T, compile=None, **kwargs)
+        solution = second(f, h0, T, **kwargs)
     assert solution.stats.compiled == ""
     assert function in solution.stats.not_compiled
     want = odeint(f, h0, T, engine="torch", rtol=1e-8, atol=1e-9)
@@ -258,7 +298,7 @@ def test_custom_backward_falls_back_for_gradients():
     w = leaf(0.7, -0.2)
     f = lambda t, h: Straight.apply(h * w) - h  # noqa: E731
     with pytest.warns(UserWarning, match="not compiled"):
-        solution = solve(f, torch.tensor([1.0, 3.0], dtype=F64), T, engine="julia", adjoint=True, compile=None)
+        solution = second(f, torch.tensor([1.0, 3.0], dtype=F64), T, engine="julia", adjoint=True)
     assert "differs" in solution.stats.not_compiled
 
 

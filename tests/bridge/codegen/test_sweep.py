@@ -1,0 +1,147 @@
+"""Independent systems in one call of Julia, each with its own part of what f holds and steps of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from pyjlode import odeint, solve
+from pyjlode.errors import BadOption, MaxStepsReached, NonFiniteState, NotCompiled
+
+pytestmark = pytest.mark.usefixtures("julia")
+
+F64 = torch.float64
+RHO = torch.linspace(0.0, 28.0, 7, dtype=F64)
+START = torch.tensor([1.0, 0.5, 2.0], dtype=F64)
+T = torch.tensor([0.0, 0.5, 1.0, 1.5], dtype=F64)
+JULIA = {"engine": "julia", "compile": True, "options": {"batch_dims": 1}}
+TOL = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def lorenz(rho):
+    def f(t, h):
+        x, y, z = h.unbind(-1)
+        return torch.stack([10 * (y - x), x * (rho - z) - y, x * y - 8 / 3 * z], -1)
+
+    return f
+
+
+def rates(k):
+    """Robertson's reaction with a rate constant for each system."""
+
+    def f(t, h):
+        a, b, c = h.unbind(-1)
+        first, second, third = k * a, 3e7 * b * b, 1e4 * b * c
+        return torch.stack([third - first, first - second - third, second], -1)
+
+    return f
+
+
+@pytest.mark.parametrize("method", ["tsit5", "dopri5", "vern7", "rodas5p", "bdf", "auto"])
+def test_each_system_is_solved_as_if_alone(method):
+    if method in ("rodas5p", "bdf", "auto"):
+        make, parts = rates, torch.tensor([0.01, 0.04, 0.2], dtype=F64)
+        h0, t, tol = torch.tensor([1.0, 0.0, 0.0], dtype=F64).expand(3, 3), 10 * T, {"rtol": 1e-7, "atol": 1e-10}
+    else:
+        make, parts, h0, t, tol = lorenz, RHO, START.expand(7, 3), T, TOL
+    together = solve(make(parts), h0, t, method=method, dense=False, **tol, **JULIA)
+    one = {"engine": "julia", "compile": True, "method": method, "dense": False, **tol}
+    alone = [solve(make(part), h0[0], t, **one) for part in parts]
+    assert together.h.shape == (len(t), *h0.shape)
+    assert together.stats.compiled == "scalar"
+    for i, single in enumerate(alone):
+        # What is left behind by the system before (a Jacobian, a matrix factorised) may last some steps.
+        assert torch.allclose(together.h[:, i], single.h, rtol=1e-5, atol=1e-7)
+    if make is lorenz:
+        for i, single in enumerate(alone):
+            assert torch.allclose(together.h[:, i], single.h, rtol=1e-11, atol=1e-11)
+        # By the field at the start, which the front door adds.
+        assert together.stats.naccept == sum(single.stats.naccept for single in alone)
+
+
+def test_backward_in_time_from_own_starts():
+    h0 = torch.randn(7, 3, dtype=F64)
+    h = odeint(lorenz(RHO), h0, -T / 10, **TOL, **JULIA)
+    for i in range(7):
+        alone = odeint(lorenz(RHO[i]), h0[i], -T / 10, engine="torch", **TOL)
+        assert torch.allclose(h[:, i], alone, rtol=1e-6, atol=1e-6)
+
+
+def test_float32_and_two_batch_dimensions():
+    rho, h0 = RHO[:6].float().view(2, 3), START.float().expand(2, 3, 3)
+    kwargs = {**JULIA, "options": {"batch_dims": 2}, "rtol": 1e-5, "atol": 1e-5}
+    h = odeint(lorenz(rho), h0, T, **kwargs)
+    assert h.dtype == torch.float32
+    want = odeint(lorenz(rho.double()), h0.double(), T, engine="torch", **TOL)
+    assert torch.allclose(h.double(), want, rtol=1e-3, atol=1e-3)
+
+
+def test_a_network_is_shared_and_its_input_is_not():
+    net, drive = nn.Linear(3, 3).double(), torch.randn(5, 3, dtype=F64)
+    h0 = torch.randn(5, 3, dtype=F64)
+
+    def f(t, h):
+        return torch.tanh(net(h)) + drive * torch.cos(t)
+
+    with torch.no_grad():
+        h = odeint(f, h0, T, **TOL, **JULIA)
+        want = odeint(f, h0, T, engine="torch", **TOL)
+        net.weight.mul_(2)  # read anew at each solve
+        drive.zero_()
+        again = odeint(f, h0, T, **TOL, **JULIA)
+        want_again = odeint(f, h0, T, engine="torch", **TOL)
+    assert torch.allclose(h, want, rtol=1e-7, atol=1e-7)
+    assert torch.allclose(again, want_again, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:f is not compiled")
+def test_systems_that_are_not_independent_are_found_out():
+    def f(t, h):
+        return h.mean(0) - h
+
+    with pytest.raises(NotCompiled, match="not each f with its own part"):
+        odeint(f, torch.randn(4, 3, dtype=F64), T, **JULIA)
+
+
+def test_the_system_that_fails_is_named():
+    k = torch.tensor([0.1, 0.2, 5.0], dtype=F64)
+    h0 = torch.ones(3, 1, dtype=F64)
+
+    def f(t, h):
+        return k[:, None] * h**2
+
+    with pytest.raises((NonFiniteState, MaxStepsReached), match="system 2 of the batch"):
+        odeint(f, h0, T, **JULIA)
+
+
+def test_what_a_sweep_cannot_do_is_said():
+    h0 = START.expand(7, 3)
+    with pytest.raises(BadOption, match="dense=False"):
+        solve(lorenz(RHO), h0, T, **JULIA)
+    with pytest.raises(BadOption, match="needs compile=True"):
+        odeint(lorenz(RHO), h0, T, engine="julia", options={"batch_dims": 1})
+    with pytest.raises(BadOption, match="has no gradient"):
+        odeint(lorenz(RHO), h0, T, adjoint=True, **JULIA)
+
+
+def test_on_threads():
+    code = (
+        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        "import test_sweep as s\n"
+        "from pyjlode.bridge import runtime\n"
+        "h = s.odeint(s.lorenz(s.RHO), s.START.expand(7, 3), s.T, **s.TOL, **s.JULIA)\n"
+        "print(runtime.evaluate('Threads.nthreads()'))\n"
+        "print(h[-1].tolist())\n"
+    )
+    ends = []
+    for threads in ("1", "2"):
+        env = {**os.environ, "PYTHON_JULIACALL_THREADS": threads, "PYTHON_JULIACALL_HANDLE_SIGNALS": "yes"}
+        lines = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL
+        ).stdout.splitlines()
+        assert lines[-2] == threads
+        ends.append(lines[-1])
+    assert ends[0] == ends[1]
