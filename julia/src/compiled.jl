@@ -160,8 +160,12 @@ was written with take as long there as here, round alike, and run on the threads
 """
 borrow_blas(addresses::Integer...) = (BORROWED .= pointer_to.(addresses); nothing)
 
-@noinline function multiply_many!(arguments...)
-    return BORROWED[1] == C_NULL ? multiply_own!(arguments...) : multiply_borrowed!(arguments...)
+@noinline function multiply_many!(out, m, n, k, a, a1, a2, b, b1, b2, add)
+    return if BORROWED[1] == C_NULL
+        multiply_own!(out, m, n, k, a, a1, a2, b, b1, b2, add)
+    else
+        multiply_borrowed!(out, m, n, k, a, a1, a2, b, b1, b2, add)
+    end
 end
 
 for (T, k, gemm, gemv) in ((Float64, 1, :dgemm_, :dgemv_), (Float32, 3, :sgemm_, :sgemv_))
