@@ -630,7 +630,7 @@ def _gradient(
     runs: dict[str, Any] = {
         name: lambda name=name: ours(name)
         for name in ("interpolating", "gauss", "backsolve", "forward")
-        if name in pyjlode.GRADIENTS
+        if name != "forward" or h0.numel() < 10
     }
     if diffrax is not None:
         jf, weights, j0, times = jax_part
@@ -733,7 +733,8 @@ def sweep(rounds: int) -> None:
         runs["torchode"] = lambda: solver.solve(problem)
         ends["torchode"] = runs["torchode"]().ys[:, -1]
     for name, h in ends.items():
-        print(f"{name}: error / tolerance {float(((h - exact) / (tol + tol * exact.abs())).abs().max()):.2g}")
+        worst = ((h - exact) / (tol + tol * exact.abs())).abs().amax(1)
+        print(f"{name}: error / tolerance, median {float(worst.median()):.2g}, largest {float(worst.max()):.2g}")
     times = compare(f"{count} Lorenz systems", runs, rounds)
     print("trajectories a second: " + ", ".join(f"{name} {count / s:.0f}" for name, s in times.items()))
 
