@@ -21,14 +21,13 @@ from .problem import NO_OPTIONS, Callbacks, Layout, Norm, SolverOptions, is_fini
 FLOATS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 _COMMON = {"norm", "max_num_steps", "dtype", "specialize", "progress"}
+_CONTROLLED = {"first_step", "safety", "ifactor", "dfactor", "min_step", "max_step", "step_t", "jump_t", "batch_dims"}
 _BY_KIND: dict[str, set[str]] = {
-    "adaptive": {"first_step", "safety", "ifactor", "dfactor", "min_step", "max_step", "step_t", "jump_t"}
-    | {"batch_dims"},
+    "adaptive": _CONTROLLED,
     "fixed": {"step_size", "grid_constructor", "interp", "perturb"},
     "implicit": {"step_size", "grid_constructor", "interp", "perturb", "max_iters"},
     "adams": {"step_size", "grid_constructor", "interp", "perturb", "max_iters", "max_order"},
-    "stiff": {"first_step", "safety", "ifactor", "dfactor", "min_step", "max_step", "step_t", "jump_t"}
-    | {"max_iters", "max_order", "batch_dims", "consistent", "allow_unstable"},
+    "stiff": _CONTROLLED | {"max_iters", "max_order", "consistent", "allow_unstable"},
     "scipy": {"solver", "first_step", "min_step", "max_step"},
 }
 SCIPY = ("RK23", "RK45", "DOP853", "Radau", "BDF", "LSODA")

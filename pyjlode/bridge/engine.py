@@ -115,9 +115,7 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
         return "with a mass_matrix it solves, and does not differentiate"
     if p.mass is not None and p.event_fn is not None:
         return "with a mass_matrix it takes no event_fn"
-    changed = set()
-    if p.options is not NO_OPTIONS:
-        changed = {name for name, value in vars(p.options).items() if value != getattr(NO_OPTIONS, name)}
+    changed = {name for name, value in vars(p.options).items() if value != getattr(NO_OPTIONS, name)}
     if changed - _OPTIONS:
         return f"options {sorted(changed - _OPTIONS)} configure the native engine's own loop"
     if any((p.callbacks.step, p.callbacks.accept, p.callbacks.reject)):

@@ -59,10 +59,10 @@ class Sweep:
         self.p = p
         shape, dims = p.layout.shapes[0], p.options.batch_dims
         batch, one = shape[:dims], (slice(0, 1),) * dims
-        self.held = [x.detach() for x in held_by(p.f).tensors]
-        self.varying = [x.shape[:dims] == batch for x in self.held]
-        ids = [id(x) for x in held_by(p.f).tensors]
-        parts = {i: x[one] if varying else x for i, x, varying in zip(ids, self.held, self.varying)}
+        tensors = held_by(p.f).tensors
+        self.held = [x.detach() for x in tensors]
+        self.varying = [x.shape[:dims] == batch for x in tensors]
+        parts = {id(x): y[one] if varying else y for x, y, varying in zip(tensors, self.held, self.varying)}
         f = p.f.f
 
         def of_one(t: Tensor, h: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ WITHIN = {
     "bdf": 100.0,
     "rosenbrock23": 100.0,
     "kencarp4": 30.0,
-    "kvaerno5": 30.0,
+    "kvaerno5": 12.0,
 }
 
 DIRECTIONS = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

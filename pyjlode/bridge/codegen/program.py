@@ -69,10 +69,9 @@ class Program:
         Raises:
             NotCompiled: there is none for this function.
         """
-        if name == "sensitivities" and self.mode != "scalar":
-            raise NotCompiled("its sensitivities are those of too many numbers")
         if name not in self._texts:
-            self._texts[name] = getattr(self, f"_{name}_text")() if self.mode == "scalar" else self._array_text(name)
+            straight = self.mode == "scalar" or name == "sensitivities"
+            self._texts[name] = getattr(self, f"_{name}_text")() if straight else self._array_text(name)
         return self._texts[name]
 
     def address(self, calls: Calls, name: str) -> int:
@@ -173,7 +172,7 @@ class Program:
 
     def _sensitivities_text(self) -> str:
         n, width = self.n, self.n + self.parameters
-        if n * n * width > 4 * scalar.LIMIT:
+        if self.mode != "scalar" or n * n * width > 4 * scalar.LIMIT:
             raise NotCompiled("its sensitivities are those of too many numbers")
         code, outputs = self._vjp
         memo: dict[int, dict[int, int]] = {}
