@@ -8,13 +8,14 @@ of the ratios within a round. Contenders that are not installed are left out.
 
 first: seconds of tracing, generating and compiling, and of the first solve, for a 2-64-64-2 network.
 small: Lorenz, Lotka-Volterra, Hénon-Heiles and seven bodies (Pleiades), against a Julia function written in place by
-    hand and solved from Julia by the same algorithm, compiled for it (FullSpecialize).
+    hand and solved from Julia by the same algorithm: behind a pointer, as SciML does by default and PyJLODE does
+    ("by hand"), and with the solver compiled for it, which takes seconds once ("by hand, full").
 call: a trivial problem: what one call from Python costs.
 stiff: Robertson, van der Pol, Brusselator (Jacobian found by itself), against Julia with an analytic Jacobian,
     diffrax's Kvaerno5 and SciPy.
 neural: forward solves of small networks. gradient: gradients of these, and of Lotka-Volterra with 101 outputs.
 wide: 64-256-256-64 at batch 512, against the native engine and diffrax.
-size: networks from d = 2 to 4096: compiled, called back, native.
+size: networks from d = 2 to 4096: compiled, called back, native, and what "auto" makes of it; docs/size.png.
 sweep: 10,000 Lorenz systems with different parameters in one call.
 allocations: bytes that Julia allocates in a solve, and for each step of it.
 """
@@ -28,6 +29,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
@@ -60,6 +62,8 @@ LEAST = 0.05
 
 
 def seconds(run: Callable[[], Any], count: int) -> float:
+    if isinstance(run, ByHand):
+        return run.seconds(count)
     start = time.process_time()
     for _ in range(count):
         run()
@@ -100,8 +104,9 @@ HAND = """
 module Hand
 using PyJLODE: PyJLODE, ODEFunction, ODEProblem, FullSpecialize, SparseMatrixCSC, init, nonzeros, solve!
 const SparseArrays = parentmodule(SparseMatrixCSC)
-function problem(f!, u0, p, span; kwargs...)
-    return ODEProblem(ODEFunction{true, FullSpecialize}(f!; kwargs...), u0, span, p)
+function problem(f!, u0, p, span, full; kwargs...)
+    f = full ? ODEFunction{true, FullSpecialize}(f!; kwargs...) : ODEFunction{true}(f!; kwargs...)
+    return ODEProblem(f, u0, span, p)
 end
 function run(prob, alg, tol, atol = tol)
     return solve!(init(prob, alg; reltol = tol, abstol = atol, save_everystep = false, verbose = PyJLODE.SILENT))
@@ -245,7 +250,11 @@ end
 
 
 class ByHand:
-    """A problem in hand-written Julia, timed there: whoever calls this is timed by its loop in Julia."""
+    """A problem in hand-written Julia, timed by a loop in Julia.
+
+    Args:
+        full: compile the solver for this f (FullSpecialize), and not for all f behind a pointer (SciML's default).
+    """
 
     def __init__(
         self,
@@ -256,11 +265,14 @@ class ByHand:
         alg: str,
         tol: tuple[float, float],
         extra: str = "",
+        full: bool = False,
     ) -> None:
         numbers = lambda xs: "Float64[" + ", ".join(map(repr, xs)) + "]"
         name = f"prob_{ByHand.count}"
         ByHand.count += 1
-        julia(f"Hand.eval(:({name} = problem({f}, {numbers(u0.reshape(-1).tolist())}, {numbers(p)}, {span}; {extra})))")
+        julia(
+            f"Hand.eval(:({name} = problem({f}, {numbers(u0.reshape(-1).tolist())}, {numbers(p)}, {span}, {str(full).lower()}; {extra})))"
+        )
         self.args = f'Hand.{name}, PyJLODE.algorithm("{alg}"), {tol[0]!r}, {tol[1]!r}'
 
     count = 0
@@ -273,25 +285,6 @@ class ByHand:
 
     def ends(self) -> list[float]:
         return list(julia(f"Hand.ends({self.args})"))
-
-
-def compare_hand(
-    title: str, hand: ByHand, runs: dict[str, Callable[[], Any]], rounds: int, slow: tuple[str, ...] = ()
-) -> None:
-    """As `compare`, with the hand-written contender, timed within Julia, first."""
-    hand.seconds(1)
-    count = max(1, int(LEAST / hand.seconds(3)))
-    global seconds
-    plain = seconds
-
-    def both(run: Callable[[], Any], times: int) -> float:
-        return hand.seconds(count) if run is hand else plain(run, times)
-
-    seconds = both
-    try:
-        compare(title, {"by hand": hand, **runs}, rounds, slow)
-    finally:
-        seconds = plain
 
 
 # Small systems, in PyTorch and JAX.
@@ -385,15 +378,18 @@ def small(rounds: int) -> None:
             f, t = make(torch.tensor(p, dtype=F64)), torch.tensor([0.0, end], dtype=F64)
             tol = {"rtol": 1e-8, "atol": 1e-8}
             run = lambda: pyjlode.odeint(f, u0, t, engine="julia", method=method, compile=True, **tol)
-            runs: dict[str, Any] = {"compiled": run}
+            whole = lambda: pyjlode.odeint(
+                f, u0, t, engine="julia", method=method, compile=True, options={"specialize": "full"}, **tol
+            )
+            runs: dict[str, Any] = {"compiled": run, "compiled, full": whole}
             if diffrax is not None and solver is not None:
                 once = jax.jit(jax_solver(jax_f, None, jnp.array([0.0, end]), getattr(diffrax, solver)(), 1e-8, 1e-8))
                 j0, jp = jnp.array(u0.numpy()), jnp.array(p)
                 runs["diffrax"] = lambda: once(j0, jp).block_until_ready()
             if torchdiffeq is not None and method == "tsit5":
                 runs["torchdiffeq"] = lambda: torchdiffeq.odeint(f, u0, t, method="dopri5", **tol)
-            hand = ByHand(name, u0, p, (0.0, end), alg, (1e-8, 1e-8))
-            compare_hand(title, hand, runs, rounds, ("torchdiffeq",))
+            hand, full = (ByHand(name, u0, p, (0.0, end), alg, (1e-8, 1e-8), full=x) for x in (False, True))
+            compare(title, {"by hand": hand, "by hand, full": full, **runs}, rounds, ("torchdiffeq",))
 
 
 def call(rounds: int) -> None:
@@ -518,9 +514,9 @@ def stiff(rounds: int) -> None:
             extra = f"jac = {name}_jac, tgrad = no_tgrad" + (
                 f", jac_prototype = brusselator_pattern({n})" if "Bruss" in title else ""
             )
-            hand = ByHand(name, start, p, (0.0, end), alg, (rtol, atol), extra)
+            hand, full = (ByHand(name, start, p, (0.0, end), alg, (rtol, atol), extra, x) for x in (False, True))
             print(f"error / tolerance: compiled {error(solve()[-1]):.2g}, by hand {error(hand.ends()):.2g}")
-            compare_hand(f"{title} {method}", hand, {"compiled": solve}, rounds)
+            compare(f"{title} {method}", {"by hand": hand, "by hand, full": full, "compiled": solve}, rounds)
         stiff_rivals(title, f, start, p, end, exact, error, rounds)
 
 
@@ -678,6 +674,7 @@ def wide(rounds: int) -> None:
 
 
 def size(rounds: int) -> None:
+    sizes, modes, rows = [], [], []
     for d in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096):
         f, h0 = MLP(d, d, d, dtype=F64), torch.randn(d, dtype=F64)
         t, tol = torch.tensor([0.0, 5.0], dtype=F64), {"rtol": 1e-6, "atol": 1e-6}
@@ -689,7 +686,37 @@ def size(rounds: int) -> None:
                 "native": lambda: pyjlode.odeint(f, h0, t, engine="torch", method="tsit5", **tol),
             }
             mode = pyjlode.solve(f, h0, t, engine="julia", method="tsit5", dense=False, **tol).stats.compiled
-            compare(f"d = {d} ({mode})", runs, rounds)
+            rows.append(compare(f"d = {d} ({mode})", runs, rounds))
+        sizes.append(d)
+        modes.append(mode)
+    worst = max(row["auto"] / min(row.values()) for row in rows)
+    print(f'"auto" takes at most {worst:.2f} times as long as the fastest')
+    _draw_sizes(sizes, modes, rows)
+
+
+def _draw_sizes(sizes: list[int], modes: list[str], rows: list[dict[str, float]]) -> None:
+    from pyjlode.plot import figure
+
+    canvas = figure(7, 4.2)
+    axes = canvas.add_subplot()
+    for name, style in (("native", "-"), ("called back", "-"), ("compiled", "-"), ("auto", "k:")):
+        axes.plot(
+            sizes, [row[name] * 1e3 for row in rows], style, marker=None if name == "auto" else "o", ms=4, label=name
+        )
+    changes = [i for i in range(1, len(modes)) if modes[i] != modes[i - 1]]
+    for i in changes:
+        axes.axvline((sizes[i - 1] * sizes[i]) ** 0.5, color="0.8", lw=1)
+        axes.annotate(
+            f"{modes[i - 1]} code | {modes[i]} code", ((sizes[i - 1] * sizes[i]) ** 0.5, 0.03), ha="center", color="0.4",
+            xycoords=("data", "axes fraction"), fontsize=9,
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="d", ylabel="CPU time of a solve, ms")
+    axes.set_xscale("log", base=2)
+    axes.set_title("A network d-d-d, tsit5, rtol = 1e-6, one thread")
+    axes.legend(frameon=False)
+    path = Path(__file__).parent.parent / "docs" / "size.png"
+    canvas.savefig(path, dpi=150)
+    print(f"drawn in {path.name}")
 
 
 def sweep(rounds: int) -> None:

@@ -62,11 +62,15 @@ def state(h0: Any) -> tuple[Layout, Tensor]:
         if leaf.device != leaves[0].device:
             raise BadShape(f"the tensors of h0 lie on different devices, {leaves[0].device} and {leaf.device}.")
     layout = Layout(h0)
-    y0 = layout.flatten(h0)
-    if not is_finite(y0.detach()):
+    return layout, finite(layout.flatten(h0))
+
+
+def finite(y0: Tensor) -> Tensor:
+    """Check that the flat state is."""
+    if not is_finite(y0):
         bad = int((~torch.isfinite(y0)).sum())
         raise NonFiniteState(f"h0 holds NaN or infinity ({bad} of {y0.numel()} numbers).", t=math.nan, dt=0.0)
-    return layout, y0
+    return y0
 
 
 def times(t: Any, *, name: str = "t") -> tuple[Tensor, list[float]]:
@@ -80,7 +84,7 @@ def times(t: Any, *, name: str = "t") -> tuple[Tensor, list[float]]:
         raise BadDtype(f"{name} has dtype {t.dtype}; times must be floating point (t.double()).")
     if t.ndim != 1:
         raise BadTime(f"{name} must be one-dimensional; it has shape {tuple(t.shape)}.")
-    values = t.detach().to(torch.float64).tolist()
+    values = t.tolist()
     if not values:
         raise BadTime(f"{name} is empty; its first element is the time of h0.")
     if not all(map(math.isfinite, values)):

@@ -68,7 +68,8 @@ def split(p: ODEProblem, record: _Record) -> Tensor:
     n = p.y0.numel()
     if whole := record.dense:
         record.dense = lambda times: whole(times)[:, :n]
-    S = record.ys[:, n:].reshape(len(record.ys), n, n + Layout(list(p.params)).size)
+    width = record.ys.shape[1] // n - 1 if n else Layout(list(p.params)).size
+    S = record.ys[:, n:].reshape(len(record.ys), n, width)
     S[0] = torch.eye(*S.shape[1:], dtype=S.dtype, device=S.device)  # y(t0) is y0 itself
     record.ys = record.ys[:, :n].clone()
     return S
@@ -83,9 +84,11 @@ def contract(
         slope: (t, y) -> y', where it is not f.
     """
     n, layout = p.y0.numel(), Layout(list(p.params))
-    flat = torch.einsum("ti,tij->j", g, S)
-    a = torch.einsum("ti,tij->j", g[1:], S[1:, :, :n])
-    t = time_gradient(p, record, g, a, slope)
+    flat = g.reshape(-1) @ S.reshape(g.numel(), S.shape[2])
+    t = None
+    if p.t.requires_grad:
+        a = g[1:].reshape(-1) @ S[1:, :, :n].reshape(g[1:].numel(), n)
+        t = time_gradient(p, record, g, a, slope)
     return Gradients(flat[:n], t, [x.to(q.device, q.dtype) for x, q in zip(layout.leaves(flat[n:]), p.params)])
 
 

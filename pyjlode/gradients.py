@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from .errors import BadOption, GradientUnavailable
 from .methods import unknown
-from .problem import ODEProblem
+from .problem import ODEProblem, like
 from .solution import Stats
 
 # Name -> what it is, for the documentation and for the error on an unknown name.
@@ -103,7 +102,7 @@ class _Solve(torch.autograd.Function):
         t: Tensor,
         *params: Tensor,
     ) -> Tensor:
-        p = replace(p, y0=y0.detach().requires_grad_(), t=t.detach().requires_grad_(ctx.needs_input_grad[7]))
+        p = like(p, y0=y0.detach().requires_grad_(), t=t.detach().requires_grad_(ctx.needs_input_grad[7]))
         memory = engine.solve_for_vjp(p, stats, gradient, dense=dense)
         ctx.engine, ctx.memory, ctx.stats, ctx.nfe = engine, memory, stats, p.f
         # Autograd's own check that nothing which the backward pass reads was changed in place in between. The output
@@ -111,7 +110,7 @@ class _Solve(torch.autograd.Function):
         record, ys = memory.record, memory.record.ys
         ctx.save_for_backward(y0, t, ys if gradient != "discrete" else None, *params)
         out.append(record)
-        memory.record = replace(record, ys=None)
+        memory.record = like(record, ys=None)
         return ys
 
     @staticmethod
@@ -165,4 +164,4 @@ def solve(engine: Engine, p: ODEProblem, stats: Stats, gradient: str | None, nee
         return record
     out: list[Any] = []
     ys = _Solve.apply(engine, p, stats, gradient, dense, out, p.y0, p.t, *p.params)
-    return replace(out[0], ys=ys)
+    return like(out[0], ys=ys)

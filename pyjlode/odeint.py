@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from torch.utils import _pytree as pytree
 
 from . import arguments, gradients, parameters, progress
 from .bridge import engine as julia
+from .bridge import plans
 from .bridge import runtime as julia_runtime
 from .bridge.function import JuliaFunction
+from .bridge.plans import Made
 from .errors import BadOption, BadShape, BadTime, EngineUnavailable, GradientUnavailable, NotCompiled
 from .native import engine as native
 from .problem import AdjointSettings, Callback, Field, Layout, ODEProblem
@@ -241,10 +243,18 @@ def _solve(
     dense: bool,
 ) -> Solution:
     start = time.perf_counter()
-    made = _read(
-        f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, adjoint_given, adjoint_params, system
-    )
-    p, stats = made.problem, made.stats
+    call, unusual = None, (event_fn, adjoint_params, *adjoint_given, *system[:2])
+    if julia_runtime.started() and all(x is None for x in unusual):
+        said = (adjoint, method, rtol, atol, engine, system[2], os.environ.get(ENGINE_VARIABLE))
+        call = plans.call(f, h0, t, said, options)
+    made = call.made(h0, t) if call else None
+    known = made is not None
+    if made is None:
+        made = _read(
+            f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, adjoint_given, adjoint_params, system
+        )
+    p, stats, layout = made.problem, made.stats, made.problem.layout
+    assert layout is not None
     steps = _watch(p) if dense and made.engine is native else None
     # Autocast is for f alone: in half precision the solver's own sums would lose the state.
     bar = progress.shown(p) if p.options.progress else contextlib.nullcontext()
@@ -260,8 +270,10 @@ def _solve(
     stats.nfe = p.f.nfe
     stats.wall = time.perf_counter() - start
     blind = made.needed and made.gradient is not None
-    interpolant = _interpolant(record, p, made.layout, event_t, blind) if dense else None
-    return Solution(ts, made.layout.unflatten(ys), stats, event_t, interpolant, steps)
+    if call and stats.compiled and not known:
+        call.keep(made)
+    interpolant = _interpolant(record, p, layout, event_t, blind) if dense else None
+    return Solution(ts, layout.unflatten(ys), stats, event_t, interpolant, steps)
 
 
 def _watch(p: ODEProblem) -> Steps | None:
@@ -283,16 +295,6 @@ def _watch(p: ODEProblem) -> Steps | None:
     else:  # there every step is accepted
         p.callbacks = replace(own, step=note(steps.accepted, own.step))
     return steps
-
-
-@dataclass
-class _Made:
-    problem: ODEProblem
-    layout: Layout
-    stats: Stats
-    engine: gradients.Engine
-    gradient: str | None
-    needed: bool
 
 
 ENGINE_VARIABLE = "PYJLODE_ENGINE"  # what "auto" means, where the user has set it: "torch" or "julia"
@@ -349,7 +351,7 @@ def _read(
     adjoint_given: tuple[Any, Any, Any, Any],
     adjoint_params: Iterable[Tensor] | None,
     system: tuple[Any, Any, bool | None],
-) -> _Made:
+) -> Made:
     """Check every argument and make the problem of them."""
     if not callable(f):
         raise BadShape(f"f must be callable as f(t, h); got a {type(f).__name__}.")
@@ -430,7 +432,7 @@ def _read(
     copied = y0.numel() > 0 and y0.data_ptr() != leaf.data_ptr()
     stats = Stats(chosen.NAME, reason, row.name, copied)
     log.info("engine %s (%s), method %s, gradient %s", chosen.NAME, reason, row.name, gradient or "through the solver")
-    return _Made(p, layout, stats, chosen, gradient, needed)
+    return Made(p, stats, chosen, gradient, needed)
 
 
 def flat_field(f: Any, layout: Layout, autocast: bool) -> Field:
@@ -504,7 +506,7 @@ def _adjoint(
     )
 
 
-def _through_event(p: ODEProblem, record: Any, made: _Made) -> tuple[Tensor, Tensor]:
+def _through_event(p: ODEProblem, record: Any, made: Made) -> tuple[Tensor, Tensor]:
     """Event time (0-d) and state (n,), with gradients by the implicit function theorem.
 
     The event moves with everything that moves `event_fn(t, y(t))`. Newton's iteration on it, from the event itself and

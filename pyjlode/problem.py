@@ -75,7 +75,7 @@ class Layout:
     def unflatten(self, flat: Tensor) -> Any:
         """Tensor of shape (*lead, size) -> pytree with leaves of shape (*lead, *shape)."""
         if self.bare:
-            return flat.reshape(flat.shape[:-1] + self.shapes[0])
+            return flat if len(self.shapes[0]) == 1 else flat.reshape(flat.shape[:-1] + self.shapes[0])
         return pytree.tree_unflatten(self.leaves(flat), self.spec)
 
 
@@ -134,7 +134,8 @@ def rms_norm(y: Tensor) -> float:
 def is_finite(x: Tensor) -> bool:
     """Whether every element is finite. The sum tells in one kernel, unless large numbers overflow in it."""
     if x.numel() <= FEW and x.device.type == "cpu":
-        return all(map(math.isfinite, x.reshape(-1).tolist()))
+        return all(map(math.isfinite, x.tolist() if x.ndim == 1 else x.reshape(-1).tolist()))
+    x = x.detach()
     return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
@@ -175,7 +176,8 @@ class SolverOptions:
         consistent: with a singular mass matrix, "check" refuses an `h0` that the algebraic equations do not hold for;
             "compute" changes its algebraic part until they do (Brown, Hindmarsh & Petzold 1998).
         allow_unstable: let `adjoint="backsolve"` solve a stiff system backward.
-        specialize: "full" compiles Julia's solver for this very `julia_function`: seconds once, and then it is faster.
+        specialize: "full" compiles Julia's solver for this very f, if that is a `julia_function`, or is compiled and
+            the method explicit: it takes seconds once, and then solves are faster.
         progress: show a bar on standard error while the forward solve runs.
         solver: name of the `scipy.integrate.solve_ivp` method.
     """
@@ -268,6 +270,8 @@ class ODEProblem:
         products: `v -> J v` and `v -> Jᵀ v` at a time t, `(t: 0-d, v: (n,)) -> (n,)`, for a large linear f.
         jac: `(t: 0-d, y: (n,)) -> (B, n / B, n / B)` or what reshapes to it, the user's df/dy.
         compile: whether the Julia engine must (True), may (None) or must not (False) compile f.
+        repeats: what an engine keeps for problems that are this one but for f's tensors and the values of y0; None
+            where there is no other known.
     """
 
     f: Field
@@ -293,6 +297,7 @@ class ODEProblem:
     adjoint: AdjointSettings | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
     compile: bool | None = None
+    repeats: dict[str, Any] | None = None
 
     @property
     def direction(self) -> float:
@@ -302,3 +307,11 @@ class ODEProblem:
     def time(self, t: float) -> Tensor:
         """`t` as f sees it: a 0-d tensor of the state's dtype and device."""
         return torch.tensor(t, dtype=self.y0.dtype, device=self.y0.device)
+
+
+def like(x: Any, **changes: Any) -> Any:
+    """A dataclass as `x` but for some attributes: `dataclasses.replace` without its checks, which for a problem take
+    ten times as long as the rest."""
+    new = object.__new__(type(x))
+    new.__dict__ = {**x.__dict__, **changes}
+    return new

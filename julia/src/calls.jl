@@ -86,9 +86,25 @@ end
 "The number of a [`Solve`](@ref), which looks at the memory of the request for as long as it is held."
 function call_solve(field::Int64, alg::Int64, request::Ptr{Request}, outcome::Ptr{Outcome})
     return answer() do
-        s, o = solve(HELD[field], HELD[alg], unsafe_load(request))
+        r = unsafe_load(request)
+        s, o = solve(r.full == 0 ? HELD[field] : inlined(HELD[field]), HELD[alg], r)
         unsafe_store!(outcome, o)
         hold(s)
+    end
+end
+
+"The number of a [`Repeated`](@ref), which does not look at the memory of the request afterwards."
+function call_repeated(field::Int64, alg::Int64, request::Ptr{Request})
+    return answer() do
+        r = unsafe_load(request)
+        hold(Repeated(r.full == 0 ? HELD[field] : inlined(HELD[field]), HELD[alg], r))
+    end
+end
+
+function call_again(s::Int64, u0::Int64, out::Int64, outcome::Ptr{Outcome})
+    return answer() do
+        unsafe_store!(outcome, again!(HELD[s], u0, out))
+        Int64(1)
     end
 end
 
@@ -136,6 +152,8 @@ function addresses()
         evaluate = @cfunction(call_evaluate, Int64, (Int64, Int64, Int64, Int64, Int64, Int64, Int64, Float64)),
         algorithm = @cfunction(call_algorithm, Int64, (Cstring,)),
         solve = @cfunction(call_solve, Int64, (Int64, Int64, Ptr{Request}, Ptr{Outcome})),
+        repeated = @cfunction(call_repeated, Int64, (Int64, Int64, Ptr{Request})),
+        again = @cfunction(call_again, Int64, (Int64, Int64, Int64, Ptr{Outcome})),
         sweep = @cfunction(call_sweep, Int64, (Int64, Int64, Ptr{Request}, Ptr{Systems}, Ptr{Outcome})),
         interpolate = @cfunction(call_interpolate, Int64, (Int64, Int64, Int64, Int64)),
         adjoint = @cfunction(call_adjoint, Int64, (Int64, Cstring, Int64, Ptr{AdjointRequest})),

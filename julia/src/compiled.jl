@@ -230,8 +230,13 @@ function compile(::Type{T}, text::AbstractString) where {T}
             end
         end
     )
-    return Core.eval(m, :(@cfunction(entry, Cvoid, (Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Cdouble))))
+    address = Core.eval(m, :(@cfunction(entry, Cvoid, (Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Cdouble))))
+    COMPILED[address] = f
+    return address
 end
+
+"The Julia functions of the C functions that `compile` made, by their addresses."
+const COMPILED = Dict{Ptr{Cvoid}, Any}()
 
 """
 A field of compiled functions, 0 where there is none. Layout as in C.
@@ -285,23 +290,60 @@ function set_held!(field::Field, place, value)
     return nothing
 end
 
-plain(x::Union{Array, Base.FastContiguousSubArray}) = x
-plain(x::AbstractArray) = copyto!(similar(x, length(x)), x)
+const Contiguous{T} = Union{Array{T}, Base.FastContiguousSubArray{T}}
+
+plain(x::Contiguous) = x
+plain(x::AbstractArray{T}) where {T} = copyto!(Vector{T}(undef, length(x)), x)
 plain(x::SparseMatrixCSC) = nonzeros(x)
 
 "Call a compiled function; `v` is anything where it takes none. All arrays are of `T`, and none of dual numbers."
 function native(
+        field::Field{T}, f::Ptr{Cvoid}, out::Contiguous{T}, v::Contiguous{T}, u::Contiguous{T}, p::Contiguous{T}, t
+    ) where {T}
+    # The caller keeps its arguments alive, and so `field` what it holds: to root that anew takes a third of the call.
+    GC.@preserve field out v u p begin
+        @ccall $f(
+            pointer(out)::Ptr{T}, pointer(v)::Ptr{T}, pointer(u)::Ptr{T}, pointer(p)::Ptr{T},
+            pointer(field.constants)::Ptr{T}, pointer(field.work)::Ptr{T}, t::Cdouble
+        )::Cvoid
+    end
+    return nothing
+end
+
+function native(
         field::Field{T}, f::Ptr{Cvoid}, out::AbstractArray{T}, v::AbstractArray{T}, u::AbstractArray{T},
         p::AbstractArray{T}, t
     ) where {T}
-    into, a, b, c = plain(out), plain(v), plain(u), plain(p)
-    (; constants, work) = field
-    GC.@preserve into a b c constants work begin
-        @ccall $f(
-            pointer(into)::Ptr{T}, pointer(a)::Ptr{T}, pointer(b)::Ptr{T}, pointer(c)::Ptr{T}, pointer(constants)::Ptr{T},
-            pointer(work)::Ptr{T}, t::Cdouble
-        )::Cvoid
-    end
+    into = plain(out)
+    native(field, f, into, plain(v), plain(u), plain(p), t)
     into === out || out isa SparseMatrixCSC || copyto!(out, into)
     return nothing
 end
+
+"A compiled function as Julia's solvers take them, for one that is compiled for it."
+struct Inlined{T, F}
+    f::F
+    field::Field{T}
+end
+
+function (x::Inlined{T})(du::Contiguous{T}, u::Contiguous{T}, p::Contiguous{T}, t) where {T}
+    (; f, field) = x
+    GC.@preserve field du u p begin
+        at = Numbers(pointer(u))
+        f(
+            Numbers(pointer(du)), at, at, Numbers(pointer(p)), Numbers(pointer(field.constants)),
+            Numbers(pointer(field.work)), T(t)
+        )
+    end
+    return nothing
+end
+
+"""
+The same field for a solver that is to be compiled for it, if nothing but itself is asked for: explicit methods, without
+an adjoint.
+"""
+function inlined(field::Field{T}) where {T}
+    field.native && field.jac == C_NULL && field.vjp == C_NULL || return field
+    return Source{T}(field.n, Inlined(COMPILED[field.f], field), field.parameters, field.event)
+end
+inlined(field) = field

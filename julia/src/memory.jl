@@ -28,7 +28,7 @@ What a solve is asked for. Layout as in C: the caller fills one in its own memor
   - `mass`: of `T`, the mass matrix in column-major order; empty for the identity.
   - `first_step`: 0 lets the solver choose; with `fixed` it is the step, and 0 steps from time to time.
   - `fixed`: no control of the step size. `dense`: keep what dense output and adjoints need. `full`: compile the solver
-    for a [`Source`](@ref) of its own.
+    for this very field, where that is a [`Source`](@ref) or [`inlined`](@ref).
 """
 struct Request
     u0::Lent
@@ -82,6 +82,7 @@ How a solve went. As [`Request`](@ref).
   - `code`: name of the `ReturnCode`, zero-terminated, for ever.
   - `t`, `dt`: where it ended, and the step it was about to take.
   - `event_time`: NaN where no event ended it. `system`: of several, the one that this is of, from 1.
+  - `finite`: whether all states are.
 """
 struct Outcome
     code::Ptr{UInt8}
@@ -95,6 +96,7 @@ struct Outcome
     nnewton::Int64
     nf::Int64
     system::Int64
+    finite::Int64
 end
 
 """

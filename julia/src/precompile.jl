@@ -73,9 +73,9 @@ function c_compiled(
     return nothing
 end
 
-"Two systems u' = -u in one sweep."
+"Two systems u' = -u, u(0) = 1, over [0, 1] in one sweep, and then the first by itself: their states, and its."
 function sweep_linear(text)
-    u0, times, out, slopes = ones(2), [0.0, 1.0], zeros(4), zeros(2)
+    u0, times, out, alone, slopes = ones(2), [0.0, 1.0], zeros(4), zeros(2), zeros(2)
     rtol, atol, none, nowhere = [1.0e-4], [1.0e-6], Float64[], Int64[]
     f = @cfunction(
         c_compiled, Cvoid,
@@ -83,7 +83,7 @@ function sweep_linear(text)
     )
     functions = [CompiledFunctions(1, f, fill(C_NULL, 6)..., lend.((none, none, none, nowhere, nowhere))...)]
     systems, outcome = [Systems(2, lend(nowhere), lend(none), lend(slopes))], Vector{Outcome}(undef, 1)
-    GC.@preserve u0 times out slopes rtol atol none nowhere functions systems outcome text begin
+    GC.@preserve u0 times out alone slopes rtol atol none nowhere functions systems outcome text begin
         request = [
             Request(
                 lend.((u0, out, times, nowhere, rtol, atol, none, none, none))..., 0.0, 0.0, Inf, 100_000, 0, 0, 0
@@ -94,11 +94,14 @@ function sweep_linear(text)
             field = call_compiled_field(64, pointer(functions))
             done = call_sweep(field, alg, pointer(request), pointer(systems), pointer(outcome))
             done == 0 && error(FAILURE[])
-            numbers = [alg, field]
-            call_release(pointer(numbers), 2)
+            repeated = call_repeated(field, alg, pointer(request))
+            again = call_again(repeated, address(u0), address(alone), pointer(outcome))
+            again == 0 && error(FAILURE[])
+            numbers = [alg, field, repeated]
+            call_release(pointer(numbers), 3)
         end
     end
-    return out
+    return out, alone
 end
 
 const IMPLICIT = (

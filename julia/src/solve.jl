@@ -19,12 +19,19 @@ mutable struct Outputs{T}
     next::Int
 end
 
-always(u, t, integrator) = true
+due(o::Outputs, t, tdir) = o.next <= length(o.times) && tdir * o.times[o.next] <= tdir * t
+
+"Whether the solver has passed an output time that is not written."
+struct Due{T}
+    outputs::Outputs{T}
+end
+
+(d::Due)(u, t, integrator) = due(d.outputs, t, integrator.tdir)
 
 function (o::Outputs)(integrator)
     u_modified!(integrator, false)
     (; t, tdir) = integrator
-    while o.next <= length(o.times) && tdir * o.times[o.next] <= tdir * t
+    while due(o, t, tdir)
         column = view(o.out, :, o.system, o.next)
         time = o.times[o.next]
         time == t ? copyto!(column, integrator.u) : integrator(column, time)
@@ -104,7 +111,37 @@ function solve(field::Union{Field{T}, Source{T}}, alg, r::Request) where {T}
     integrator = prepare(field, alg, r, u0, Outputs{T}(event === nothing ? times : times[1:1], states, 1, 2), event)
     sol = solve!(integrator)
     event === nothing || copyto!(view(states, :, 1, 2), integrator.u)
-    return Solve{T, typeof(field)}(field, sol), Outcome(sol, integrator, event === nothing ? NaN : event.time, 1)
+    time = event === nothing ? NaN : event.time
+    return Solve{T, typeof(field)}(field, sol), Outcome(sol, integrator, states, time, 1)
+end
+
+"A solve to be made again and again from other first states, with the integrator made once: it keeps no dense output."
+struct Repeated{T, I}
+    u0::Vector{T}
+    outputs::Outputs{T}
+    integrator::I
+end
+
+function Repeated(field::Union{Field{T}, Source{T}}, alg, r::Request) where {T}
+    times, u0 = copy(Vector{Float64}(r.times)), Vector{T}(r.u0)[1:(field.n)]
+    outputs = Outputs{T}(times, Array{T}(undef, field.n, 1, length(times)), 1, 2)
+    integrator = prepare(field, alg, r, u0, outputs, nothing)
+    return Repeated{T, typeof(integrator)}(u0, outputs, integrator)
+end
+
+"Solve from the state at the address `u0`, and write the states at the output times to `out`; returns the outcome."
+function again!(s::Repeated{T}, u0::Int64, out::Int64) where {T}
+    (; outputs, integrator) = s
+    states = outputs.out
+    unsafe_copyto!(pointer(s.u0), Ptr{T}(pointer_to(u0)), length(s.u0))
+    copyto!(view(states, :, 1, 1), s.u0)
+    outputs.next = 2
+    (; stats) = integrator  # `reinit!` counts on
+    stats.nf = stats.naccept = stats.nreject = stats.njacs = stats.nw = stats.nnonliniter = 0
+    restart!(integrator, s.u0)
+    sol = solve!(integrator)
+    unsafe_copyto!(Ptr{T}(pointer_to(out)), pointer(states), length(states))
+    return Outcome(sol, integrator, states, NaN, 1)
 end
 
 "The integrator of a solve from `u0`, at the first of the request's times."
@@ -114,7 +151,7 @@ function prepare(field, alg, r::Request, u0::Vector{T}, outputs::Outputs{T}, eve
     span = event === nothing ? (times[1], times[end]) : (times[1], direction * Inf)
     mass = r.mass.length == 0 ? I : copy(reshape(Vector{T}(r.mass), field.n, field.n))
     problem = ODEProblem(ode_function(field; mass_matrix = mass, full = r.full != 0), u0, span, field.parameters)
-    written = DiscreteCallback(always, outputs; save_positions = (false, false))
+    written = DiscreteCallback(Due(outputs), outputs; save_positions = (false, false))
     callback = if event === nothing
         CallbackSet(written)
     else
@@ -139,11 +176,11 @@ function prepare(field, alg, r::Request, u0::Vector{T}, outputs::Outputs{T}, eve
     )
 end
 
-function Outcome(sol, integrator, event_time, system)
+function Outcome(sol, integrator, states, event_time, system)
     (; stats, retcode) = sol
     return Outcome(
         code_name(retcode), integrator.t, integrator.dt, event_time, stats.naccept, stats.nreject, stats.njacs, stats.nw,
-        stats.nnonliniter, stats.nf, system,
+        stats.nnonliniter, stats.nf, system, all(isfinite, states),
     )
 end
 
@@ -171,21 +208,8 @@ function sweep(field::Field{T}, alg, r::Request, s::Systems) where {T}
     outcomes = Vector{Outcome}(undef, length(parts))
     function solve_part(k, part)
         own = copy(field)
-        u0 = first_states[:, first(part)]
-        outputs = Outputs{T}(times, states, first(part), 2)
-        integrator = nothing
-        for i in part
-            for (place, value) in zip(places, view(values, :, i))
-                set_held!(own, place, value)
-            end
-            copyto!(u0, view(first_states, :, i))
-            native(own, own.f, view(slopes, :, i), u0, u0, own.parameters, times[1])
-            outputs.system, outputs.next = i, 2
-            integrator = begin_again!(integrator, own, alg, r, u0, outputs)
-            sol = solve!(integrator)
-            outcomes[k] = Outcome(sol, integrator, NaN, i)
-            sol.retcode == ReturnCode.Success || break
-        end
+        solved = r.full == 0 ? own : inlined(own)
+        outcomes[k] = solve_each(part, own, solved, alg, r, first_states, places, values, slopes, times, states)
         return nothing
     end
     if length(parts) == 1
@@ -198,17 +222,47 @@ function sweep(field::Field{T}, alg, r::Request, s::Systems) where {T}
     return reduce(together, outcomes)
 end
 
-begin_again!(::Nothing, field, alg, r, u0, outputs) = prepare(field, alg, r, u0, outputs, nothing)
-begin_again!(integrator, field, alg, r, u0, outputs) = (reinit!(integrator, u0); integrator)
+"The outcome of the systems `part`, or of the first that fails, with the work of all; `solved` is `own`, as it is solved."
+function solve_each(part, own::Field{T}, solved, alg, r, first_states, places, values, slopes, times, states) where {T}
+    u0 = first_states[:, first(part)]
+    outputs = Outputs{T}(times, states, first(part), 2)
+    integrator = nothing
+    local outcome
+    for i in part
+        for (place, value) in zip(places, view(values, :, i))
+            set_held!(own, place, value)
+        end
+        copyto!(u0, view(first_states, :, i))
+        native(own, own.f, view(slopes, :, i), u0, u0, own.parameters, times[1])
+        outputs.system, outputs.next = i, 2
+        integrator = begin_again!(integrator, solved, alg, r, u0, outputs)
+        sol = solve!(integrator)
+        outcome = Outcome(sol, integrator, view(states, :, i, :), NaN, i)
+        succeeded(outcome) || break
+    end
+    return outcome
+end
 
-succeeded(o::Outcome) = o.code == code_name(ReturnCode.Success)
+begin_again!(::Nothing, field, alg, r, u0, outputs) = prepare(field, alg, r, u0, outputs, nothing)
+begin_again!(integrator, field, alg, r, u0, outputs) = restart!(integrator, u0)
+
+function restart!(integrator, u0)
+    reinit!(integrator, u0)
+    # It chooses a first step, but leaves one that was asked for as the last solve left it.
+    if !iszero(integrator.dtcache)
+        integrator.dt = integrator.dtpropose = integrator.dtcache
+    end
+    return integrator
+end
+
+succeeded(o::Outcome) = o.code == code_name(ReturnCode.Success) && o.finite != 0
 
 "The outcome of the first that failed, with the work of both."
 function together(a::Outcome, b::Outcome)
     o = succeeded(a) && !succeeded(b) ? b : a
     return Outcome(
         o.code, o.t, o.dt, o.event_time, a.naccept + b.naccept, a.nreject + b.nreject, a.njac + b.njac, a.nlu + b.nlu,
-        a.nnewton + b.nnewton, a.nf + b.nf, o.system,
+        a.nnewton + b.nnewton, a.nf + b.nf, o.system, o.finite,
     )
 end
 

@@ -110,12 +110,14 @@ end
         @test sizeof(Request) == 9 * 16 + 7 * 8
         @test sizeof(AdjointRequest) == 6 * 16 + 8
         @test sizeof(Functions) == 9 * 8
-        @test sizeof(Outcome) == 11 * 8
+        @test sizeof(Outcome) == 12 * 8
         @test sizeof(Systems) == 8 + 3 * 16
     end
 
     @testset "systems of a sweep end where each would" begin
-        @test all(abs.(PyJLODE.sweep_linear("Tsit5()") .- [1, 1, exp(-1), exp(-1)]) .< 1.0e-4)
+        states, alone = PyJLODE.sweep_linear("Tsit5()")
+        @test all(abs.(states .- [1, 1, exp(-1), exp(-1)]) .< 1.0e-4)
+        @test alone == states[[1, 3]]
     end
 
     @testset "$text, $T, to $last" for text in ("DP5()", "Tsit5()", "BS3()", "DP8()", "Vern7()", "Vern9()"),

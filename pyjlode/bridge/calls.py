@@ -23,6 +23,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "evaluate": (_I, _I, _I, _I, _I, _I, _I, _I, ctypes.c_double),
     "algorithm": (_I, ctypes.c_char_p),
     "solve": (_I, _I, _I, _P, _P),
+    "repeated": (_I, _I, _I, _P),
+    "again": (_I, _I, _I, _I, _P),
     "sweep": (_I, _I, _I, _P, _P, _P),
     "interpolate": (_I, _I, _I, _I, _I),
     "adjoint": (_I, _I, ctypes.c_char_p, _I, _P),
@@ -118,6 +120,16 @@ class Calls:
         outcome = Outcome()
         number = self._c["solve"](field.number, algorithm.number, request.address, ctypes.addressof(outcome))
         return self._held(number, (field, request)), outcome
+
+    def repeated(self, field: Held, algorithm: Held, request: Request) -> Held:
+        """A solve to be made again and again by a compiled field."""
+        return self._held(self._c["repeated"](field.number, algorithm.number, request.address), field)
+
+    def again(self, repeated: Held, y0: torch.Tensor, out: torch.Tensor) -> Outcome:
+        """Make such a solve from y0, shape (n,), to out, shape (T, n)."""
+        outcome = Outcome()
+        self._check(self._c["again"](repeated.number, y0.data_ptr(), out.data_ptr(), ctypes.addressof(outcome)))
+        return outcome
 
     def sweep(self, field: Held, algorithm: Held, request: Request, systems: Systems) -> Outcome:
         """Solve independent systems, each by itself: the outcome of the first that failed, with the work of all."""

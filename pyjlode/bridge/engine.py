@@ -15,12 +15,12 @@ from .. import ends, forward
 from ..errors import BadOption, NonFiniteState, NotCompiled, NotConverged, SolveError
 from ..gradients import Gradients, time_gradient
 from ..methods import Method
-from ..problem import NO_OPTIONS, ODEProblem, is_finite
+from ..problem import NO_OPTIONS, ODEProblem
 from ..solution import Stats
 from . import runtime
 from .calls import Calls, Held
 from .function import JuliaFunction
-from .memory import AdjointRequest, Request
+from .memory import AdjointRequest, Outcome, Request
 from .rhs import RHS, Callbacks, Source
 from .sweep import Sweep
 
@@ -149,6 +149,8 @@ def slope(p: ODEProblem, t: Tensor, y: Tensor) -> Tensor:
 
 def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = False) -> Record:
     assert not recorded, "the front door keeps solves that autograd must follow from this engine"
+    if not dense and (states := _again(p, stats, "f")) is not None:
+        return Record(states)
     return _solve(p, stats, None, dense)[0]
 
 
@@ -156,6 +158,9 @@ def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = F
     """Solve `p` and keep what `vjp` needs for the gradient method named."""
     if gradient == "forward":
         ordered = _in_order(p) or p
+        if not dense and (states := _again(ordered, stats, "sensitivities")) is not None:
+            record = Record(states)
+            return Memory(ordered, record, gradient, None, None, forward.split(ordered, record), p.params)
         record, rhs, solution = _solve(forward.augment(ordered), stats, None, dense, ordered)
         return Memory(ordered, record, gradient, rhs, solution, forward.split(ordered, record), p.params)
     record, rhs, solution = _solve(p, stats, gradient, dense)
@@ -253,25 +258,53 @@ def _solve(
         else:
             rhs = _field(calls, p, gradient, stats, gradient is None and not dense, of)
             solution, outcome = _call(rhs, calls.solve, rhs.field, algorithm, request)
-    for name in ("naccept", "nreject", "njac", "nlu", "nnewton"):
-        setattr(stats, name, getattr(outcome, name))
-    code, t, dt, event_t = outcome.code.decode(), outcome.t, outcome.dt, outcome.event_time
+            if p.repeats is not None and not (rhs.functions or dense or gradient):
+                rhs.repeat(calls, algorithm, request)
     if isinstance(rhs, RHS):
         rhs.check_kept()
     else:
         (of or p).f.nfe += outcome.nf
-    if code not in ("Success", "Terminated", "Default"):
-        failure = _failure(p, code, t, dt)
-        if p.batch > 1:
-            failure.args = (f"system {outcome.system - 1} of the batch: {failure}",)
-        raise failure
-    if not is_finite(out):
-        raise NonFiniteState(f"{p.method.name}: the state is NaN or infinite by t={t:.6g}.", t=t, dt=dt)
+    _look_at(outcome, p, stats)
+    event_t = outcome.event_time
     kept = DenseOutput(rhs, solution) if solution and dense else None
     record = Record(out, kept, None if math.isnan(event_t) else event_t)
     if p.event_fn is not None and record.event_t is None:
-        raise ends.no_event(p, t, dt)
+        raise ends.no_event(p, outcome.t, outcome.dt)
     return record, rhs, solution
+
+
+def _look_at(outcome: Outcome, p: ODEProblem, stats: Stats) -> None:
+    """Take down the work of a solve, and raise if it failed."""
+    stats.naccept, stats.nreject, stats.njac = outcome.naccept, outcome.nreject, outcome.njac
+    stats.nlu, stats.nnewton = outcome.nlu, outcome.nnewton
+    if outcome.code in (b"Success", b"Terminated", b"Default") and outcome.finite:
+        return
+    code, t, dt = outcome.code.decode(), outcome.t, outcome.dt
+    failure = _failure(p, code, t, dt)
+    if p.batch > 1:
+        failure.args = (f"system {outcome.system - 1} of the batch: {failure}",)
+    raise failure
+
+
+def _again(p: ODEProblem, stats: Stats, name: str) -> Tensor | None:
+    """The states of a solve like an earlier one, shape (T, n); None where none was kept that is.
+
+    Args:
+        name: of the function that is the field's, "f" or "sensitivities".
+    """
+    if p.repeats is None or name not in p.repeats:
+        return None
+    repeated = p.repeats[name]
+    try:
+        with torch.no_grad(), runtime.julia() as calls:
+            out, outcome = repeated.solve(calls, p)
+        p.f.nfe += outcome.nf
+        _look_at(outcome, p, stats)
+    except BaseException:
+        p.repeats.pop(name, None)
+        raise
+    stats.compiled = repeated.program.mode
+    return out
 
 
 def _field(
@@ -330,6 +363,8 @@ def _algorithm(calls: Calls, method: Method, gradient: str | None) -> Held:
 
 
 def _failure(p: ODEProblem, code: str, t: float, dt: float) -> SolveError:
+    if code in ("Success", "Terminated", "Default"):
+        return NonFiniteState(f"{p.method.name}: the state is NaN or infinite by t={t:.6g}.", t=t, dt=dt)
     if code == "MaxIters":
         return ends.too_many_steps(p, t, dt, math.inf if p.event_fn else p.times[-1])
     if code == "DtLessThanMin":

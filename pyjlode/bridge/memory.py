@@ -110,7 +110,10 @@ class Outcome(Shown):
     _fields_ = (
         ("code", ctypes.c_char_p),
         *((name, ctypes.c_double) for name in ("t", "dt", "event_time")),
-        *((name, ctypes.c_int64) for name in ("naccept", "nreject", "njac", "nlu", "nnewton", "nf", "system")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("naccept", "nreject", "njac", "nlu", "nnewton", "nf", "system", "finite")
+        ),
     )
 
 

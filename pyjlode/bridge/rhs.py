@@ -19,7 +19,7 @@ from ..events import Margin
 from ..problem import Layout, ODEProblem
 from .calls import Calls, Held
 from .function import JuliaFunction
-from .memory import Clock, Functions, Views, look
+from .memory import Clock, Functions, Request, Views, look
 
 _PLAIN = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double)
 _PRODUCT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double)
@@ -100,6 +100,9 @@ class Callbacks:
             return 0
 
         return guarded
+
+    def repeat(self, calls: Calls, algorithm: Held, request: Request) -> None:
+        """Keep what makes the next such solve faster: nothing, where Python is called back."""
 
     def parameter_gradients(self, theta: Tensor) -> list[Tensor | None]:
         """Of a gradient by the parameters, shape (m,), those by `p.params`."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import enum
 import functools
 import types
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ _LIBRARIES = (
     "pyjlode",
 )
 _MODULE = frozenset(vars(nn.Module()))
+_HOOKS = tuple(sorted(name for name in _MODULE if name.endswith("hooks")))
 _SIMPLE = (
     bool,
     int,
@@ -99,6 +101,35 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
     return tuple(names)
 
 
+@functools.lru_cache(maxsize=1_000)
+def _kind(x: Any) -> str:
+    """The method of the walk for objects of type `x`."""
+    for kind, types_of_it in _KINDS.items():
+        if issubclass(x, types_of_it):
+            return kind
+    if x.__module__ == "numpy":
+        return "array"
+    return "opaque" if _library(x.__module__) else "object"
+
+
+_KINDS: dict[str, Any] = {
+    "simple": _SIMPLE,
+    "number": float,
+    "tensor": Tensor,
+    "module": nn.Module,
+    "function": types.FunctionType,
+    "method": types.MethodType,
+    "partial": functools.partial,
+    "mapping": dict,
+    "sequence": (list, tuple),
+    "set": (set, frozenset),
+    "type": type,
+    "accessor": property,
+    "wrapper": (staticmethod, classmethod),
+    "library": types.ModuleType,
+}
+
+
 class _Walk:
     def __init__(self) -> None:
         self.key: list[Any] = []
@@ -106,61 +137,64 @@ class _Walk:
         self.seen: dict[int, int] = {}
 
     def visit(self, x: Any) -> None:
-        key = self.key
-        if isinstance(x, _SIMPLE):
-            key.append((type(x), x))
+        of: Any = type(x)
+        kind = _kind(of)
+        if kind == "simple":
+            self.key.append((type(x), x))
             return
-        if isinstance(x, float):
-            key.append((float, x if x else str(x)))  # 0.0 == -0.0
+        if kind == "number":
+            self.key.append((float, x if x else str(x)))  # 0.0 == -0.0
             return
-        before = self.seen.get(id(x))
+        seen = self.seen
+        before = seen.get(id(x))
         if before is not None:
-            key.append(before)
+            self.key.append(before)
             return
-        if len(self.seen) > _LIMIT:
+        if len(seen) > _LIMIT:
             raise NotCompiled("f holds too many objects to compare at every solve")
-        self.seen[id(x)] = len(self.seen)
-        if isinstance(x, Tensor):
-            self.tensor(x)
-        elif isinstance(x, nn.Module):
-            self.module(x)
-        elif isinstance(x, types.FunctionType):
-            self.function(x)
-        elif isinstance(x, types.MethodType):
-            self.visit(x.__func__)
-            self.visit(x.__self__)
-        elif isinstance(x, functools.partial):
-            key.append(functools.partial)
-            for part in (x.func, x.args, x.keywords):
-                self.visit(part)
-        elif isinstance(x, dict):
-            key.append((type(x), len(x)))
-            for name, value in x.items():
-                self.visit(name)
-                self.visit(value)
-        elif isinstance(x, (list, tuple)):
-            key.append((type(x), len(x)))
-            for value in x:
-                self.visit(value)
-        elif isinstance(x, (set, frozenset)):
-            if not all(isinstance(value, (*_SIMPLE, float)) for value in x):
-                raise NotCompiled("f holds a set of objects, which has no order to compare by")
-            key.append((type(x), frozenset(x)))
-        elif isinstance(x, type):
-            self.type(x)
-        elif isinstance(x, property):
-            for function in (x.fget, x.fset):
-                self.visit(function)
-        elif isinstance(x, (staticmethod, classmethod)):
-            self.visit(x.__func__)
-        elif isinstance(x, types.ModuleType):
-            key.append((types.ModuleType, x.__name__))
-        elif type(x).__module__ == "numpy":
-            self.array(x)
-        elif _library(type(x).__module__) and not hasattr(x, "__dict__"):
-            self.identity(x)
-        else:
+        seen[id(x)] = len(seen)
+        getattr(self, kind)(x)
+
+    def method(self, x: types.MethodType) -> None:
+        self.visit(x.__func__)
+        self.visit(x.__self__)
+
+    def partial(self, x: functools.partial) -> None:
+        self.key.append(functools.partial)
+        for part in (x.func, x.args, x.keywords, x.__dict__):
+            self.visit(part)
+
+    def mapping(self, x: dict) -> None:
+        self.key.append((type(x), len(x)))
+        for name, value in x.items():
+            self.visit(name)
+            self.visit(value)
+
+    def sequence(self, x: Sequence[Any]) -> None:
+        self.key.append((type(x), len(x)))
+        for value in x:
+            self.visit(value)
+
+    def set(self, x: set | frozenset) -> None:
+        if not all(isinstance(value, (*_SIMPLE, float)) for value in x):
+            raise NotCompiled("f holds a set of objects, which has no order to compare by")
+        self.key.append((type(x), frozenset(x)))
+
+    def accessor(self, x: property) -> None:
+        for function in (x.fget, x.fset):
+            self.visit(function)
+
+    def wrapper(self, x: staticmethod | classmethod) -> None:
+        self.visit(x.__func__)
+
+    def library(self, x: types.ModuleType) -> None:
+        self.key.append((types.ModuleType, x.__name__))
+
+    def opaque(self, x: Any) -> None:
+        if hasattr(x, "__dict__"):
             self.object(x)
+        else:
+            self.identity(x)
 
     def identity(self, x: Any) -> None:
         self.key.append(("id", id(x), x if x.__hash__ is not None else None))  # held by the key: no other gets its id
@@ -194,10 +228,9 @@ class _Walk:
             for key, value in state[name].items():
                 self.key.append(key)
                 self.visit(value)
-        for name, value in state.items():
-            if name not in _MODULE or (name.endswith("hooks") and value):
-                self.key.append(name)
-                self.visit(value)
+        for name in [name for name in state if name not in _MODULE] + [name for name in _HOOKS if state.get(name)]:
+            self.key.append(name)
+            self.visit(state[name])
 
     def object(self, x: Any) -> None:
         self.visit(type(x))
@@ -233,7 +266,7 @@ class _Walk:
                 self.key.append(None)
         self.visit(f.__defaults__)
         self.visit(f.__kwdefaults__)
-        self.visit(getattr(f, "__wrapped__", None))
+        self.visit(f.__dict__)
         if _library(f.__module__):
             return
         names = _names(f.__code__)

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,17 +15,19 @@ from ...derivatives import REFUSALS, directional_by_reverse, jacobian
 from ...derivatives import vjp as torch_vjp
 from ...errors import NotCompiled
 from ...methods import Method
-from ...problem import FEW, Layout, ODEProblem
-from ..calls import Calls
-from ..memory import CompiledFunctions
+from ...problem import FEW, Layout, ODEProblem, like
+from ..calls import Calls, Held
+from ..memory import CompiledFunctions, Outcome, Request
 from ..rhs import Callbacks
-from .program import program_of, refuse
+from .program import Program, program_of, refuse
 
 _ADDRESS = ctypes.c_void_p
 _FUNCTION = ctypes.PYFUNCTYPE(None, *[_ADDRESS] * 6, ctypes.c_double)
 # What an order of summation may change, of a number and of the largest beside it.
 _TOLERANCE = {torch.float64: (1e-7, 1e-10), torch.float32: (2e-3, 2e-5)}
 _POINTS = 3
+# Numbers in a state up to which integrators are kept: each keeps some twenty states.
+_REPEATED = 10_000
 
 
 class Compiled(Callbacks):
@@ -49,8 +51,7 @@ class Compiled(Callbacks):
         self.of = of or p
         self.program, source = program_of(self.of.f, self.of.y0, at_once=bool(p.compile))
         program = self.program
-        tensors = [source.tensors[i] for i in program.trace.slots]
-        trained, constants = tensors[: program.trace.trained], tensors[program.trace.trained :]
+        trained, constants = program.read(source)
         self._check_parameters(self.of, trained, gradient or ("forward" if of else None))
         self.trained = trained
         names = ["f"]
@@ -67,7 +68,8 @@ class Compiled(Callbacks):
             names += ["vjp", "vjp_p"]
         addresses = {name: program.address(calls, name) for name in names}
         # One field for all solves that leave nothing behind: they come one after the other.
-        again = program.passing.get(tuple(names)) if passing and not self.functions else None
+        passing = passing and not self.functions
+        again = program.passing.get(tuple(names)) if passing else None
         if again is None:
             fields = {"f" if name == "sensitivities" else name: address for name, address in addresses.items()}
             functions = CompiledFunctions(n=self.n, event=self.pointers.get("event", 0), **fields)
@@ -79,13 +81,20 @@ class Compiled(Callbacks):
             if "jac" in names and program.pattern is not None:
                 functions.lend(columns=program.pattern.columns, rows=program.pattern.rows)
             again = calls.compiled_field(self.dtype, functions), functions.tensors
-            if passing and not self.functions:
+            if passing:
                 program.passing[tuple(names)] = again
         else:
-            _flat(trained, self.dtype, again[1]["theta"])
-            _flat(constants, self.dtype, again[1]["constants"])
+            fill(again[1], trained, constants)
         self.field, self.memory = again
+        self.value = names[0]
         self.verify(names, addresses)
+
+    def repeat(self, calls: Calls, algorithm: Held, request: Request) -> None:
+        """Keep for the next such problem an integrator, which is to hold but little memory."""
+        if self.n <= _REPEATED and _explicit(self.p.method) and self.p.repeats is not None:
+            held = calls.repeated(self.field, algorithm, request)
+            start = self.p.y0.clone() if self.value == "sensitivities" else None
+            self.p.repeats[self.value] = Repeated(held, self.program, self.memory, start, len(self.p.times))
 
     def _check_parameters(self, p: ODEProblem, trained: Sequence[Tensor], gradient: str | None) -> None:
         if gradient is None:
@@ -120,12 +129,14 @@ class Compiled(Callbacks):
             NotCompiled: they differ; a warning shows by how much.
         """
         p, n = self.p, self.n
-        y0 = p.y0.detach().contiguous()
         f0, value = self.of.f0, names[0]
-        if f0 is not None and value in self.program.verified:
+        fresh = [name for name in names if name not in self.program.verified]
+        if not fresh and f0 is None:
+            return
+        y0 = p.y0.detach().contiguous()
+        if f0 is not None and value not in fresh:
             got = self.call(addresses[value], torch.empty_like(y0), p.times[0], y0)
             self.compare(value, got[: len(f0)], f0, y0)
-        fresh = [name for name in names if name not in self.program.verified]
         if not fresh:
             return
         generator = torch.Generator().manual_seed(0)
@@ -195,6 +206,34 @@ class Compiled(Callbacks):
         raise NotCompiled(reason)
 
 
+@dataclass
+class Repeated:
+    """A solve that is made again and again, from other states and with other values of the tensors that f holds.
+
+    Attributes:
+        held: Julia's integrator.
+        memory: what it looks at: of the field's tensors.
+        start: the first state of the sensitivities, shape (n + n (n + m),); None where the state is without them.
+        count: of output times.
+    """
+
+    held: Held
+    program: Program
+    memory: dict[str, Tensor]
+    start: Tensor | None
+    count: int
+
+    def solve(self, calls: Calls, p: ODEProblem) -> tuple[Tensor, Outcome]:
+        """The states, shape (T, n) or with their sensitivities, and how it went."""
+        fill(self.memory, *self.program.read(p.f.program[1]))
+        y0 = p.y0
+        if self.start is not None:
+            self.start[: len(y0)] = y0
+            y0 = self.start
+        out = torch.empty(self.count, len(y0), dtype=y0.dtype)
+        return out, calls.again(self.held, y0, out)
+
+
 def in_order(p: ODEProblem) -> ODEProblem | None:
     """The problem with its parameters as the compiled functions have them; None where the field of the sensitivities
     is not compiled."""
@@ -207,12 +246,19 @@ def in_order(p: ODEProblem) -> ODEProblem | None:
         return None
     trained = [source.tensors[i] for i in program.trace.slots[: program.trace.trained]]
     same = {id(x) for x in trained} == {id(x) for x in p.params}
-    return replace(p, params=tuple(trained)) if same else None
+    return like(p, params=tuple(trained)) if same else None
 
 
 def _explicit(method: Method) -> bool:
     """Whether a solver asks for nothing but f."""
     return method.kind in ("adaptive", "fixed")
+
+
+def fill(memory: dict[str, Tensor], trained: Sequence[Tensor], constants: Sequence[Tensor]) -> None:
+    """Have a field look at the values of such tensors as they are now."""
+    for name, tensors in (("theta", trained), ("constants", constants)):
+        if tensors:
+            _flat(tensors, memory[name].dtype, memory[name])
 
 
 def _flat(tensors: Sequence[Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

@@ -42,6 +42,7 @@ class Program:
         work: numbers that the functions need room for.
         passing: by the names of its functions, a field of Julia's and the memory that it looks at, for solves that
             leave nothing behind.
+        plans: what the front door keeps of calls with such a field.
 
     Raises:
         NotCompiled: f is not to be had as Julia.
@@ -52,6 +53,7 @@ class Program:
         self.parameters = sum(x.numel() for x in trace.tensors[: trace.trained])
         self.verified: set[str] = set()
         self.passing: dict[tuple[str, ...], tuple[Any, dict[str, Tensor]]] = {}
+        self.plans: dict[tuple[Any, ...], Any] = {}
         self.work = 0
         self._texts: dict[str, str] = {}
         self._addresses: dict[str, int] = {}
@@ -61,6 +63,12 @@ class Program:
         except NotCompiled:
             self.mode = "array"
         _ = self.text("f")
+
+    def read(self, source: Held) -> tuple[list[Tensor], list[Tensor]]:
+        """Of the tensors that such a field holds, those that its functions take as parameters and as constants."""
+        trace = self.trace
+        tensors = [source.tensors[i] for i in trace.slots]
+        return tensors[: trace.trained], tensors[trace.trained :]
 
     def text(self, name: str) -> str:
         """Julia source of a function `f(out, v, u, p, c, w, t)`, one of `FUNCTIONS`, or "sensitivities", which is the
@@ -270,6 +278,19 @@ def program_of(field: Field, like: Tensor, *, at_once: bool = True) -> tuple[Pro
         raise NotCompiled(*found.args)
     field.program = found, source
     return field.program
+
+
+def known(field: Field, like: Tensor) -> Program | None:
+    """The program for a vector field, which then knows it, if it was made already."""
+    try:
+        source = held_by(field)
+    except NotCompiled:
+        return None
+    found = _programs.get((source.key, like.dtype, torch.get_default_dtype()))
+    if not isinstance(found, Program):
+        return None
+    field.program = found, source
+    return found
 
 
 def refuse(field: Field, like: Tensor, reason: str) -> None:

@@ -183,6 +183,8 @@ def _lift(module: fx.GraphModule, tensors: list[Tensor]) -> tuple[list[int], int
     for i in slots:
         with module.graph.inserting_after(last):
             last = module.graph.placeholder(f"held_{i}")
+        for name in {str(node.target) for node in found[i]}:
+            delattr(module, name)  # else the trace keeps the tensor of the user's alive
         for node in found[i]:
             node.replace_all_uses_with(last)
             module.graph.erase_node(node)

@@ -234,6 +234,26 @@ def test_what_is_solved_again_is_compiled():
     assert not solve(lambda t, h: -rate * h, runs[0].h[0], T, engine="julia", compile=False).stats.compiled
 
 
+@pytest.mark.parametrize("method", ["tsit5", "rodas5p"])
+def test_a_solver_compiled_for_it(method):
+    p, h0 = leaf(10.0, 28.0, 8 / 3), torch.tensor([1.0, 0.0, 0.0], dtype=F64)
+    kwargs = {"engine": "julia", "method": method, "compile": True, **TOL}
+    for specialize in ("auto", "full"):
+        kwargs["options"] = {"specialize": specialize}
+        hs = [odeint(lorenz(p.detach()), h0, T / 4, **kwargs) for _ in range(5)]
+        hs.append(odeint(lorenz(p), h0, T / 4, adjoint=True, **kwargs))
+        hs.append(solve(lorenz(p.detach()), h0, T / 4, **kwargs).interpolate(T / 4))
+        (slope,) = torch.autograd.grad(hs[-2].sum(), p)
+        if specialize == "auto":
+            want, by_p = hs[0], slope
+        assert all(torch.allclose(h, want, rtol=1e-6, atol=1e-6) for h in hs)
+        assert torch.allclose(slope, by_p, rtol=1e-5)
+    with torch.no_grad():
+        p.mul_(0.9)  # is read anew
+    h = odeint(lorenz(p.detach()), h0, T / 4, **kwargs)
+    assert torch.allclose(h, odeint(lorenz(p.detach()), h0, T / 4, engine="torch", **TOL), rtol=1e-6, atol=1e-6)
+
+
 def branches(t, h):
     return h if h.sum() > 10 else -h
 

@@ -62,6 +62,16 @@ def test_each_system_is_solved_as_if_alone(method):
         assert together.stats.naccept == sum(single.stats.naccept for single in alone)
 
 
+@pytest.mark.parametrize("options", [{"first_step": 1e-3}, {"max_step": 0.01}, {"specialize": "full"}])
+def test_each_system_has_the_options(options):
+    kwargs = {"engine": "julia", "compile": True, "method": "tsit5", "dense": False, **TOL}
+    h0 = START.expand(7, 3)
+    together = solve(lorenz(RHO), h0, T, options={"batch_dims": 1, **options}, **kwargs)
+    alone = [solve(lorenz(rho), START, T, options=options, **kwargs) for rho in RHO]
+    assert torch.allclose(together.h, torch.stack([single.h for single in alone], 1), rtol=1e-11, atol=1e-11)
+    assert together.stats.naccept == sum(single.stats.naccept for single in alone)
+
+
 def test_backward_in_time_from_own_starts():
     h0 = torch.randn(7, 3, dtype=F64)
     h = odeint(lorenz(RHO), h0, -T / 10, **TOL, **JULIA)
