@@ -87,6 +87,7 @@ def held_by(field: Field) -> Held:
     return Held((*whole.key, "parts", field.shape), tensors)
 
 
+@functools.lru_cache(maxsize=10_000)
 def _library(name: str | None) -> bool:
     return (name or "").partition(".")[0] in _LIBRARIES
 
@@ -221,14 +222,18 @@ class _Walk:
         self.key.append((type(x), x.shape, str(x.dtype), x.tobytes()))
 
     def module(self, x: nn.Module) -> None:
-        self.key.append((x.training, len(x._parameters), len(x._buffers), len(x._modules)))
-        self.visit(type(x))
         state = vars(x)
-        for name in ("_parameters", "_buffers", "_modules"):
-            for key, value in state[name].items():
+        groups = state["_parameters"], state["_buffers"], state["_modules"]
+        self.key.append((x.training, *map(len, groups)))
+        self.visit(type(x))
+        for group in groups:
+            for key, value in group.items():
                 self.key.append(key)
                 self.visit(value)
-        for name in [name for name in state if name not in _MODULE] + [name for name in _HOOKS if state.get(name)]:
+        names = sorted(state.keys() - _MODULE)
+        if any(map(state.get, _HOOKS)):
+            names += [name for name in _HOOKS if state.get(name)]
+        for name in names:
             self.key.append(name)
             self.visit(state[name])
 

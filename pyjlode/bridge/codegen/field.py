@@ -51,7 +51,8 @@ class Compiled(Callbacks):
         self.of = of or p
         self.program, source = program_of(self.of.f, self.of.y0, at_once=bool(p.compile))
         program = self.program
-        trained, constants = program.read(source)
+        tensors = program.read(source)
+        trained, constants = tensors[: program.trace.trained], tensors[program.trace.trained :]
         self._check_parameters(self.of, trained, gradient or ("forward" if of else None))
         self.trained = trained
         names = ["f"]
@@ -80,21 +81,25 @@ class Compiled(Callbacks):
             )
             if "jac" in names and program.pattern is not None:
                 functions.lend(columns=program.pattern.columns, rows=program.pattern.rows)
-            again = calls.compiled_field(self.dtype, functions), functions.tensors
+            memory = functions.tensors
+            parts = _parts(memory["theta"], trained) + _parts(memory["constants"], constants)
+            again = calls.compiled_field(self.dtype, functions), memory, parts
             if passing:
                 program.passing[tuple(names)] = again
         else:
-            fill(again[1], trained, constants)
-        self.field, self.memory = again
+            fill(again[2], tensors)
+        self.field, self.memory, self.parts = again
         self.value = names[0]
         self.verify(names, addresses)
 
     def repeat(self, calls: Calls, algorithm: Held, request: Request) -> None:
-        """Keep for the next such problem an integrator, which is to hold but little memory."""
-        if self.n <= _REPEATED and _explicit(self.p.method) and self.p.repeats is not None:
+        """Keep for the next such problem an integrator, if that holds but little memory and begins again as a new one
+        begins: most implicit ones begin with the Jacobian that they ended with."""
+        fresh = _explicit(self.p.method) or self.p.method.name == "rodas5p"
+        if fresh and self.n <= _REPEATED and self.p.repeats is not None:
             held = calls.repeated(self.field, algorithm, request)
             start = self.p.y0.clone() if self.value == "sensitivities" else None
-            self.p.repeats[self.value] = Repeated(held, self.program, self.memory, start, len(self.p.times))
+            self.p.repeats[self.value] = Repeated(held, self.program, self.parts, start, len(self.p.times))
 
     def _check_parameters(self, p: ODEProblem, trained: Sequence[Tensor], gradient: str | None) -> None:
         if gradient is None:
@@ -212,20 +217,20 @@ class Repeated:
 
     Attributes:
         held: Julia's integrator.
-        memory: what it looks at: of the field's tensors.
+        parts: of the memory that it looks at, one for each tensor of the field's.
         start: the first state of the sensitivities, shape (n + n (n + m),); None where the state is without them.
         count: of output times.
     """
 
     held: Held
     program: Program
-    memory: dict[str, Tensor]
+    parts: list[Tensor]
     start: Tensor | None
     count: int
 
     def solve(self, calls: Calls, p: ODEProblem) -> tuple[Tensor, Outcome]:
         """The states, shape (T, n) or with their sensitivities, and how it went."""
-        fill(self.memory, *self.program.read(p.f.program[1]))
+        fill(self.parts, self.program.read(p.f.program[1]))
         y0 = p.y0
         if self.start is not None:
             self.start[: len(y0)] = y0
@@ -254,18 +259,22 @@ def _explicit(method: Method) -> bool:
     return method.kind in ("adaptive", "fixed")
 
 
-def fill(memory: dict[str, Tensor], trained: Sequence[Tensor], constants: Sequence[Tensor]) -> None:
-    """Have a field look at the values of such tensors as they are now."""
-    for name, tensors in (("theta", trained), ("constants", constants)):
-        if tensors:
-            _flat(tensors, memory[name].dtype, memory[name])
+def fill(parts: list[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Have a field look at the values of tensors as they are now.
+
+    Args:
+        parts: of the field's memory, each of the shape of its tensor.
+    """
+    if parts:
+        torch._foreach_copy_(parts, list(tensors))
 
 
-def _flat(tensors: Sequence[Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def _parts(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [part.view(x.shape) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
+
+
+def _flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Tensors one after the other, shape (m,), as numbers of one type."""
     if not tensors:
         return torch.empty(0, dtype=dtype)
-    flat = [x.reshape(-1) for x in tensors]
-    if any(x.dtype != dtype or x.device.type != "cpu" for x in flat):
-        flat = [x.to("cpu", dtype) for x in flat]
-    return torch.cat(flat, out=out)
+    return torch.cat([x.reshape(-1).to("cpu", dtype) for x in tensors])

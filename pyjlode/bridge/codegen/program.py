@@ -40,8 +40,8 @@ class Program:
     Attributes:
         mode: "scalar" where that has few enough operations, else "array".
         work: numbers that the functions need room for.
-        passing: by the names of its functions, a field of Julia's and the memory that it looks at, for solves that
-            leave nothing behind.
+        passing: by the names of its functions, a field of Julia's and the memory that it looks at, whole and for
+            each of its tensors, for solves that leave nothing behind.
         plans: what the front door keeps of calls with such a field.
 
     Raises:
@@ -52,7 +52,7 @@ class Program:
         self.trace, self.n, self.dtype = trace, trace.like.numel(), trace.like.dtype
         self.parameters = sum(x.numel() for x in trace.tensors[: trace.trained])
         self.verified: set[str] = set()
-        self.passing: dict[tuple[str, ...], tuple[Any, dict[str, Tensor]]] = {}
+        self.passing: dict[tuple[str, ...], tuple[Any, dict[str, Tensor], list[Tensor]]] = {}
         self.plans: dict[tuple[Any, ...], Any] = {}
         self.work = 0
         self._texts: dict[str, str] = {}
@@ -64,11 +64,9 @@ class Program:
             self.mode = "array"
         _ = self.text("f")
 
-    def read(self, source: Held) -> tuple[list[Tensor], list[Tensor]]:
-        """Of the tensors that such a field holds, those that its functions take as parameters and as constants."""
-        trace = self.trace
-        tensors = [source.tensors[i] for i in trace.slots]
-        return tensors[: trace.trained], tensors[trace.trained :]
+    def read(self, source: Held) -> list[Tensor]:
+        """Of the tensors that such a field holds those that its functions read: its parameters, and then constants."""
+        return [source.tensors[i] for i in self.trace.slots]
 
     def text(self, name: str) -> str:
         """Julia source of a function `f(out, v, u, p, c, w, t)`, one of `FUNCTIONS`, or "sensitivities", which is the

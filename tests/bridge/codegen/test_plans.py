@@ -53,7 +53,7 @@ def repeats(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [None, {"first_step": 1e-3}, {"max_step": 0.05}])
-@pytest.mark.parametrize("method", ["tsit5", "dopri5", "vern7", "bosh3"])
+@pytest.mark.parametrize("method", ["tsit5", "dopri5", "vern7", "bosh3", "rodas5p"])
 def test_each_call_is_as_the_first(method, options, repeats):
     f, kwargs = lotka(rates()), {**JULIA, "method": method, "options": options, "dense": False}
     h0 = torch.tensor([1.0, 1.0], dtype=F64)
@@ -68,6 +68,14 @@ def test_each_call_is_as_the_first(method, options, repeats):
     # The 6th, 7th, 8th and 10th: others are read anew, and the 4th makes the integrator. If another test has compiled
     # such a field, all is one earlier.
     assert repeats.count in (4, 5)
+
+
+@pytest.mark.parametrize("method", ["rosenbrock23", "bdf", "radau5", "kvaerno5", "kencarp4", "trbdf2", "auto"])
+def test_implicit_methods_begin_anew(method, repeats):
+    f, h0, kwargs = lotka(rates()), torch.tensor([1.0, 1.0], dtype=F64), {**JULIA, "method": method, "rtol": 1e-6}
+    first = odeint(f, h0, T, **kwargs)
+    assert all(torch.equal(odeint(f, h0, T, **kwargs), first) for _ in range(CALLS))
+    assert repeats.count == 0
 
 
 def test_steps_of_one_size(repeats):
