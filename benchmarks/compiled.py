@@ -685,7 +685,9 @@ def size(rounds: int) -> None:
                 "called back": lambda: pyjlode.odeint(f, h0, t, engine="julia", compile=False, method="tsit5", **tol),
                 "native": lambda: pyjlode.odeint(f, h0, t, engine="torch", method="tsit5", **tol),
             }
-            mode = pyjlode.solve(f, h0, t, engine="julia", method="tsit5", dense=False, **tol).stats.compiled
+            mode = pyjlode.solve(
+                f, h0, t, engine="julia", compile=True, method="tsit5", dense=False, **tol
+            ).stats.compiled
             rows.append(compare(f"d = {d} ({mode})", runs, rounds))
         sizes.append(d)
         modes.append(mode)

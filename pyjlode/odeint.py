@@ -72,8 +72,8 @@ def odeint(
             several tensors: in each of them). A number, a tensor that broadcasts to `h0`, or a pytree with one for
             each tensor.
         engine: "julia" (DifferentialEquations.jl), "torch" (native), or "auto": Julia where it is set up and can solve
-            and differentiate this problem, else torch. `Solution.stats.reason` says why. The environment variable
-            PYJLODE_ENGINE sets what "auto" means.
+            and differentiate this problem, else torch; torch as well for explicit methods with large networks, where it
+            is faster. `Solution.stats.reason` says why. The environment variable PYJLODE_ENGINE sets what "auto" means.
         options: for the solver; torchdiffeq's names, see `pyjlode.problem.SolverOptions`.
         event_fn: `event_fn(t, h) -> Tensor`; the solve ends where the first of its elements crosses zero. `t` must
             then have two elements, of which the second gives the direction only.
@@ -330,11 +330,26 @@ def _engine(name: str, p: ODEProblem, adjoint: bool | str, *, recorded: bool = F
     obstacle = julia.cannot(p, gradient)
     if recorded:
         obstacle = "adjoint=False differentiates through the solver's own operations, which are not PyTorch's there"
+    if obstacle is None and name == "auto" and p.compile is None and _large(p):
+        return native, "f is large, its own time is what counts, and the native engine asks it less often"
     if obstacle is None:
         return julia, reason if name == "julia" else f"Julia is set up by {found.source}"
     if name == "julia":
         raise BadOption(f"the Julia engine cannot do this: {obstacle}. Change that, or use engine='torch'.")
     return native, f"the Julia engine cannot do this: {obstacle}"
+
+
+# Products of numbers in a call of f from which on nothing is gained by Julia: benchmarks/compiled.py --part size.
+_LARGE = 1_000_000
+
+
+def _large(p: ODEProblem) -> bool:
+    """Whether an explicit method solves a large network: one whose parameters, times the rows of the state that it is
+    given, are many."""
+    if p.method.kind != "adaptive" or p.layout is None or not p.layout.bare:
+        return False
+    rows = p.layout.shapes[0][:-1].numel() if p.layout.shapes[0] else 1
+    return rows * sum(x.numel() for x in parameters.held(p.f.source or p.f.f)) > _LARGE
 
 
 def _read(

@@ -164,6 +164,8 @@ function prepare(field, alg, r::Request, u0::Vector{T}, outputs::Outputs{T}, eve
         step = abs(times[end] - times[1])
     end
     dense = r.dense != 0
+    # Between steps the state is asked for unless the end alone is.
+    calck = dense || event !== nothing || length(times) > 2
     offsets = r.offsets.length == 0 ? [0, length(u0)] : copy(Vector{Int64}(r.offsets))
     return init(
         problem, alg;
@@ -171,7 +173,7 @@ function prepare(field, alg, r::Request, u0::Vector{T}, outputs::Outputs{T}, eve
         dt = step == 0 ? nothing : direction * step,
         dtmax = direction * min(r.max_step, abs(span[2] - span[1])), dtmin = r.min_step, force_dtmin = r.min_step > 0,
         maxiters = r.max_steps, tstops, d_discontinuities = copy(Vector{Float64}(r.jumps)),
-        save_everystep = dense, save_start = dense, save_end = dense, calck = true,
+        save_everystep = dense, save_start = dense, save_end = dense, calck,
         internalnorm = LargestRMS(offsets), verbose = SILENT,
     )
 end

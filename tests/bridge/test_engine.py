@@ -218,6 +218,20 @@ def test_what_julia_cannot_do_is_said_and_auto_leaves_it_to_torch(monkeypatch):
     assert solve(linear, h0, T, engine="auto", adjoint=True).stats.engine == "julia"
 
 
+def test_auto_leaves_large_networks_to_the_native_engine(monkeypatch):
+    monkeypatch.setenv("PYJLODE_ENGINE", "auto")
+    net, narrow = torch.nn.Linear(1024, 1024), torch.nn.Linear(64, 64)
+    kwargs = {"method": "tsit5", "rtol": 1e-3, "atol": 1e-3, "dense": False}
+    with torch.no_grad():
+        stats = solve(lambda t, h: net(h), torch.zeros(1024), T, **kwargs).stats
+        assert stats.engine == "torch"
+        assert "large" in stats.reason
+        assert solve(lambda t, h: narrow(h), torch.zeros(512, 64), T, **kwargs).stats.engine == "torch"
+        assert solve(lambda t, h: narrow(h), torch.zeros(8, 64), T, **kwargs).stats.engine == "julia"
+        for more in ({"engine": "julia"}, {"compile": True}):
+            assert solve(lambda t, h: net(h), torch.zeros(1024), T, **kwargs, **more).stats.engine == "julia"
+
+
 def test_options_reach_the_solver():
     few = solve(linear, H0, T, engine="julia", options={"first_step": 1e-6}, **TOL).stats
     many = solve(linear, H0, T, engine="julia", options={"max_step": 0.01}, **TOL).stats
