@@ -9,6 +9,7 @@ import torch
 
 import pyjlode
 from pyjlode import errors
+from pyjlode.bridge import runtime
 
 F64 = torch.float64
 H0, T = torch.ones(2, dtype=F64), torch.tensor([0.0, 1.0], dtype=F64)
@@ -43,7 +44,6 @@ ARGUMENTS = {
     ),
     "unknown adjoint": (errors.BadOption, {"adjoint": "guass"}),
     "unknown engine": (errors.BadOption, {"engine": "fortran"}),
-    "no julia": (errors.EngineUnavailable, {"engine": "julia"}),
     "adjoint_rtol without backward solve": (errors.BadOption, {"adjoint": True, "adjoint_rtol": 1e-3}),
 }
 
@@ -56,6 +56,12 @@ def test_wrong_argument(case):
         pyjlode.odeint(given.pop("f"), given.pop("h0"), given.pop("t"), **given)
     assert isinstance(caught.value, errors.PyJLODEError)
     assert isinstance(caught.value, (ValueError, TypeError, RuntimeError))
+
+
+def test_without_julia(monkeypatch):
+    monkeypatch.setattr(runtime, "find", lambda: "no Julia is set up.")
+    with pytest.raises(errors.EngineUnavailable, match=r"engine='julia': no Julia is set up\."):
+        pyjlode.odeint(f, H0, T, engine="julia")
 
 
 # What else a person may write by mistake, and words of the message that say what to do about it.

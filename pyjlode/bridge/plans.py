@@ -129,7 +129,9 @@ def call(f: Any, h0: Any, t: Any, said: tuple[Any, ...], options: dict[str, Any]
     Args:
         said: all else that the front door was given.
     """
-    if type(h0) not in _TENSORS or h0.dtype not in _STATES or h0.device.type != "cpu" or not h0.is_contiguous():
+    if type(h0) not in _TENSORS or h0.dtype not in _STATES or h0.device.type != "cpu":
+        return None
+    if not h0.is_contiguous() or h0.is_neg():
         return None
     if options is not None and type(options) is not dict:
         return None

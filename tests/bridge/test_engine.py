@@ -232,6 +232,14 @@ def test_auto_leaves_large_networks_to_the_native_engine(monkeypatch):
             assert solve(lambda t, h: net(h), torch.zeros(1024), T, **kwargs, **more).stats.engine == "julia"
 
 
+def test_a_state_that_is_the_negative_of_its_memory():
+    h0 = torch.tensor([1 + 2j], dtype=torch.complex128).conj().imag
+    assert h0.is_neg()
+    for compile in (False, True, True, True, True, True, True):
+        h = odeint(lambda t, h: -h, h0, T, engine="julia", compile=compile, **TOL)
+        assert torch.allclose(h[:, 0], -2 * torch.exp(-T), rtol=1e-6)
+
+
 def test_options_reach_the_solver():
     few = solve(linear, H0, T, engine="julia", options={"first_step": 1e-6}, **TOL).stats
     many = solve(linear, H0, T, engine="julia", options={"max_step": 0.01}, **TOL).stats
