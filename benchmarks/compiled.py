@@ -1,10 +1,12 @@
 """What vector fields compiled from PyTorch to Julia cost, beside hand-written Julia, diffrax and torchdiffeq.
 
     python benchmarks/compiled.py [--part first|small|call|stiff|neural|gradient|wide|size|sweep|allocations] [--rounds N]
+        [--alone]
 
 Every table is of one run: its contenders take turns, round after round, on one thread, and what is printed of them are
 medians of CPU time (which on one thread is the time, and which other programs on the machine change least), and medians
-of the ratios within a round. Contenders that are not installed are left out.
+of the ratios within a round. Contenders that are not installed are left out, and by --alone diffrax and torchdiffeq:
+where JAX was imported first, each call from one compiled Julia function to another takes 8 ns longer.
 
 first: seconds of tracing, generating and compiling, and of the first solve, for a 2-64-64-2 network.
 small: Lorenz, Lotka-Volterra, Hénon-Heiles and seven bodies (Pleiades), against a Julia function written in place by
@@ -23,9 +25,11 @@ allocations: bytes that Julia allocates in a solve, and for each step of it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -44,18 +48,16 @@ from pyjlode.bridge import runtime
 torch.set_num_threads(1)
 F64, F32 = torch.float64, torch.float32
 
-try:
-    import diffrax
-    import jax
-    import jax.numpy as jnp
+diffrax = torchdiffeq = None
+if "--alone" not in sys.argv:
+    with contextlib.suppress(ImportError):
+        import diffrax
+        import jax
+        import jax.numpy as jnp
 
-    jax.config.update("jax_enable_x64", True)
-except ImportError:
-    diffrax = None
-try:
-    import torchdiffeq
-except ImportError:
-    torchdiffeq = None
+        jax.config.update("jax_enable_x64", True)
+    with contextlib.suppress(ImportError):
+        import torchdiffeq
 
 # Fewest seconds that one contender is timed for in a round.
 LEAST = 0.05
@@ -783,7 +785,7 @@ def allocations(rounds: int) -> None:
                 t = torch.tensor([0.0, stop], dtype=F64)
                 kwargs = {"engine": "julia", "compile": True, "method": method, "rtol": 1e-8, "atol": 1e-8}
                 with torch.no_grad():
-                    for _ in range(2):  # the first one compiles
+                    for _ in range(8):  # the first compiles, and some of the next make what is kept
                         before = int(julia("Base.gc_bytes()"))
                         stats = pyjlode.solve(f, h0, t, dense=False, **kwargs).stats
                         after = int(julia("Base.gc_bytes()"))
@@ -813,6 +815,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--alone", action="store_true", help="without diffrax and torchdiffeq")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="torch was imported")
     warnings.filterwarnings("ignore", category=UserWarning, module="equinox")

@@ -62,7 +62,8 @@ def state(h0: Any) -> tuple[Layout, Tensor]:
         if leaf.device != leaves[0].device:
             raise BadShape(f"the tensors of h0 lie on different devices, {leaves[0].device} and {leaf.device}.")
     layout = Layout(h0)
-    return layout, finite(layout.flatten(h0))
+    # Engines read the memory itself, of which such a view is the negative: `z.conj().imag`.
+    return layout, finite(layout.flatten(h0).resolve_neg())
 
 
 def finite(y0: Tensor) -> Tensor:

@@ -222,7 +222,7 @@ def _solve(
     if len(p.times) == 1 or p.y0.numel() == 0:
         return Record(p.y0.detach().expand(len(p.times), -1).clone()), None, None
     o = p.options
-    y0 = p.y0.detach().resolve_neg().contiguous()  # as its memory is read
+    y0 = p.y0.detach().contiguous()
     out = torch.empty(len(p.times), y0.numel(), dtype=y0.dtype)
     # A method of the user's own keeps to a grid if it is given one.
     fixed = not p.method.adaptive or o.step_size is not None
