@@ -348,7 +348,7 @@ def _large(p: ODEProblem) -> bool:
     given, are many."""
     if p.method.kind != "adaptive" or p.layout is None or not p.layout.bare:
         return False
-    rows = p.layout.shapes[0][:-1].numel() if p.layout.shapes[0] else 1
+    rows = p.layout.shapes[0][:-1].numel()
     return rows * sum(x.numel() for x in parameters.held(p.f.source or p.f.f)) > _LARGE
 
 

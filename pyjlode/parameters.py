@@ -16,7 +16,7 @@ from torch import Tensor, nn
 _LIMIT = 10_000
 # What every module has, besides its parameters, buffers and submodules: none of it holds tensors, unless hooks do.
 _MODULE = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}
-_HOOKS = tuple(name for name in _MODULE if name.endswith("hooks"))
+HOOKS = tuple(name for name in _MODULE if name.endswith("hooks"))
 _LIBRARIES = ("torch", "numpy", "builtins", "math", "functools", "pyjlode")
 
 
@@ -52,7 +52,7 @@ def held(func: Any) -> list[Tensor]:
             for module in x.modules():
                 state = vars(module)
                 todo.extend([state[name] for name in state.keys() - _MODULE])
-                todo.extend([state[name] for name in _HOOKS if state.get(name)])
+                todo.extend([state[name] for name in HOOKS if state.get(name)])
         elif isinstance(x, functools.partial):
             todo.extend([x.func, x.args, x.keywords])
         elif isinstance(x, types.MethodType):

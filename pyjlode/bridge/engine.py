@@ -303,7 +303,7 @@ def _again(p: ODEProblem, stats: Stats, name: str) -> Tensor | None:
     except BaseException:
         p.repeats.pop(name, None)
         raise
-    stats.compiled = repeated.program.mode
+    stats.compiled = p.f.program[0].mode
     return out
 
 

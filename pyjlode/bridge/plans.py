@@ -85,7 +85,7 @@ class Call:
             return None
         repeats: dict[str, Any] | None
         values, repeats = plan.last
-        if type(t) is not Tensor or t.tolist() != values:
+        if type(t) is not Tensor or not t.is_floating_point() or t.tolist() != values:
             t, times = arguments.times(t)
             if times != values:
                 values, repeats = times, None

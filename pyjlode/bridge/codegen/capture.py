@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import NotCompiled
+from ...parameters import HOOKS
 from ...problem import Field
 
 # A callable that holds more is not walked at every solve.
@@ -32,7 +33,6 @@ _LIBRARIES = (
     "pyjlode",
 )
 _MODULE = frozenset(vars(nn.Module()))
-_HOOKS = tuple(sorted(name for name in _MODULE if name.endswith("hooks")))
 _SIMPLE = (
     bool,
     int,
@@ -231,8 +231,8 @@ class _Walk:
                 self.key.append(key)
                 self.visit(value)
         names = sorted(state.keys() - _MODULE)
-        if any(map(state.get, _HOOKS)):
-            names += [name for name in _HOOKS if state.get(name)]
+        if any(map(state.get, HOOKS)):
+            names += [name for name in HOOKS if state.get(name)]
         for name in names:
             self.key.append(name)
             self.visit(state[name])

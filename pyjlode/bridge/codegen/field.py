@@ -19,7 +19,7 @@ from ...problem import FEW, Layout, ODEProblem, like
 from ..calls import Calls, Held
 from ..memory import CompiledFunctions, Outcome, Request
 from ..rhs import Callbacks
-from .program import Program, program_of, refuse
+from .program import program_of, refuse
 
 _ADDRESS = ctypes.c_void_p
 _FUNCTION = ctypes.PYFUNCTYPE(None, *[_ADDRESS] * 6, ctypes.c_double)
@@ -99,7 +99,7 @@ class Compiled(Callbacks):
         if fresh and self.n <= _REPEATED and self.p.repeats is not None:
             held = calls.repeated(self.field, algorithm, request)
             start = self.p.y0.clone() if self.value == "sensitivities" else None
-            self.p.repeats[self.value] = Repeated(held, self.program, self.parts, start, len(self.p.times))
+            self.p.repeats[self.value] = Repeated(held, self.parts, start)
 
     def _check_parameters(self, p: ODEProblem, trained: Sequence[Tensor], gradient: str | None) -> None:
         if gradient is None:
@@ -219,23 +219,21 @@ class Repeated:
         held: Julia's integrator.
         parts: of the memory that it looks at, one for each tensor of the field's.
         start: the first state of the sensitivities, shape (n + n (n + m),); None where the state is without them.
-        count: of output times.
     """
 
     held: Held
-    program: Program
     parts: list[Tensor]
     start: Tensor | None
-    count: int
 
     def solve(self, calls: Calls, p: ODEProblem) -> tuple[Tensor, Outcome]:
         """The states, shape (T, n) or with their sensitivities, and how it went."""
-        fill(self.parts, self.program.read(p.f.program[1]))
+        program, source = p.f.program
+        fill(self.parts, program.read(source))
         y0 = p.y0
         if self.start is not None:
             self.start[: len(y0)] = y0
             y0 = self.start
-        out = torch.empty(self.count, len(y0), dtype=y0.dtype)
+        out = torch.empty(len(p.times), len(y0), dtype=y0.dtype)
         return out, calls.again(self.held, y0, out)
 
 

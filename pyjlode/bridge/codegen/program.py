@@ -239,6 +239,10 @@ _programs: collections.OrderedDict[tuple, Program | NotCompiled] = collections.O
 _met: collections.OrderedDict[tuple, None] = collections.OrderedDict()
 
 
+def _key(source: Held, like: Tensor) -> tuple[Any, ...]:
+    return source.key, like.dtype, torch.get_default_dtype()
+
+
 def program_of(field: Field, like: Tensor, *, at_once: bool = True) -> tuple[Program, Held]:
     """The program for a vector field, and what the field holds now.
 
@@ -254,7 +258,7 @@ def program_of(field: Field, like: Tensor, *, at_once: bool = True) -> tuple[Pro
     if field.program is not None:
         return field.program
     source = held_by(field)
-    key = (source.key, like.dtype, torch.get_default_dtype())
+    key = _key(source, like)
     found = _programs.get(key)
     if found is None and not at_once and key not in _met:
         _met[key] = None
@@ -284,9 +288,11 @@ def known(field: Field, like: Tensor) -> Program | None:
         source = held_by(field)
     except NotCompiled:
         return None
-    found = _programs.get((source.key, like.dtype, torch.get_default_dtype()))
+    key = _key(source, like)
+    found = _programs.get(key)
     if not isinstance(found, Program):
         return None
+    _programs.move_to_end(key)
     field.program = found, source
     return found
 
@@ -294,7 +300,7 @@ def known(field: Field, like: Tensor) -> Program | None:
 def refuse(field: Field, like: Tensor, reason: str) -> None:
     """Have the program for such a field not be used again."""
     field.program = None
-    _programs[held_by(field).key, like.dtype, torch.get_default_dtype()] = NotCompiled(reason)
+    _programs[_key(held_by(field), like)] = NotCompiled(reason)
 
 
 def text_of(program: Program) -> str:

@@ -13,7 +13,7 @@ import pyjlode
 from pyjlode import odeint, solve
 from pyjlode.bridge.codegen import field as fields
 from pyjlode.bridge.codegen import program as programs
-from pyjlode.errors import BadOption, BadTime, MaxStepsReached, NonFiniteState
+from pyjlode.errors import BadDtype, BadOption, BadTime, MaxStepsReached, NonFiniteState
 
 pytestmark = pytest.mark.usefixtures("julia")
 
@@ -216,10 +216,13 @@ def test_nothing_of_the_user_is_kept_alive():
 def test_bad_arguments_and_failures_in_between():
     p, h0 = rates(), torch.tensor([1.0, 1.0], dtype=F64)
     f = lotka(p)
-    want = odeint(f, h0, T, **JULIA)
+    want, once = odeint(f, h0, T, **JULIA), torch.tensor([0.0, 1.0], dtype=F64)
     blow_up = torch.tensor([1e300, 1e300], dtype=F64)
     for _ in range(CALLS):
         assert torch.equal(odeint(f, h0, T, **JULIA), want)
+        assert odeint(f, h0, once, **JULIA).shape == (2, 2)
+        with pytest.raises(BadDtype, match="floating point"):
+            odeint(f, h0, torch.tensor([0, 1]), **JULIA)
         with pytest.raises(NonFiniteState, match="h0 holds NaN"):
             odeint(f, h0 * math.nan, T, **JULIA)
         with pytest.raises(BadTime, match="strictly increasing"):
