@@ -10,7 +10,7 @@ where JAX was imported first, each call from one compiled Julia function to anot
 
 first: seconds of tracing, generating and compiling, and of the first solve, for a 2-64-64-2 network.
 small: Lorenz, Lotka-Volterra, Hénon-Heiles and seven bodies (Pleiades), against a Julia function written in place by
-    hand and solved from Julia by the same algorithm: behind a pointer, as SciML does by default and PyJLODE does
+    hand and solved from Julia by the same algorithm and step control: behind a pointer, as SciML does by default and PyJLODE does
     ("by hand"), and with the solver compiled for it, which takes seconds once ("by hand, full").
 call: a trivial problem: what one call from Python costs.
 stiff: Robertson, van der Pol, Brusselator (Jacobian found by itself), against Julia with an analytic Jacobian,
@@ -105,13 +105,25 @@ def julia(text: str) -> Any:
 HAND = """
 module Hand
 using PyJLODE: PyJLODE, ODEFunction, ODEProblem, FullSpecialize, SparseMatrixCSC, init, nonzeros, solve!
+using PyJLODE.OrdinaryDiffEqCore: PIController, alg_order, default_controller, isimplicit
 const SparseArrays = parentmodule(SparseMatrixCSC)
 function problem(f!, u0, p, span, full; kwargs...)
     f = full ? ODEFunction{true, FullSpecialize}(f!; kwargs...) : ODEFunction{true}(f!; kwargs...)
     return ODEProblem(f, u0, span, p)
 end
+# The step control of PyJLODE: `_stepping` in pyjlode/bridge/engine.py.
+function controller(alg)
+    isimplicit(alg) && return default_controller(Float64, alg)
+    k = alg_order(alg)
+    return PIController(Float64, alg; beta1 = 0.85 / k, beta2 = 0.2 / k, gamma = 0.9^0.65, qmax_first_step = 10.0)
+end
 function run(prob, alg, tol, atol = tol)
-    return solve!(init(prob, alg; reltol = tol, abstol = atol, save_everystep = false, verbose = PyJLODE.SILENT))
+    return solve!(
+        init(
+            prob, alg; reltol = tol, abstol = atol, save_everystep = false, verbose = PyJLODE.SILENT,
+            controller = controller(alg)
+        )
+    )
 end
 function time(prob, alg, tol, atol, count)
     run(prob, alg, tol, atol)

@@ -66,7 +66,7 @@ class Method:
         return 5 if self.tableau is None else getattr(self.tableau, "error_order", self.order) + 1
 
 
-def _hairer(k: int) -> tuple[float, float]:
+def hairer(k: int) -> tuple[float, float]:
     """The PI controller of DOPRI5 (Hairer & Wanner, Solving ODEs II, IV.2: beta = 0.2 / k), for error order k."""
     return 0.85 / k, 0.2 / k
 
@@ -96,18 +96,18 @@ def _stiff(
     about: str,
     julia: str | None = None,
 ) -> Method:
-    pi = (0.0, 0.0) if isinstance(tableau, st.NDFTableau) else _hairer(tableau.error_order + 1)
+    pi = (0.0, 0.0) if isinstance(tableau, st.NDFTableau) else hairer(tableau.error_order + 1)
     mass = tableau in (st.RODAS5P, st.RADAU5, st.NDF)
     return Method(name, tableau.order, "stiff", about, tableau, pi, mass, julia)
 
 
 _ROWS = [
-    _adaptive("dopri5", tb.DOPRI5, _hairer(5), "Dormand & Prince 5(4), the default", "DP5()"),
-    _adaptive("tsit5", tb.TSIT5, _hairer(5), "Tsitouras 5(4)", "Tsit5()"),
+    _adaptive("dopri5", tb.DOPRI5, hairer(5), "Dormand & Prince 5(4), the default", "DP5()"),
+    _adaptive("tsit5", tb.TSIT5, hairer(5), "Tsitouras 5(4)", "Tsit5()"),
     _adaptive("dopri8", tb.DOPRI8, _pi42(8), "Dormand & Prince 8(5,3) as in Hairer's DOP853", "DP8()"),
-    _adaptive("bosh3", tb.BOSH3, _hairer(3), "Bogacki & Shampine 3(2)", "BS3()"),
-    _adaptive("fehlberg2", tb.FEHLBERG2, _hairer(2), "Fehlberg 2(1)"),
-    _adaptive("adaptive_heun", tb.ADAPTIVE_HEUN, _hairer(2), "Heun 2(1)"),
+    _adaptive("bosh3", tb.BOSH3, hairer(3), "Bogacki & Shampine 3(2)", "BS3()"),
+    _adaptive("fehlberg2", tb.FEHLBERG2, hairer(2), "Fehlberg 2(1)"),
+    _adaptive("adaptive_heun", tb.ADAPTIVE_HEUN, hairer(2), "Heun 2(1)"),
     _adaptive("vern7", tb.VERN7, _pi42(7), "Verner's efficient 7(6)", "Vern7()"),
     _adaptive("vern9", tb.VERN9, _pi42(9), "Verner's efficient 9(8)", "Vern9()"),
     _fixed("euler", tb.EULER, "Euler", "Euler()"),
@@ -137,7 +137,7 @@ _ROWS = [
         5,
         "auto",
         "tsit5, and rodas5p or bdf while the problem is stiff",
-        pi=_hairer(5),
+        pi=hairer(5),
         julia="DefaultODEAlgorithm()",
     ),
     Method("scipy_solver", 0, "scipy", "any method of `scipy.integrate.solve_ivp`, named by options['solver']"),

@@ -327,7 +327,7 @@ def _engine(name: str, p: ODEProblem, adjoint: bool | str, *, recorded: bool = F
             raise EngineUnavailable(f"engine='julia': {found}")
         return native, found
     gradient = gradients.find(adjoint, julia, p)
-    obstacle = julia.cannot(p, gradient)
+    obstacle = julia.cannot(p, gradient if torch.is_grad_enabled() else None)
     if recorded:
         obstacle = "adjoint=False differentiates through the solver's own operations, which are not PyTorch's there"
     if obstacle is None and name == "auto" and p.compile is None and _large(p):
@@ -438,7 +438,7 @@ def _read(
         p.y0 = native.consistent(p)
         p.f0 = p.f0 if p.options.consistent == "check" else None
     p.adjoint = _adjoint(f, p, gradient, adjoint, rtol, atol, options, adjoint_given, h0, layout)
-    if chosen is julia and p.adjoint and p.adjoint.method is not p.method:
+    if chosen is julia and p.adjoint:
         chosen, reason = _engine(engine, p, adjoint)
 
     if compile and chosen is not julia:

@@ -5,8 +5,8 @@ using ADTypes: AutoFiniteDiff
 using ConstructionBase: setproperties
 using OrdinaryDiffEqCore: CompositeAlgorithm, isimplicit
 using PrecompileTools: @compile_workload, @setup_workload
-using PyJLODE: PyJLODE, AdjointRequest, FAILURE, Field, IMPLICIT, Solve, Source, call_adjoint, lend, ode_function,
-    solve_linear, tolerance
+using PyJLODE: PyJLODE, AdjointRequest, FAILURE, Field, IMPLICIT, Solve, Source, call_adjoint, ode_function, solve_linear,
+    stepping, structure, tolerance
 using SciMLBase: remake
 using SciMLSensitivity: BacksolveAdjoint, GaussAdjoint, InterpolatingAdjoint, QuadratureAdjoint,
     ReverseDiffVJP, adjoint_sensitivities
@@ -58,12 +58,15 @@ function PyJLODE.adjoint!(s::Solve{T}, name::String, alg, r::AdjointRequest) whe
         return nothing
     end
     reltol, abstol = tolerance(r.rtol), tolerance(r.atol)
-    # What solves the state backward begins anew from the forward solution at each output.
+    # What solves the state backward begins anew from the forward solution at each output, and so must stop there.
+    restarts = name == "backsolve" ? times : Float64[]
     checkpoints = name == "backsolve" ? (; checkpoints = times) : (;)
+    solver = backward_solver(alg, s.field)
+    steps = stepping(solver, r, sign(times[1] - times[end]), abs(times[end] - times[1]))
     du0, dp = adjoint_sensitivities(
-        isimplicit(alg) ? with_jacobian(s) : s.sol, backward_solver(alg, s.field);
+        isimplicit(alg) ? with_jacobian(s) : s.sol, solver;
         t = times[2:end], dgdu_discrete = dgdu, sensealg = adjoint_method(name, s.field, reltol, abstol),
-        reltol, abstol, maxiters = r.max_steps, verbose = PyJLODE.SILENT, checkpoints...
+        reltol, abstol, tstops = [restarts; Vector{Float64}(r.stops)], verbose = PyJLODE.SILENT, steps..., checkpoints...
     )
     copyto!(Vector{T}(r.du0), du0)
     isempty(s.field.parameters) || copyto!(Vector{T}(r.dp), dp)
@@ -75,7 +78,9 @@ function adjoint_linear(::Type{T}, name, text) where {T}
     du0, dp, rtol, atol = zeros(T, 1), zeros(T, 1), [1.0e-4], [1.0e-6]
     solve_linear(T, text; dense = true) do s, alg, times, out
         GC.@preserve du0 dp rtol atol name begin
-            request = [AdjointRequest(lend.((du0, dp, out, times, rtol, atol))..., 100_000)]
+            request = [
+                structure(AdjointRequest; du0, dp, g = out, times, rtol, atol, max_step = Inf, max_steps = 1000),
+            ]
             GC.@preserve request begin
                 call_adjoint(s, Cstring(pointer(name)), alg, pointer(request)) == 0 && error(FAILURE[])
             end

@@ -9,7 +9,7 @@ module PyJLODE
 using CommonSolve: init, solve!
 using DiffEqBase: DEVerbosity
 using LinearAlgebra: BLAS, I
-using OrdinaryDiffEqCore: OrdinaryDiffEqCore, isadaptive
+using OrdinaryDiffEqCore: OrdinaryDiffEqCore, PIController, default_controller, isadaptive
 using PrecompileTools: @compile_workload, @setup_workload
 using SciMLBase: CallbackSet, ContinuousCallback, DiscreteCallback, FullSpecialize, ODEFunction, ODEProblem, ReturnCode,
     SciMLBase, reinit!, terminate!, u_modified!

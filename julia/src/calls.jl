@@ -87,7 +87,7 @@ end
 function call_solve(field::Int64, alg::Int64, request::Ptr{Request}, outcome::Ptr{Outcome})
     return answer() do
         r = unsafe_load(request)
-        s, o = solve(r.full == 0 ? HELD[field] : inlined(HELD[field]), HELD[alg], r)
+        s, o = solve(solved(HELD[field], r), HELD[alg], r)
         unsafe_store!(outcome, o)
         hold(s)
     end
@@ -97,7 +97,7 @@ end
 function call_repeated(field::Int64, alg::Int64, request::Ptr{Request})
     return answer() do
         r = unsafe_load(request)
-        hold(Repeated(r.full == 0 ? HELD[field] : inlined(HELD[field]), HELD[alg], r))
+        hold(Repeated(solved(HELD[field], r), HELD[alg], r))
     end
 end
 

@@ -27,6 +27,7 @@ What a solve is asked for. Layout as in C: the caller fills one in its own memor
   - `stops`, `jumps`: of Float64, times that a step ends at, and where the field jumps.
   - `mass`: of `T`, the mass matrix in column-major order; empty for the identity.
   - `first_step`: 0 lets the solver choose; with `fixed` it is the step, and 0 steps from time to time.
+  - `beta1`, `beta2`, `gamma`, `qmin`, `qmax`: of a `PIController`; with `beta1` 0 the control is the algorithm's own.
   - `fixed`: no control of the step size. `dense`: keep what dense output and adjoints need. `full`: compile the solver
     for this very field, where that is a [`Source`](@ref) or [`inlined`](@ref).
 """
@@ -43,6 +44,11 @@ struct Request
     first_step::Float64
     min_step::Float64
     max_step::Float64
+    beta1::Float64
+    beta2::Float64
+    gamma::Float64
+    qmin::Float64
+    qmax::Float64
     max_steps::Int64
     fixed::Int64
     dense::Int64
@@ -57,6 +63,16 @@ struct AdjointRequest
     times::Lent
     rtol::Lent
     atol::Lent
+    stops::Lent
+    jumps::Lent
+    first_step::Float64
+    min_step::Float64
+    max_step::Float64
+    beta1::Float64
+    beta2::Float64
+    gamma::Float64
+    qmin::Float64
+    qmax::Float64
     max_steps::Int64
 end
 
@@ -111,6 +127,16 @@ struct Systems
     places::Lent
     values::Lent
     slopes::Lent
+end
+
+"A structure for C by the names of its fields; arrays are lent, and what is not named is empty or 0."
+function structure(::Type{S}; given...) where {S}
+    empty(::Type{Lent}) = Lent(C_NULL, 0)
+    empty(::Type{Ptr{T}}) where {T} = Ptr{T}(C_NULL)
+    empty(::Type{T}) where {T <: Number} = zero(T)
+    as(::Type, x) = x
+    as(::Type{Lent}, x::Array) = lend(x)
+    return S(map((name, T) -> as(T, get(given, name, empty(T))), fieldnames(S), fieldtypes(S))...)
 end
 
 "One number, or one for each of the state."

@@ -42,14 +42,11 @@ function solve_linear(
         after, ::Type{T}, text; dense = false, event = false, first_step = 0.0, tolerances = 1
     ) where {T}
     u0, times, out = ones(T, 1), event ? [0.0, 1.0] : [0.0, 0.5, 1.0], zeros(T, event ? 2 : 3)
-    offsets, rtol, atol, none = [0, 1], fill(1.0e-4, tolerances), fill(1.0e-6, tolerances), Float64[]
+    offsets, rtol, atol = [0, 1], fill(1.0e-4, tolerances), fill(1.0e-6, tolerances)
     field, outcome = [linear_field(T; event)], Vector{Outcome}(undef, 1)
-    GC.@preserve u0 times out offsets rtol atol none field outcome text begin
+    GC.@preserve u0 times out offsets rtol atol field outcome text begin
         request = [
-            Request(
-                lend.((u0, out, times, offsets, rtol, atol, none, none, none))..., first_step, 0.0, Inf, 100_000, 0,
-                dense, 0
-            ),
+            structure(Request; u0, out, times, offsets, rtol, atol, first_step, dense, max_step = Inf, max_steps = 1000),
         ]
         GC.@preserve request begin
             alg = call_algorithm(Cstring(pointer(text)))
@@ -76,19 +73,15 @@ end
 "Two systems u' = -u, u(0) = 1, over [0, 1] in one sweep, and then the first by itself: their states, and its."
 function sweep_linear(text)
     u0, times, out, alone, slopes = ones(2), [0.0, 1.0], zeros(4), zeros(2), zeros(2)
-    rtol, atol, none, nowhere = [1.0e-4], [1.0e-6], Float64[], Int64[]
+    rtol, atol = [1.0e-4], [1.0e-6]
     f = @cfunction(
         c_compiled, Cvoid,
         (Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Cdouble)
     )
-    functions = [CompiledFunctions(1, f, fill(C_NULL, 6)..., lend.((none, none, none, nowhere, nowhere))...)]
-    systems, outcome = [Systems(2, lend(nowhere), lend(none), lend(slopes))], Vector{Outcome}(undef, 1)
-    GC.@preserve u0 times out alone slopes rtol atol none nowhere functions systems outcome text begin
-        request = [
-            Request(
-                lend.((u0, out, times, nowhere, rtol, atol, none, none, none))..., 0.0, 0.0, Inf, 100_000, 0, 0, 0
-            ),
-        ]
+    functions = [structure(CompiledFunctions; n = 1, f)]
+    systems, outcome = [structure(Systems; count = 2, slopes)], Vector{Outcome}(undef, 1)
+    GC.@preserve u0 times out alone slopes rtol atol functions systems outcome text begin
+        request = [structure(Request; u0, out, times, rtol, atol, max_step = Inf, max_steps = 1000)]
         GC.@preserve request begin
             alg = call_algorithm(Cstring(pointer(text)))
             field = call_compiled_field(64, pointer(functions))

@@ -144,9 +144,27 @@ function again!(s::Repeated{T}, u0::Int64, out::Int64) where {T}
     return Outcome(sol, integrator, states, NaN, 1)
 end
 
+"The field as a request has it solved: the solver compiled for it, or not."
+solved(field, r::Request) = r.full == 0 ? field : inlined(field)
+
+"How a request has steps chosen that are no longer than `longest`, as keywords of the solver."
+function stepping(alg, r::Union{Request, AdjointRequest}, direction, longest)
+    controller = if r.beta1 == 0
+        default_controller(Float64, alg)
+    else
+        (; beta1, beta2, gamma, qmin, qmax) = r
+        PIController(Float64, alg; beta1, beta2, gamma, qmin, qmax, qmax_first_step = qmax)
+    end
+    return (;
+        controller, dt = r.first_step == 0 ? nothing : direction * r.first_step,
+        dtmax = direction * min(r.max_step, longest), dtmin = r.min_step, force_dtmin = r.min_step > 0,
+        maxiters = r.max_steps, d_discontinuities = copy(Vector{Float64}(r.jumps)),
+    )
+end
+
 "The integrator of a solve from `u0`, at the first of the request's times."
 function prepare(field, alg, r::Request, u0::Vector{T}, outputs::Outputs{T}, event) where {T}
-    times = copy(Vector{Float64}(r.times))
+    times = Vector{Float64}(r.times)
     direction = times[2] < times[1] ? -1.0 : 1.0
     span = event === nothing ? (times[1], times[end]) : (times[1], direction * Inf)
     mass = r.mass.length == 0 ? I : copy(reshape(Vector{T}(r.mass), field.n, field.n))
@@ -158,10 +176,10 @@ function prepare(field, alg, r::Request, u0::Vector{T}, outputs::Outputs{T}, eve
         CallbackSet(ContinuousCallback(event, Stop(event); save_positions = (false, false)), written)
     end
     adaptive = r.fixed == 0 && isadaptive(alg)
-    tstops, step = copy(Vector{Float64}(r.stops)), r.first_step
-    if !adaptive && step == 0
+    tstops, steps = copy(Vector{Float64}(r.stops)), stepping(alg, r, direction, abs(span[2] - span[1]))
+    if !adaptive && r.first_step == 0
         append!(tstops, times)
-        step = abs(times[end] - times[1])
+        steps = merge(steps, (; dt = times[end] - times[1]))
     end
     dense = r.dense != 0
     # Between steps the state is asked for unless the end alone is.
@@ -169,12 +187,9 @@ function prepare(field, alg, r::Request, u0::Vector{T}, outputs::Outputs{T}, eve
     offsets = r.offsets.length == 0 ? [0, length(u0)] : copy(Vector{Int64}(r.offsets))
     return init(
         problem, alg;
-        reltol = tolerance(r.rtol), abstol = tolerance(r.atol), adaptive, callback, dense,
-        dt = step == 0 ? nothing : direction * step,
-        dtmax = direction * min(r.max_step, abs(span[2] - span[1])), dtmin = r.min_step, force_dtmin = r.min_step > 0,
-        maxiters = r.max_steps, tstops, d_discontinuities = copy(Vector{Float64}(r.jumps)),
+        reltol = tolerance(r.rtol), abstol = tolerance(r.atol), adaptive, callback, dense, tstops,
         save_everystep = dense, save_start = dense, save_end = dense, calck,
-        internalnorm = LargestRMS(offsets), verbose = SILENT,
+        internalnorm = LargestRMS(offsets), verbose = SILENT, steps...
     )
 end
 
@@ -199,45 +214,31 @@ time. The outcome is that of the first system that fails, with the work of all.
   - `systems`: a [`Systems`](@ref).
 """
 function sweep(field::Field{T}, alg, r::Request, s::Systems) where {T}
-    times = copy(Vector{Float64}(r.times))
-    states = reshape(Vector{T}(r.out), field.n, s.count, length(times))
-    first_states = reshape(Vector{T}(r.u0), field.n, s.count)
-    slopes = reshape(Vector{T}(s.slopes), field.n, s.count)
-    values, places = Vector{T}(s.values), Vector{Int64}(s.places)
-    values = reshape(values, length(places), s.count)
-    states[:, :, 1] = first_states
+    states = reshape(Vector{T}(r.out), field.n, s.count, r.times.length)
+    states[:, :, 1] = Vector{T}(r.u0)
     parts = Iterators.partition(1:(s.count), cld(s.count, Threads.nthreads()))
-    outcomes = Vector{Outcome}(undef, length(parts))
-    function solve_part(k, part)
-        own = copy(field)
-        solved = r.full == 0 ? own : inlined(own)
-        outcomes[k] = solve_each(part, own, solved, alg, r, first_states, places, values, slopes, times, states)
-        return nothing
-    end
-    if length(parts) == 1
-        solve_part(1, only(parts))
-    else
-        @sync for (k, part) in enumerate(parts)
-            Threads.@spawn solve_part(k, part)
-        end
-    end
-    return reduce(together, outcomes)
+    length(parts) == 1 && return sweep(only(parts), copy(field), alg, r, s, states)
+    tasks = [Threads.@spawn sweep(part, copy(field), alg, r, s, states) for part in parts]
+    return reduce(together, fetch.(tasks))
 end
 
-"The outcome of the systems `part`, or of the first that fails, with the work of all; `solved` is `own`, as it is solved."
-function solve_each(part, own::Field{T}, solved, alg, r, first_states, places, values, slopes, times, states) where {T}
-    u0 = first_states[:, first(part)]
-    outputs = Outputs{T}(times, states, first(part), 2)
-    integrator = nothing
+"The outcome of the systems `part`, or of the first that fails, with the work of all; `own` is set to each in turn."
+function sweep(part, own::Field{T}, alg, r::Request, s::Systems, states) where {T}
+    places = Vector{Int64}(s.places)
+    values = reshape(Vector{T}(s.values), length(places), s.count)
+    slopes = reshape(Vector{T}(s.slopes), own.n, s.count)
+    u0 = states[:, first(part), 1]
+    outputs = Outputs{T}(copy(Vector{Float64}(r.times)), states, first(part), 2)
+    field, integrator = solved(own, r), nothing
     local outcome
     for i in part
         for (place, value) in zip(places, view(values, :, i))
             set_held!(own, place, value)
         end
-        copyto!(u0, view(first_states, :, i))
-        native(own, own.f, view(slopes, :, i), u0, u0, own.parameters, times[1])
+        copyto!(u0, view(states, :, i, 1))
+        native(own, own.f, view(slopes, :, i), u0, u0, own.parameters, outputs.times[1])
         outputs.system, outputs.next = i, 2
-        integrator = begin_again!(integrator, solved, alg, r, u0, outputs)
+        integrator = begin_again!(integrator, field, alg, r, u0, outputs)
         sol = solve!(integrator)
         outcome = Outcome(sol, integrator, view(states, :, i, :), NaN, i)
         succeeded(outcome) || break

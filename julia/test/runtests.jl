@@ -3,7 +3,7 @@
 using LinearAlgebra
 using PyJLODE
 using PyJLODE: AdjointRequest, Field, Functions, Lent, Outcome, Request, Source, adjoint!, algorithm, interpolate!, lend,
-    Systems, source_function
+    Systems, source_function, structure
 using SciMLSensitivity
 using Test
 
@@ -68,14 +68,14 @@ exact(t, u0 = [1.0, 0.5]) = exp(matrix() * t) * u0
 address(a::Array) = Int64(UInt(pointer(a)))
 
 "Solve from (1, 1/2)."
-function run(field, text, times; T = Float64, rtol = 1.0e-6, first_step = 0.0, fixed = false, dense = false, full = false)
+function run(field, text, times; T = Float64, rtol = 1.0e-6, first_step = 0.0, fixed = false, dense = false, full = false, control = (;))
     u0, out, times = T[1, 0.5], zeros(T, 2, length(times)), collect(Float64, times)
-    offsets, tol, none = [0, 2], [rtol], Float64[]
-    owner = (; u0, out, times, offsets, tol, none)
+    offsets, tol = [0, 2], [rtol]
+    owner = (; u0, out, times, offsets, tol)
     GC.@preserve owner begin
-        r = Request(
-            lend.((u0, out, times, offsets, tol, tol, none, none, none))..., first_step, 0.0, Inf, 100_000, fixed, dense,
-            full
+        r = structure(
+            Request; u0, out, times, offsets, rtol = tol, atol = tol, first_step, fixed, dense, full, max_step = Inf,
+            max_steps = 100_000, control...
         )
         s, outcome = PyJLODE.solve(field, algorithm(text), r)
     end
@@ -91,7 +91,10 @@ end
 function adjoint(s, name, text, times, g::Array{T}; rtol) where {T}
     du0, dp, times, tol = zeros(T, 2), zeros(T, 1), collect(Float64, times), [rtol]
     GC.@preserve du0 dp times tol g begin
-        adjoint!(s, name, algorithm(text), AdjointRequest(lend.((du0, dp, g, times, tol, tol))..., 100_000))
+        r = structure(
+            AdjointRequest; du0, dp, g, times, rtol = tol, atol = tol, max_step = Inf, max_steps = 100_000
+        )
+        adjoint!(s, name, algorithm(text), r)
     end
     return du0, dp
 end
@@ -107,8 +110,8 @@ end
     end
 
     @testset "the layouts are those of C" begin
-        @test sizeof(Request) == 9 * 16 + 7 * 8
-        @test sizeof(AdjointRequest) == 6 * 16 + 8
+        @test sizeof(Request) == 9 * 16 + 12 * 8
+        @test sizeof(AdjointRequest) == 8 * 16 + 9 * 8
         @test sizeof(Functions) == 9 * 8
         @test sizeof(Outcome) == 12 * 8
         @test sizeof(Systems) == 8 + 3 * 16
@@ -149,6 +152,15 @@ end
         fine = run(Float64, "RK4()", range(0, 1, length = 21); fixed = true)
         coarse = run(Float64, "RK4()", times; fixed = true, first_step = 0.05)
         @test fine.out[:, end] ≈ coarse.out[:, end] rtol = 1.0e-12
+    end
+
+    @testset "the step control that is asked for" begin
+        control = (; beta1 = 1 / 5, beta2 = 0.0, gamma = 0.9, qmin = 0.2, qmax = 10.0)
+        own, asked, timid = map(((;), control, (; control..., gamma = 0.45))) do control
+            run(Float64, "Tsit5()", [0.0, 20.0]; rtol = 1.0e-8, control).outcome.naccept
+        end
+        @test asked < 0.9 * own
+        @test 1.8 < timid / asked < 2.2
     end
 
     @testset "event" begin

@@ -14,8 +14,8 @@ from torch import Tensor
 from .. import ends, forward
 from ..errors import BadOption, NonFiniteState, NotCompiled, NotConverged, SolveError
 from ..gradients import Gradients, time_gradient
-from ..methods import Method
-from ..problem import NO_OPTIONS, ODEProblem
+from ..methods import Method, hairer
+from ..problem import NO_OPTIONS, AdjointSettings, ODEProblem, SolverOptions
 from ..solution import Stats
 from . import runtime
 from .calls import Calls, Held
@@ -42,6 +42,8 @@ _STIFF_METHODS = ("rodas5p", "radau5")
 _FEW_SENSITIVITIES = 200
 _OPTIONS = {"first_step", "min_step", "max_step", "max_num_steps", "step_t", "jump_t", "step_size"}
 _OPTIONS |= {"batch_dims", "specialize", "progress"}
+# Of the step control, where that is ours.
+_CONTROL = {"safety", "ifactor", "dfactor"}
 
 
 @dataclass
@@ -102,24 +104,49 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
         return f"the state lies on {p.y0.device}, and this version hands only CPU tensors to Julia"
     if gradient is not None and gradient not in GRADIENTS:
         return f"adjoint={gradient!r} replays the steps of the native engine"
-    if gradient not in (None, "forward"):
-        for method in (p.method, p.adjoint.method if p.adjoint else p.method):
-            if method.controlled and (gradient != "gauss" or method.name not in _STIFF_METHODS):
-                return (
-                    f"adjoint={gradient!r} with {method.name!r}, a stiff method, would be inaccurate there; what is "
-                    "accurate is 'gauss' with 'rodas5p' or 'radau5', or 'forward'"
-                )
+    if gradient not in (None, "forward") and (obstacle := _cannot_adjoin(p, gradient)):
+        return obstacle
     if p.batch > 1 and (obstacle := _cannot_sweep(p, gradient)):
         return f"options['batch_dims'] solves systems one by one there, and that {obstacle}"
     if p.mass is not None and gradient is not None:
         return "with a mass_matrix it solves, and does not differentiate"
     if p.mass is not None and p.event_fn is not None:
         return "with a mass_matrix it takes no event_fn"
-    changed = {name for name, value in vars(p.options).items() if value != getattr(NO_OPTIONS, name)}
-    if changed - _OPTIONS:
-        return f"options {sorted(changed - _OPTIONS)} configure the native engine's own loop"
-    if any((p.callbacks.step, p.callbacks.accept, p.callbacks.reject)):
-        return "f has callbacks (callback_step and the like), which the native engine calls"
+    for solve in _solves(p):
+        changed = {name for name, value in vars(solve.options).items() if value != getattr(NO_OPTIONS, name)}
+        changed -= _OPTIONS | (_CONTROL if solve.method.kind == "adaptive" else set())
+        if changed:
+            return f"options {sorted(changed)} configure the native engine's own loop"
+        if any(vars(solve.callbacks).values()):
+            return "f has callbacks (callback_step and the like), which the native engine calls"
+    return None
+
+
+def _solves(p: ODEProblem) -> list[ODEProblem | AdjointSettings]:
+    """The forward solve, and the backward one if its settings are known."""
+    return [p, p.adjoint] if p.adjoint else [p]
+
+
+def _cannot_adjoin(p: ODEProblem, gradient: str) -> str | None:
+    for solve in _solves(p):
+        method = solve.method
+        if not method.adaptive or solve.options.step_size is not None:
+            return (
+                f"adjoint={gradient!r} with {method.name!r} and fixed steps would be wrong there: nothing controls the "
+                "error on the way back. What is right is 'forward'"
+            )
+        if method.controlled and (gradient != "gauss" or method.name not in _STIFF_METHODS):
+            return (
+                f"adjoint={gradient!r} with {method.name!r}, a stiff method, would be inaccurate there; what is "
+                "accurate is 'gauss' with 'rodas5p' or 'radau5', or 'forward'"
+            )
+    if p.adjoint and p.adjoint.norm is not None:
+        return "adjoint_options['norm'] is a function, which the native engine calls"
+    if p.adjoint and p.adjoint.seminorm and gradient in ("backsolve", "interpolating"):
+        return (
+            f"adjoint={gradient!r} has the parameters' part in its error norm there, so no 'seminorm'; 'gauss' and "
+            "'quadrature' do not solve for them"
+        )
     return None
 
 
@@ -180,9 +207,10 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     times = p.times if record.event_t is None else [p.times[0], record.event_t]
     settings = p.adjoint
     a, theta = torch.zeros_like(p.y0), torch.zeros(rhs.params.size, dtype=p.y0.dtype)
-    request = AdjointRequest(max_steps=settings.options.max_num_steps)
+    o = settings.options
+    request = AdjointRequest(first_step=o.first_step or 0.0, **_stepping(settings.method, o))
     request.lend(du0=a, dp=theta, g=g.contiguous())
-    request.lend_numbers(times=times)
+    request.lend_numbers(times=times, stops=o.step_t, jumps=o.jump_t)
     request.lend_tolerances(settings.rtol, settings.atol)
     with torch.no_grad(), runtime.julia() as calls:
         runtime.sensitivity()
@@ -228,9 +256,7 @@ def _solve(
     fixed = not p.method.adaptive or o.step_size is not None
     request = Request(
         first_step=(o.step_size if fixed else o.first_step) or 0.0,
-        min_step=o.min_step,
-        max_step=o.max_step,
-        max_steps=o.max_num_steps,
+        **_stepping(p.method, o),
         fixed=fixed,
         dense=dense or gradient is not None,
         full=o.specialize == "full",
@@ -271,6 +297,19 @@ def _solve(
     if p.event_fn is not None and record.event_t is None:
         raise ends.no_event(p, outcome.t, outcome.dt)
     return record, rhs, solution
+
+
+def _stepping(method: Method, o: SolverOptions) -> dict[str, float]:
+    """How steps are chosen, as a request has it."""
+    stepping = {"min_step": o.min_step, "max_step": o.max_step, "max_steps": o.max_num_steps}
+    if method.kind != "adaptive":
+        return stepping
+    # SciML's own choice for explicit methods, (0.7 / k, 0.4 / k), lets steps grow so slowly that a short solve takes up
+    # to twice as many, and aims at a third of the error: the same tolerance would mean something else on each engine.
+    k = method.start_order
+    beta1, beta2 = hairer(k)
+    gamma = o.safety ** (k * (beta1 - beta2))  # see `next_factor` of the native engine
+    return stepping | {"beta1": beta1, "beta2": beta2, "gamma": gamma, "qmin": o.dfactor, "qmax": o.ifactor}
 
 
 def _look_at(outcome: Outcome, p: ODEProblem, stats: Stats) -> None:

@@ -66,12 +66,16 @@ class Lender(Shown):
                 self.lend_numbers(**{name: (tol,)})
 
 
+# How steps are chosen.
+_STEPPING = ("first_step", "min_step", "max_step", "beta1", "beta2", "gamma", "qmin", "qmax")
+
+
 class Request(Lender):
     """What a solve is asked for; `Request` in julia/src/memory.jl says what each field is."""
 
     _fields_ = (
         *((name, Lent) for name in ("u0", "out", "times", "offsets", "rtol", "atol", "stops", "jumps", "mass")),
-        *((name, ctypes.c_double) for name in ("first_step", "min_step", "max_step")),
+        *((name, ctypes.c_double) for name in _STEPPING),
         *((name, ctypes.c_int64) for name in ("max_steps", "fixed", "dense", "full")),
     )
 
@@ -80,7 +84,8 @@ class AdjointRequest(Lender):
     """What an adjoint is asked for; `AdjointRequest` in julia/src/memory.jl."""
 
     _fields_ = (
-        *((name, Lent) for name in ("du0", "dp", "g", "times", "rtol", "atol")),
+        *((name, Lent) for name in ("du0", "dp", "g", "times", "rtol", "atol", "stops", "jumps")),
+        *((name, ctypes.c_double) for name in _STEPPING),
         ("max_steps", ctypes.c_int64),
     )
 

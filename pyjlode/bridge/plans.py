@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import arguments
-from ..problem import Callbacks, Field, ODEProblem, like
+from ..problem import Field, ODEProblem, like
 from ..solution import Stats
 
 # Plans kept for one program: what they cost is a few small objects.
@@ -107,8 +107,6 @@ class Call:
         p, before = made.problem, self.plans.pop(self.key, None)
         places = {id(x): i for i, x in enumerate(self.field.program[1].tensors)}
         if p.suspects or p.retain_graph or not all(x.is_leaf and id(x) in places for x in p.params):
-            return
-        if p.adjoint is not None and p.adjoint.callbacks != Callbacks():
             return
         if len(self.plans) >= _KEPT:
             self.plans.clear()

@@ -208,7 +208,11 @@ def test_failures_are_those_of_the_native_engine(error, f, options):
 def test_what_julia_cannot_do_is_said_and_auto_leaves_it_to_torch(monkeypatch):
     monkeypatch.setenv("PYJLODE_ENGINE", "auto")
     h0 = H0.clone().requires_grad_()
-    for kwargs in ({"adjoint": False}, {"adjoint": "discrete"}, {"options": {"safety": 0.8}, "adjoint": True}):
+    for kwargs in (
+        {"adjoint": False},
+        {"adjoint": "discrete"},
+        {"options": {"norm": torch.linalg.norm}, "adjoint": True},
+    ):
         with pytest.raises(errors.BadOption, match=r"the Julia engine cannot do this: .*torch"):
             odeint(linear, h0, T, engine="julia", **kwargs)
         stats = solve(linear, h0, T, engine="auto", **kwargs).stats
@@ -216,6 +220,41 @@ def test_what_julia_cannot_do_is_said_and_auto_leaves_it_to_torch(monkeypatch):
         assert "cannot" in stats.reason
     assert solve(linear, H0, T, engine="auto").stats.engine == "julia"
     assert solve(linear, h0, T, engine="auto", adjoint=True).stats.engine == "julia"
+
+
+@pytest.mark.parametrize("adjoint", ["gauss", "backsolve"])
+def test_the_backward_solve_has_its_own_options(adjoint):
+    """Those that Julia takes count there; with others the solve is the native engine's."""
+    net = MLP()
+
+    def calls(**kwargs):
+        s = solve(net, H0, T, engine="julia", compile=False, method="tsit5", adjoint=adjoint, **kwargs)
+        s.h.square().sum().backward()
+        return s.stats.nfe_backward
+
+    few = calls()
+    assert calls(adjoint_options={"max_step": 0.01}) > max(2 * few, 300)
+    assert calls(adjoint_options={"safety": 0.3}) > 1.5 * few
+    assert calls(adjoint_options={"first_step": 1e-9, "ifactor": 2.0}) > few + 20
+    assert calls(adjoint_options={"step_t": [0.1 + 0.01 * i for i in range(100)]}) > max(2 * few, 300)
+
+    cannot = [{"norm": lambda state: torch.ones(())}, {"norm": torch.linalg.norm}]
+    cannot += [{"norm": "seminorm"}] if adjoint == "backsolve" else []
+    for options in cannot:
+        with pytest.raises(errors.BadOption, match=r"the Julia engine cannot do this: .*norm"):
+            calls(adjoint_options=options)
+    if adjoint == "gauss":  # the parameters are not solved for
+        calls(adjoint_options={"norm": "seminorm"})
+    net.callback_step_adjoint = print
+    with pytest.raises(errors.BadOption, match="callbacks"):
+        calls()
+
+
+def test_a_gradient_that_nobody_can_take_is_no_obstacle():
+    for kwargs in ({"method": "euler", "options": {"step_size": 0.01}}, {"method": "bdf"}):
+        with torch.no_grad():
+            h = odeint(MLP(), H0, T, engine="julia", adjoint=True, **kwargs)
+        assert h.shape == (7, 2)
 
 
 def test_auto_leaves_large_networks_to_the_native_engine(monkeypatch):

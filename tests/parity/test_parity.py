@@ -28,7 +28,7 @@ def how(kwargs):
     """With `compile` for the Julia engine: where it is True, not to compile is an error."""
     method = METHODS[kwargs.get("method", "dopri5")]
     # The Jacobian of the sensitivities has second derivatives of f, and is not compiled.
-    stiff = method.kind in ("stiff", "auto") or kwargs.get("method") == "trbdf2"
+    stiff = method.kind in ("stiff", "auto", "implicit")
     differenced = kwargs.get("adjoint") == "forward" and stiff
     if kwargs["engine"] == "julia" and not differenced:
         return {**kwargs, "compile": MODE["compile"]}
@@ -253,6 +253,37 @@ def test_gradients_of_each_method(method):
         assert max_error(a, b) < 1e-6 * max(1.0, float(b.abs().max()))
 
 
+@each(FIXED)
+def test_gradients_of_fixed_steps(method):
+    """That of the discrete solution, by sensitivities; adjoints of fixed steps are the native engine's."""
+    f, h0, t = Field(F64), torch.randn(2, 3, dtype=F64), torch.linspace(0, 1, 21, dtype=F64)
+    kwargs = {"method": method.name, "rtol": 1e-10, "atol": 1e-10}
+    got, want = (gradients(f, h0, t, engine=engine, adjoint="forward", **kwargs) for engine in ("julia", "torch"))
+    for a, b in zip(got, want):
+        assert max_error(a, b) < (1e-10 if method.kind == "fixed" else 1e-5) * max(1.0, float(b.abs().max()))
+    for adjoint in ("backsolve", "interpolating", "quadrature", "gauss"):
+        with pytest.raises(errors.BadOption, match=r"fixed steps .*'forward'"):
+            gradients(f, h0, t, engine="julia", adjoint=adjoint, **kwargs)
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_where_f_jumps(name):
+    """What stops a step forward stops it on the way back, too."""
+    rate = torch.tensor([0.4, 1.3, -0.7], dtype=F64)
+    h0, t, at = torch.tensor([1.0, -0.5, 0.3], dtype=F64), torch.tensor([0.0, 0.5, 2.0], dtype=F64), 0.7312
+    theta = rate.clone().requires_grad_()
+    kwargs = {"method": "tsit5", "rtol": 1e-9, "atol": 1e-9, "adjoint": name, "options": {"jump_t": [at]}}
+    # Which side of the jump a time is on is no tensor's to say: this field is called back.
+    h = pyjlode.odeint(
+        lambda t, h: h * torch.sin(theta) * (3.0 if float(t) > at else 1.0),
+        h0, t, engine="julia", compile=False, **kwargs,
+    )  # fmt: skip
+    exact = torch.stack([h0 * torch.exp(torch.sin(theta) * (s + 2 * max(0.0, s - at))) for s in (0.0, 0.5, 2.0)])
+    got, want = (torch.autograd.grad((x * x).sum(), theta)[0] for x in (h, exact))
+    assert torch.allclose(h, exact, rtol=1e-6, atol=0)
+    assert torch.allclose(got, want, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients_meet_as_tolerances_shrink(name):
     f, h0, t = Field(F64), torch.randn(2, 3, dtype=F64), torch.tensor([0.0, 0.7, 2.0], dtype=F64)
@@ -283,14 +314,35 @@ def test_events(backward):
     assert abs(float(found[0][0]) - sign * torch.acos(torch.tensor(0.2, dtype=F64))) < 1e-8
 
 
-def test_accounts_mean_the_same():
+@each(ADAPTIVE)
+@pytest.mark.parametrize("problem", [BERNOULLI, FEHLBERG, LOGISTIC], ids=lambda p: p.name)
+def test_a_tolerance_means_the_same(method, problem):
+    """Both control the step size alike: the same tolerance takes as many steps."""
+    tol = 1e-5 if method.order == 3 else 1e-9
     accounts = [
-        solve(BERNOULLI.f, BERNOULLI.h0, BERNOULLI.times(2), engine=e, rtol=1e-8, atol=1e-8).stats
+        solve(
+            problem.f, problem.h0, problem.times(2), method=method.name, engine=e, rtol=tol, atol=tol, dense=False
+        ).stats
         for e in ("torch", "julia")
     ]
     for name in ("nfe", "naccept"):
         a, b = (getattr(stats, name) for stats in accounts)
-        assert 0.5 < a / b < 2
+        # The first steps differ.
+        assert abs(a - b) <= max(4 * (1 if name == "naccept" else method.order), 0.25 * a)
+
+
+@each([METHODS["dopri5"], METHODS["vern7"]])
+def test_step_control_is_that_of_the_options(method):
+    def steps(engine, **options):
+        t = FEHLBERG.times(2)
+        return solve(
+            FEHLBERG.f, FEHLBERG.h0, t, method=method.name, engine=engine, rtol=1e-9, atol=1e-9, options=options
+        ).stats.naccept
+
+    for options in ({"safety": 0.45}, {"first_step": 1e-6, "ifactor": 1.2}):
+        a, b = (steps(engine, **options) for engine in ("torch", "julia"))
+        assert abs(a - b) <= max(4, 0.15 * a)
+        assert a > 1.2 * steps("torch")
 
 
 @given(
