@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from . import methods
 from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, NonFiniteState
 from .methods import Method
-from .problem import NO_OPTIONS, Callbacks, Layout, Norm, SolverOptions, is_finite, max_rms_norm, rms_norm
+from .problem import NO_OPTIONS, Callbacks, Layout, Norm, SolverOptions, is_finite, max_rms_norm, not_negative, rms_norm
 
 FLOATS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
@@ -350,7 +350,7 @@ def adjoint_params(given: Any) -> tuple[Tensor, ...] | None:
 def user_norm(norm: Any, layout: Layout) -> Norm:
     if not callable(norm):
         raise BadOption(f"options['norm'] must be a function of the state; got {norm!r}.")
-    return lambda flat: float(norm(layout.unflatten(flat)))
+    return lambda flat: not_negative(norm(layout.unflatten(flat)))
 
 
 def default_norm(layout: Layout, batch: int = 1) -> Norm:

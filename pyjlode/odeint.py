@@ -340,7 +340,7 @@ def _engine(name: str, p: ODEProblem, adjoint: bool | str, *, recorded: bool = F
 
 
 # Products of numbers in a call of f from which on nothing is gained by Julia: benchmarks/compiled.py --part size.
-_LARGE = 1_000_000
+_LARGE = 10_000_000
 
 
 def _large(p: ODEProblem) -> bool:

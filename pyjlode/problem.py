@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .errors import BadShape
+from .errors import BadOption, BadShape
 from .methods import Method
 
 Norm = Callable[[Tensor], float]
@@ -149,6 +149,14 @@ def max_rms_norm(leaves: Sequence[Tensor]) -> float:
     values = [norm / math.sqrt(leaf.numel()) for norm, leaf in zip(norms, kept)]
     # max() skips a NaN that does not come first; the step must see it.
     return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def not_negative(norm: Any) -> float:
+    """What the user's norm returned, as a number."""
+    value = float(norm)
+    if value < 0:
+        raise BadOption(f"options['norm'] returned {value:.4g}; a norm is never negative.")
+    return value
 
 
 @dataclass(frozen=True)

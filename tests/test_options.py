@@ -517,6 +517,18 @@ def test_norm_gets_the_state_and_rules_the_steps():
     assert set(shapes) == {(3, 2)}
 
 
+@pytest.mark.parametrize("name", ["options", "adjoint_options"])
+def test_a_norm_that_is_negative_is_none(name):
+    def f(t, h):
+        return A @ h
+
+    A = torch.tensor([[-0.1, 2.0], [-2.0, -0.1]], dtype=F64, requires_grad=True)
+    with pytest.raises(errors.BadOption, match=r"norm'\] returned -.* never negative"):
+        pyjlode.odeint(
+            f, VDP0, times(0.0, 5.0), adjoint="backsolve", **{name: {"norm": lambda h: -torch.ones(())}}
+        ).sum().backward()
+
+
 def test_norm_of_a_tuple_state_gets_the_tuple():
     """By default the largest of the root mean squares of its tensors."""
     seen = []

@@ -265,7 +265,8 @@ def _solve(
     if p.layout is not None and p.layout.sizes != [y0.numel()]:
         sizes = [*p.layout.sizes, y0.numel() - sum(p.layout.sizes)]
         request.lend(offsets=torch.tensor([0, *sizes]).cumsum(0))
-    request.lend(u0=y0, out=out)
+    # Not `out` itself: that gets a graph which holds the solve, which holds the request.
+    request.lend(u0=y0, out=out.detach())
     request.lend_numbers(times=p.times, stops=o.step_t, jumps=o.jump_t)
     request.lend_tolerances(p.rtol, p.atol)
     if p.mass is not None:
@@ -279,10 +280,10 @@ def _solve(
         solution = None
         if p.batch > 1:
             systems = Sweep(p)
-            rhs = _field(calls, systems.first, gradient, stats, True)
+            rhs = _field(calls, systems.first, gradient, stats)
             outcome = systems.solve(calls, rhs, algorithm, request)
         else:
-            rhs = _field(calls, p, gradient, stats, gradient is None and not dense, of)
+            rhs = _field(calls, p, gradient, stats, of)
             solution, outcome = _call(rhs, calls.solve, rhs.field, algorithm, request)
             if p.repeats is not None and not (rhs.functions or dense or gradient):
                 rhs.repeat(calls, algorithm, request)
@@ -346,13 +347,10 @@ def _again(p: ODEProblem, stats: Stats, name: str) -> Tensor | None:
     return out
 
 
-def _field(
-    calls: Calls, p: ODEProblem, gradient: str | None, stats: Stats, passing: bool, of: ODEProblem | None = None
-) -> Callbacks:
+def _field(calls: Calls, p: ODEProblem, gradient: str | None, stats: Stats, of: ODEProblem | None = None) -> Callbacks:
     """The problem's vector field for Julia: compiled where that can be and is not forbidden, else called back.
 
     Args:
-        passing: nobody asks for anything once the solve is over.
         of: the problem that `p` is the one of the sensitivities of.
 
     Raises:
@@ -366,7 +364,7 @@ def _field(
     from .codegen.field import Compiled  # half the cost of importing this package
 
     try:
-        compiled = Compiled(calls, p, gradient, passing, of)
+        compiled = Compiled(calls, p, gradient, of)
     except NotCompiled as error:
         if p.compile:
             raise
@@ -391,7 +389,7 @@ def _call(rhs: Callbacks, function: Any, *args: Any) -> Any:
 
 def _algorithm(calls: Calls, method: Method, gradient: str | None) -> Held:
     expression = method.julia or ""
-    if gradient is not None:
+    if gradient is not None and "Vern" in expression:
         # Verner's methods make the last stages of their dense output when it is asked for. Within SciMLSensitivity's
         # adjoints these come out wrong: a gradient at rtol=1e-8 was off by 1e-3.
         expression = re.sub(r"\bVern([6-9])\(\)", r"Vern\1(lazy=false)", expression)

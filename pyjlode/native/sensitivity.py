@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import forward
 from ..derivatives import grad, pull_back, vjp
 from ..gradients import Gradients, time_gradient
-from ..problem import Callbacks, Field, Layout, Norm, ODEProblem, max_rms_norm, rms_norm
+from ..problem import Callbacks, Field, Layout, Norm, ODEProblem, max_rms_norm, not_negative, rms_norm
 from ..solution import Stats
 from . import bdf, dae, loop, scipy_ivp
 from .linear import Jacobian, Linear
@@ -380,7 +380,7 @@ class _Backward:
             return max(values) if all(v == v for v in values) else float("nan")
 
         own = s.norm
-        return (lambda z: float(own(self.as_tuple(z)))) if own else norm
+        return (lambda z: not_negative(own(self.as_tuple(z)))) if own else norm
 
     def as_tuple(self, z: Tensor) -> tuple[Tensor, ...]:
         """The state as torchdiffeq's users know it: (vjp_t, *y, *adj_y, *adj_params). What is not part of this solve

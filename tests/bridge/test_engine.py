@@ -259,16 +259,16 @@ def test_a_gradient_that_nobody_can_take_is_no_obstacle():
 
 def test_auto_leaves_large_networks_to_the_native_engine(monkeypatch):
     monkeypatch.setenv("PYJLODE_ENGINE", "auto")
-    net, narrow = torch.nn.Linear(1024, 1024), torch.nn.Linear(64, 64)
+    net, narrow = torch.nn.Linear(4096, 4096), torch.nn.Linear(64, 64)
     kwargs = {"method": "tsit5", "rtol": 1e-3, "atol": 1e-3, "dense": False}
     with torch.no_grad():
-        stats = solve(lambda t, h: net(h), torch.zeros(1024), T, **kwargs).stats
+        stats = solve(lambda t, h: net(h), torch.zeros(4096), T, **kwargs).stats
         assert stats.engine == "torch"
         assert "large" in stats.reason
-        assert solve(lambda t, h: narrow(h), torch.zeros(512, 64), T, **kwargs).stats.engine == "torch"
+        assert solve(lambda t, h: narrow(h), torch.zeros(4096, 64), T, **kwargs).stats.engine == "torch"
         assert solve(lambda t, h: narrow(h), torch.zeros(8, 64), T, **kwargs).stats.engine == "julia"
         for more in ({"engine": "julia"}, {"compile": True}):
-            assert solve(lambda t, h: net(h), torch.zeros(1024), T, **kwargs, **more).stats.engine == "julia"
+            assert solve(lambda t, h: net(h), torch.zeros(4096), T, **kwargs, **more).stats.engine == "julia"
 
 
 def test_a_state_that_is_the_negative_of_its_memory():

@@ -74,6 +74,47 @@ def test_lent_tensors_live_as_long_as_the_solution(monkeypatch):
     assert lent[0]() is None
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("gradient", sorted(engine.GRADIENTS))
+@pytest.mark.parametrize("used", [False, True], ids=["not_used", "used"])
+def test_what_a_gradient_needs_goes_with_its_result(compiled, gradient, used):
+    """Without the garbage collector, which would come late for so few objects, however large."""
+    net, y = torch.nn.Linear(2, 2).double(), torch.ones(2, dtype=F64)
+
+    def run():
+        h = odeint(lambda t, h: net(h), y, [0, 1], engine="julia", adjoint=gradient, compile=compiled)
+        if used:
+            h.sum().backward()
+
+    run()
+    gc.collect()
+    gc.disable()
+    try:
+        run()
+        assert not [x for x in gc.get_objects() if type(x) is engine.Memory]
+    finally:
+        gc.enable()
+
+
+def test_solves_that_live_at_once_have_memory_of_their_own():
+    """Compiled fields of one program, with parameters that differ, differentiated in another order."""
+    y, t = torch.tensor([1.0, 0.5], dtype=F64), [0.0, 0.4, 1.0]
+    rates = [torch.tensor([0.3 * i, -0.2], dtype=F64, requires_grad=True) for i in range(8)]
+
+    def losses(**kwargs):
+        return [odeint(lambda t, h, p=p: torch.sin(p * h), y, t, rtol=1e-9, atol=1e-9, **kwargs).sum() for p in rates]
+
+    want = torch.autograd.grad(sum(losses(engine="torch", adjoint="discrete")), rates)
+    for gradient in ("gauss", "interpolating"):
+        for _ in range(2):
+            mine = losses(engine="julia", adjoint=gradient, compile=True)
+            for i in (3, 0, 7, 5, 1, 6, 2, 4):
+                (got,) = torch.autograd.grad(mine[i], rates[i])
+                assert torch.allclose(got, want[i], rtol=1e-6, atol=1e-8)
+                mine[i] = None
+                odeint(lambda t, h: torch.sin(y * h), y, t, engine="julia", compile=True)  # takes a field that is idle
+
+
 def test_what_julia_keeps_is_not_pickled():
     with runtime.julia() as calls:
         solver = calls.algorithm("Tsit5()")

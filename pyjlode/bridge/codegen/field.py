@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from ...problem import FEW, Layout, ODEProblem, like
 from ..calls import Calls, Held
 from ..memory import CompiledFunctions, Outcome, Request
 from ..rhs import Callbacks
-from .program import program_of, refuse
+from .program import Fields, JuliaField, program_of, refuse
 
 _ADDRESS = ctypes.c_void_p
 _FUNCTION = ctypes.PYFUNCTYPE(None, *[_ADDRESS] * 6, ctypes.c_double)
@@ -33,19 +32,19 @@ _REPEATED = 10_000
 class Compiled(Callbacks):
     """A field of compiled functions: only its event function is called back.
 
+    For as long as this lives, Julia's field is its own; afterwards that serves another.
+
     Args:
         gradient: name of the gradient method that will be asked for; None for none.
-        passing: nobody asks for anything once the solve is over.
         of: the problem that `p` is the one of the sensitivities of, for an explicit method.
 
     Raises:
         NotCompiled: it cannot be compiled, or what was compiled differs from PyTorch.
     """
 
-    def __init__(
-        self, calls: Calls, p: ODEProblem, gradient: str | None, passing: bool, of: ODEProblem | None = None
-    ) -> None:
+    def __init__(self, calls: Calls, p: ODEProblem, gradient: str | None, of: ODEProblem | None = None) -> None:
         super().__init__(p)
+        self.shared: Fields | None = None
         if p.jac is not None and not _explicit(p.method):
             raise NotCompiled("jac was given, and a compiled f has its own")
         self.of = of or p
@@ -68,10 +67,9 @@ class Compiled(Callbacks):
         if gradient is not None:
             names += ["vjp", "vjp_p"]
         addresses = {name: program.address(calls, name) for name in names}
-        # One field for all solves that leave nothing behind: they come one after the other.
-        passing = passing and not self.functions
-        again = program.passing.get(tuple(names)) if passing else None
-        if again is None:
+        shared = None if self.functions else program.fields.setdefault(tuple(names), Fields())
+        own = shared.take() if shared else None
+        if own is None:
             fields = {"f" if name == "sensitivities" else name: address for name, address in addresses.items()}
             functions = CompiledFunctions(n=self.n, event=self.pointers.get("event", 0), **fields)
             functions.lend(
@@ -83,14 +81,18 @@ class Compiled(Callbacks):
                 functions.lend(columns=program.pattern.columns, rows=program.pattern.rows)
             memory = functions.tensors
             parts = _parts(memory["theta"], trained) + _parts(memory["constants"], constants)
-            again = calls.compiled_field(self.dtype, functions), memory, parts
-            if passing:
-                program.passing[tuple(names)] = again
+            own = JuliaField(calls.compiled_field(self.dtype, functions), memory, parts)
+            if shared:
+                shared.add(own)
         else:
-            fill(again[2], tensors)
-        self.field, self.memory, self.parts = again
+            fill(own.parts, tensors)
+        self.own, self.shared, self.field = own, shared, own.held
         self.value = names[0]
         self.verify(names, addresses)
+
+    def __del__(self) -> None:
+        if self.shared is not None:
+            self.shared.give_back(self.own)
 
     def repeat(self, calls: Calls, algorithm: Held, request: Request) -> None:
         """Keep for the next such problem an integrator, if that holds but little memory and begins again as a new one
@@ -99,7 +101,10 @@ class Compiled(Callbacks):
         if fresh and self.n <= _REPEATED and self.p.repeats is not None:
             held = calls.repeated(self.field, algorithm, request)
             start = self.p.y0.clone() if self.value == "sensitivities" else None
-            self.p.repeats[self.value] = Repeated(held, self.parts, start)
+            self.p.repeats[self.value] = Repeated(held, self.own.parts, start)
+            if self.shared is not None:  # the field stays that integrator's
+                self.shared.busy.discard(self.own)
+                self.shared = None
 
     def _check_parameters(self, p: ODEProblem, trained: Sequence[Tensor], gradient: str | None) -> None:
         if gradient is None:
@@ -111,18 +116,21 @@ class Compiled(Callbacks):
         if lost:
             raise NotCompiled("f uses results of earlier operations, whose graph a compiled f is no part of")
 
-    @functools.cached_property
+    @property
     def params(self) -> Layout:
-        return Layout(self.trained)
+        if self.program.params is None:
+            self.program.params = Layout(self.trained)
+        return self.program.params
 
     def parameter_gradients(self, theta: Tensor) -> list[Tensor | None]:
         """Of a gradient by all that the compiled functions hold, shape (m,), those by `p.params`."""
-        found = {id(x): g.to(x.device, x.dtype) for x, g in zip(self.trained, self.params.leaves(theta))}
-        return [found.get(id(x)) for x in self.p.params]
+        found = {id(x): g for x, g in zip(self.trained, _parts(theta, self.trained))}
+        grads = [(x, found.get(id(x))) for x in self.p.params]
+        return [None if g is None else g.to(x.device, x.dtype) for x, g in grads]
 
     def call(self, address: int, out: Tensor, t: float, u: Tensor, v: Tensor | None = None) -> Tensor:
         """out, of such a function."""
-        m = self.memory
+        m = self.own.memory
         tensors = (out, u if v is None else v, u, m["theta"], m["constants"], m["work"])
         _FUNCTION(address)(*[x.data_ptr() for x in tensors], t)
         return out

@@ -5,13 +5,15 @@ from __future__ import annotations
 import collections
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...errors import NotCompiled
-from ...problem import Field
+from ...problem import Field, Layout
+from .. import calls
 from ..calls import Calls
 from . import array, scalar
 from .capture import Held, held_by
@@ -22,6 +24,8 @@ FUNCTIONS = ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p")
 _SPARSE_SIZE, _SPARSE_PART = 24, 0.3
 # Programs kept: what they cost is the text and the machine code of a few functions.
 _KEPT = 256
+# Fields of the same functions that are kept while nobody uses them.
+_IDLE = 4
 
 
 class Pattern(NamedTuple):
@@ -29,6 +33,42 @@ class Pattern(NamedTuple):
 
     columns: Tensor
     rows: Tensor
+
+
+@dataclass(eq=False)
+class JuliaField:
+    """A field of Julia's, and the memory that it looks at: whole, and for each of the tensors that f holds."""
+
+    held: calls.Held
+    memory: dict[str, Tensor]
+    parts: list[Tensor]
+
+
+class Fields:
+    """Fields of the same functions, each one solve's at a time.
+
+    Attributes:
+        busy: those in use. They are kept here: one that only a solve kept could not serve the next where the garbage
+            collector ends both at once.
+    """
+
+    def __init__(self) -> None:
+        self.idle: list[JuliaField] = []
+        self.busy: set[JuliaField] = set()
+
+    def take(self) -> JuliaField | None:
+        """One that nobody uses; None where there is none."""
+        return self.add(self.idle.pop()) if self.idle else None
+
+    def add(self, field: JuliaField) -> JuliaField:
+        """One that is in use from now on."""
+        self.busy.add(field)
+        return field
+
+    def give_back(self, field: JuliaField) -> None:
+        self.busy.discard(field)
+        if len(self.idle) < _IDLE:
+            self.idle.append(field)
 
 
 class Program:
@@ -40,8 +80,8 @@ class Program:
     Attributes:
         mode: "scalar" where that has few enough operations, else "array".
         work: numbers that the functions need room for.
-        passing: by the names of its functions, a field of Julia's and the memory that it looks at, whole and for
-            each of its tensors, for solves that leave nothing behind.
+        fields: Julia's, by the names of their functions.
+        params: how the trained tensors lie in Julia's vector of them, once it was asked for.
         plans: what the front door keeps of calls with such a field.
 
     Raises:
@@ -52,7 +92,8 @@ class Program:
         self.trace, self.n, self.dtype = trace, trace.like.numel(), trace.like.dtype
         self.parameters = sum(x.numel() for x in trace.tensors[: trace.trained])
         self.verified: set[str] = set()
-        self.passing: dict[tuple[str, ...], tuple[Any, dict[str, Tensor], list[Tensor]]] = {}
+        self.fields: dict[tuple[str, ...], Fields] = {}
+        self.params: Layout | None = None
         self.plans: dict[tuple[Any, ...], Any] = {}
         self.work = 0
         self._texts: dict[str, str] = {}
