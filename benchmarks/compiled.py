@@ -723,7 +723,7 @@ def _draw_sizes(sizes: list[int], modes: list[str], rows: list[dict[str, float]]
     for i in changes:
         axes.axvline((sizes[i - 1] * sizes[i]) ** 0.5, color="0.8", lw=1)
         axes.annotate(
-            f"{modes[i - 1]} code | {modes[i]} code", ((sizes[i - 1] * sizes[i]) ** 0.5, 0.03), ha="center", color="0.4",
+            f"{modes[i - 1]} code | {modes[i]} code", ((sizes[i - 1] * sizes[i]) ** 0.5, 0.75), ha="center", color="0.4",
             xycoords=("data", "axes fraction"), fontsize=9,
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="d", ylabel="CPU time of a solve, ms")
