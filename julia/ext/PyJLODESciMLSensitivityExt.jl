@@ -2,12 +2,13 @@
 module PyJLODESciMLSensitivityExt
 
 using ADTypes: AutoFiniteDiff
+using CommonSolve: CommonSolve, init, solve!
 using ConstructionBase: setproperties
 using OrdinaryDiffEqCore: CompositeAlgorithm, isimplicit
 using PrecompileTools: @compile_workload, @setup_workload
-using PyJLODE: PyJLODE, AdjointRequest, FAILURE, Field, IMPLICIT, Solve, Source, call_adjoint, ode_function, solve_linear,
-    stepping, structure, tolerance
-using SciMLBase: remake
+using PyJLODE: PyJLODE, AdjointRequest, FAILURE, Field, IMPLICIT, Outcome, Solve, Source, call_adjoint, ode_function,
+    solve_linear, stepping, structure, succeeded, tolerance
+using SciMLBase: ODEProblem, SciMLBase, remake
 using SciMLSensitivity: BacksolveAdjoint, GaussAdjoint, InterpolatingAdjoint, QuadratureAdjoint,
     ReverseDiffVJP, adjoint_sensitivities
 
@@ -46,8 +47,39 @@ end
 with_jacobian(s::Solve) = s.sol
 
 function adjoint_method(name, field, reltol, abstol)
-    tolerances = name == "quadrature" ? (; reltol = minimum(reltol), abstol = minimum(abstol)) : (;)
+    tolerances = name == "quadrature" ? (; reltol, abstol) : (;)
     return METHODS[name](; products(field)..., tolerances...)
+end
+
+"""
+A tolerance, one number or one for each of the state, for what an adjoint solves for: with the gradient by `m` parameters,
+and the state, or without.
+"""
+adjoint_tolerance(name, tol::Number, m) = tol
+function adjoint_tolerance(name, tol::Vector, m)
+    name == "quadrature" && return minimum(tol)
+    name == "gauss" && return tol
+    parts = [tol; fill(minimum(tol), m)]
+    return name == "backsolve" ? [parts; tol] : parts
+end
+
+"A solver for SciMLSensitivity, which goes on with whatever comes out: a solve that fails ends it here."
+struct Watched{A}
+    alg::A
+    outcome::Base.RefValue{Outcome}
+end
+
+struct Failed <: Exception end
+
+SciMLBase.forwarddiffs_model(w::Watched) = SciMLBase.forwarddiffs_model(w.alg)
+SciMLBase.forwarddiffs_model_time(w::Watched) = SciMLBase.forwarddiffs_model_time(w.alg)
+
+function CommonSolve.solve(problem::ODEProblem, w::Watched; kwargs...)
+    integrator = init(problem, w.alg; kwargs...)
+    sol = solve!(integrator)
+    w.outcome[] = Outcome(sol, integrator, integrator.u, NaN, 1)
+    succeeded(w.outcome[]) || throw(Failed())
+    return sol
 end
 
 function PyJLODE.adjoint!(s::Solve{T}, name::String, alg, r::AdjointRequest) where {T}
@@ -57,32 +89,40 @@ function PyJLODE.adjoint!(s::Solve{T}, name::String, alg, r::AdjointRequest) whe
         copyto!(out, view(cotangents, :, i + 1))
         return nothing
     end
-    reltol, abstol = tolerance(r.rtol), tolerance(r.atol)
+    m = length(s.field.parameters)
+    reltol, abstol = adjoint_tolerance(name, tolerance(r.rtol), m), adjoint_tolerance(name, tolerance(r.atol), m)
     # What solves the state backward begins anew from the forward solution at each output, and so must stop there.
     restarts = name == "backsolve" ? times : Float64[]
     checkpoints = name == "backsolve" ? (; checkpoints = times) : (;)
-    solver = backward_solver(alg, s.field)
-    steps = stepping(solver, r, sign(times[1] - times[end]), abs(times[end] - times[1]))
-    du0, dp = adjoint_sensitivities(
-        isimplicit(alg) ? with_jacobian(s) : s.sol, solver;
-        t = times[2:end], dgdu_discrete = dgdu, sensealg = adjoint_method(name, s.field, reltol, abstol),
-        reltol, abstol, tstops = [restarts; Vector{Float64}(r.stops)], verbose = PyJLODE.SILENT, steps..., checkpoints...
-    )
+    solver = Watched(backward_solver(alg, s.field), Ref{Outcome}())
+    steps = stepping(solver.alg, r, sign(times[1] - times[end]), abs(times[end] - times[1]))
+    du0, dp = try
+        adjoint_sensitivities(
+            isimplicit(alg) ? with_jacobian(s) : s.sol, solver;
+            t = times[2:end], dgdu_discrete = dgdu, sensealg = adjoint_method(name, s.field, reltol, abstol),
+            reltol, abstol, tstops = [restarts; Vector{Float64}(r.stops)], verbose = PyJLODE.SILENT, steps...,
+            checkpoints...
+        )
+    catch error
+        error isa Failed ? (return solver.outcome[]) : rethrow()
+    end
     copyto!(Vector{T}(r.du0), du0)
-    isempty(s.field.parameters) || copyto!(Vector{T}(r.dp), dp)
-    return nothing
+    m == 0 || copyto!(Vector{T}(r.dp), dp)
+    return solver.outcome[]
 end
 
 "The gradient of half the sum of squares at the outputs of a linear problem."
 function adjoint_linear(::Type{T}, name, text) where {T}
     du0, dp, rtol, atol = zeros(T, 1), zeros(T, 1), [1.0e-4], [1.0e-6]
     solve_linear(T, text; dense = true) do s, alg, times, out
-        GC.@preserve du0 dp rtol atol name begin
+        outcome = Vector{Outcome}(undef, 1)
+        GC.@preserve du0 dp rtol atol name outcome begin
             request = [
                 structure(AdjointRequest; du0, dp, g = out, times, rtol, atol, max_step = Inf, max_steps = 1000),
             ]
             GC.@preserve request begin
-                call_adjoint(s, Cstring(pointer(name)), alg, pointer(request)) == 0 && error(FAILURE[])
+                done = call_adjoint(s, Cstring(pointer(name)), alg, pointer(request), pointer(outcome))
+                done == 0 && error(FAILURE[])
             end
         end
     end

@@ -123,9 +123,9 @@ function call_interpolate(s::Int64, times::Int64, out::Int64, m::Int64)
     end
 end
 
-function call_adjoint(s::Int64, name::Cstring, alg::Int64, request::Ptr{AdjointRequest})
+function call_adjoint(s::Int64, name::Cstring, alg::Int64, request::Ptr{AdjointRequest}, outcome::Ptr{Outcome})
     return answer() do
-        adjoint!(HELD[s], unsafe_string(name), HELD[alg], unsafe_load(request))
+        unsafe_store!(outcome, adjoint!(HELD[s], unsafe_string(name), HELD[alg], unsafe_load(request)))
         Int64(1)
     end
 end
@@ -156,7 +156,7 @@ function addresses()
         again = @cfunction(call_again, Int64, (Int64, Int64, Int64, Ptr{Outcome})),
         sweep = @cfunction(call_sweep, Int64, (Int64, Int64, Ptr{Request}, Ptr{Systems}, Ptr{Outcome})),
         interpolate = @cfunction(call_interpolate, Int64, (Int64, Int64, Int64, Int64)),
-        adjoint = @cfunction(call_adjoint, Int64, (Int64, Cstring, Int64, Ptr{AdjointRequest})),
+        adjoint = @cfunction(call_adjoint, Int64, (Int64, Cstring, Int64, Ptr{AdjointRequest}, Ptr{Outcome})),
         release = @cfunction(call_release, Int64, (Ptr{Int64}, Int64)),
         collect = @cfunction(call_collect, Int64, (Int64,)),
     )

@@ -283,10 +283,11 @@ function interpolate!(s::Solve{T}, times::Int64, out::Int64, m::Int64) where {T}
 end
 
 """
-    adjoint!(solve, name, alg, request)
+    adjoint!(solve, name, alg, request) -> Outcome
 
 The gradient of a loss of the states at `times` with the cotangents `g`, by the adjoint method `name` of
 SciMLSensitivity, which must be loaded: with respect to the state at `times[1]` (without `g` there), and to the
-parameters. `request` is an [`AdjointRequest`](@ref).
+parameters. `request` is an [`AdjointRequest`](@ref), the outcome that of the backward solve: where it failed there is no
+gradient.
 """
 function adjoint! end

@@ -88,13 +88,14 @@ function run(::Type{T}, text, times; names = (:f,), kwargs...) where {T}
 end
 
 "The gradients with cotangents `g`."
-function adjoint(s, name, text, times, g::Array{T}; rtol) where {T}
+function adjoint(s, name, text, times, g::Array{T}; rtol, max_steps = 100_000) where {T}
     du0, dp, times, tol = zeros(T, 2), zeros(T, 1), collect(Float64, times), [rtol]
     GC.@preserve du0 dp times tol g begin
         r = structure(
-            AdjointRequest; du0, dp, g, times, rtol = tol, atol = tol, max_step = Inf, max_steps = 100_000
+            AdjointRequest; du0, dp, g, times, rtol = tol, atol = tol, max_step = Inf, max_steps
         )
-        adjoint!(s, name, algorithm(text), r)
+        outcome = adjoint!(s, name, algorithm(text), r)
+        @test unsafe_string(outcome.code) == (max_steps == 100_000 ? "Success" : "MaxIters")
     end
     return du0, dp
 end
@@ -221,6 +222,7 @@ end
         want_p = (at(0.1 + h) - at(0.1 - h)) / 2h
         @test du0 ≈ want rtol = 1.0e3 * rtol
         @test dp[1] ≈ want_p rtol = 1.0e3 * rtol
+        adjoint(r.s, name, "Tsit5()", times, 2 .* r.out; rtol, max_steps = 3)
     end
 
     @testset "a field that is Julia code" begin

@@ -27,7 +27,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "again": (_I, _I, _I, _I, _P),
     "sweep": (_I, _I, _I, _P, _P, _P),
     "interpolate": (_I, _I, _I, _I, _I),
-    "adjoint": (_I, _I, ctypes.c_char_p, _I, _P),
+    "adjoint": (_I, _I, ctypes.c_char_p, _I, _P, _P),
     "release": (_I, _P, _I),
     "collect": (_I, _I),
 }
@@ -145,9 +145,15 @@ class Calls:
         """States out (M, n) at times (M,), float64, of a solve that was dense."""
         self._check(self._c["interpolate"](solution.number, times.data_ptr(), out.data_ptr(), len(times)))
 
-    def adjoint(self, solution: Held, name: str, algorithm: Held, request: AdjointRequest) -> None:
-        """The gradient method `name` of SciMLSensitivity, which must be loaded."""
-        self._check(self._c["adjoint"](solution.number, name.encode(), algorithm.number, request.address))
+    def adjoint(self, solution: Held, name: str, algorithm: Held, request: AdjointRequest) -> Outcome:
+        """The gradient method `name` of SciMLSensitivity, which must be loaded; how its backward solve went."""
+        outcome = Outcome()
+        self._check(
+            self._c["adjoint"](
+                solution.number, name.encode(), algorithm.number, request.address, ctypes.addressof(outcome)
+            )
+        )
+        return outcome
 
     def collect(self, on: bool) -> bool:
         """Let Julia collect its garbage, or not, from now on. Returns whether it did."""

@@ -15,7 +15,7 @@ from .. import ends, forward
 from ..errors import BadOption, NonFiniteState, NotCompiled, NotConverged, SolveError
 from ..gradients import Gradients, time_gradient
 from ..methods import Method, hairer
-from ..problem import NO_OPTIONS, AdjointSettings, ODEProblem, SolverOptions
+from ..problem import NO_OPTIONS, AdjointSettings, ODEProblem, SolverOptions, like
 from ..solution import Stats
 from . import runtime
 from .calls import Calls, Held
@@ -214,7 +214,7 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     request.lend_tolerances(settings.rtol, settings.atol)
     with torch.no_grad(), runtime.julia() as calls:
         runtime.sensitivity()
-        _call(
+        outcome = _call(
             rhs,
             calls.adjoint,
             memory.solve,
@@ -222,6 +222,10 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
             _algorithm(calls, settings.method, memory.gradient),
             request,
         )
+    if not isinstance(rhs, RHS):
+        p.f.nfe += outcome.nf
+    backward = like(p, method=settings.method, options=o, times=times[::-1], event_fn=None)
+    _check(outcome, backward, f"the backward solve of adjoint={memory.gradient!r}: ")
     return Gradients(a + g[0], time_gradient(p, record, g, a, p.f), rhs.parameter_gradients(theta))
 
 
@@ -317,12 +321,19 @@ def _look_at(outcome: Outcome, p: ODEProblem, stats: Stats) -> None:
     """Take down the work of a solve, and raise if it failed."""
     stats.naccept, stats.nreject, stats.njac = outcome.naccept, outcome.nreject, outcome.njac
     stats.nlu, stats.nnewton = outcome.nlu, outcome.nnewton
+    _check(outcome, p, f"system {outcome.system - 1} of the batch: " if p.batch > 1 else "")
+
+
+def _check(outcome: Outcome, p: ODEProblem, what: str) -> None:
+    """Raise if a solve failed.
+
+    Args:
+        what: it was, for the message.
+    """
     if outcome.code in (b"Success", b"Terminated", b"Default") and outcome.finite:
         return
-    code, t, dt = outcome.code.decode(), outcome.t, outcome.dt
-    failure = _failure(p, code, t, dt)
-    if p.batch > 1:
-        failure.args = (f"system {outcome.system - 1} of the batch: {failure}",)
+    failure = _failure(p, outcome.code.decode(), outcome.t, outcome.dt)
+    failure.args = (f"{what}{failure}",)
     raise failure
 
 

@@ -250,6 +250,51 @@ def test_the_backward_solve_has_its_own_options(adjoint):
         calls()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("adjoint", ["gauss", "interpolating", "quadrature", "backsolve"])
+def test_a_backward_solve_that_fails_is_an_error(adjoint, compiled):
+    """SciMLSensitivity goes on with whatever its solve leaves."""
+    kwargs = {"engine": "julia", "adjoint": adjoint, "compile": compiled, "method": "tsit5"}
+    net = MLP()
+    h = odeint(net, H0, T, adjoint_options={"max_num_steps": 3}, **kwargs)
+    with pytest.raises(errors.MaxStepsReached, match=rf"backward solve of adjoint='{adjoint}'.*max_num_steps=3 .*t=0;"):
+        h.sum().backward()
+    assert net.net[0].weight.grad is None
+    odeint(net, H0, T, **kwargs).sum().backward()
+    assert net.net[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("adjoint", ["gauss", "interpolating", "quadrature", "backsolve"])
+def test_a_nan_on_the_way_back_is_an_error(adjoint):
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * math.nan
+
+    h0 = H0.clone().requires_grad_()
+    h = odeint(lambda t, h: linear(t, Forward.apply(h)), h0, T, engine="julia", adjoint=adjoint, compile=False)
+    with pytest.raises(errors.NonFiniteState, match="backward solve"):
+        h.sum().backward()
+
+
+@pytest.mark.parametrize("adjoint", ["gauss", "interpolating", "quadrature", "backsolve", "forward"])
+def test_tolerances_of_each_element(adjoint):
+    def gradients(**kwargs):
+        torch.manual_seed(0)
+        net, h0 = MLP(), H0.clone().requires_grad_()
+        h = odeint(net, h0, T, method="tsit5", **kwargs)
+        return torch.autograd.grad(h.square().sum(), [h0, *net.parameters()])
+
+    want = gradients(engine="torch", adjoint="discrete", rtol=1e-10, atol=1e-10)
+    tol = {"rtol": torch.tensor([1e-8, 1e-7], dtype=F64), "atol": torch.tensor([1e-9, 1e-8], dtype=F64)}
+    for a, b in zip(gradients(engine="julia", adjoint=adjoint, **tol), want):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_a_gradient_that_nobody_can_take_is_no_obstacle():
     for kwargs in ({"method": "euler", "options": {"step_size": 0.01}}, {"method": "bdf"}):
         with torch.no_grad():
