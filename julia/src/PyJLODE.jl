@@ -11,8 +11,8 @@ using DiffEqBase: DEVerbosity
 using LinearAlgebra: BLAS, I
 using OrdinaryDiffEqCore: OrdinaryDiffEqCore, PIController, default_controller, isadaptive
 using PrecompileTools: @compile_workload, @setup_workload
-using SciMLBase: CallbackSet, ContinuousCallback, DiscreteCallback, FullSpecialize, ODEFunction, ODEProblem, ReturnCode,
-    SciMLBase, reinit!, terminate!, u_modified!
+using SciMLBase: CallbackSet, ContinuousCallback, DiscreteCallback, FullSpecialize, NoInit, ODEFunction, ODEProblem,
+    ReturnCode, SciMLBase, reinit!, terminate!, u_modified!
 using SciMLLogging: SciMLLogging
 using SparseArrays: SparseMatrixCSC, nnz, nonzeros
 

@@ -98,7 +98,7 @@ How a solve went. As [`Request`](@ref).
   - `code`: name of the `ReturnCode`, zero-terminated, for ever.
   - `t`, `dt`: where it ended, and the step it was about to take.
   - `event_time`: NaN where no event ended it. `system`: of several, the one that this is of, from 1.
-  - `finite`: whether all states are.
+  - `finite`: whether all states are; where steps became too small, whether the field is, there and just after.
 """
 struct Outcome
     code::Ptr{UInt8}

@@ -39,14 +39,16 @@ Solve u' = -u, u(0) = 1 over [0, 1] through the doors that Python comes by, and 
 times and the states there to `after`.
 """
 function solve_linear(
-        after, ::Type{T}, text; dense = false, event = false, first_step = 0.0, tolerances = 1
+        after, ::Type{T}, text; dense = false, event = false, first_step = 0.0, tolerances = 1, mass = T[]
     ) where {T}
     u0, times, out = ones(T, 1), event ? [0.0, 1.0] : [0.0, 0.5, 1.0], zeros(T, event ? 2 : 3)
     offsets, rtol, atol = [0, 1], fill(1.0e-4, tolerances), fill(1.0e-6, tolerances)
     field, outcome = [linear_field(T; event)], Vector{Outcome}(undef, 1)
-    GC.@preserve u0 times out offsets rtol atol field outcome text begin
+    GC.@preserve u0 times out offsets rtol atol mass field outcome text begin
         request = [
-            structure(Request; u0, out, times, offsets, rtol, atol, first_step, dense, max_step = Inf, max_steps = 1000),
+            structure(
+                Request; u0, out, times, offsets, rtol, atol, mass, first_step, dense, max_step = Inf, max_steps = 1000
+            ),
         ]
         GC.@preserve request begin
             alg = call_algorithm(Cstring(pointer(text)))
@@ -117,6 +119,9 @@ const IMPLICIT = (
         end
         for text in ("BS3()", "DP8()", "Vern7()", "Vern9()", IMPLICIT...)
             solve_linear(Float64, text; dense = true)
+        end
+        for text in ("Rodas5P()", "RadauIIA5()", "FBDF()")
+            solve_linear(Float64, text; dense = true, mass = ones(1))
         end
     end
 end

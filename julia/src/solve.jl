@@ -62,6 +62,7 @@ end
 function (stop::Stop)(integrator)
     stop.event.time = integrator.t
     terminate!(integrator)
+    u_modified!(integrator, false)
     return nothing
 end
 
@@ -189,16 +190,29 @@ function prepare(field, alg, r::Request, u0::Vector{T}, outputs::Outputs{T}, eve
         problem, alg;
         reltol = tolerance(r.rtol), abstol = tolerance(r.atol), adaptive, callback, dense, tstops,
         save_everystep = dense, save_start = dense, save_end = dense, calck,
-        internalnorm = LargestRMS(offsets), verbose = SILENT, steps...
+        # A start that the algebraic equations of a mass matrix do not hold for is the caller's to refuse.
+        internalnorm = LargestRMS(offsets), verbose = SILENT, initializealg = NoInit(), steps...
     )
 end
 
 function Outcome(sol, integrator, states, event_time, system)
     (; stats, retcode) = sol
+    # Steps that became too small are reported as an unstable solution, whatever is the cause.
+    finite = retcode == ReturnCode.Unstable ? goes_on(integrator) : all(isfinite, states)
     return Outcome(
         code_name(retcode), integrator.t, integrator.dt, event_time, stats.naccept, stats.nreject, stats.njacs, stats.nw,
-        stats.nnonliniter, stats.nf, system, all(isfinite, states),
+        stats.nnonliniter, stats.nf, system, finite,
     )
+end
+
+"Whether the field is finite where the solver gave up, and just after it."
+function goes_on(integrator)
+    (; u, t, p, f, tdir) = integrator
+    slope = similar(u)
+    f(slope, u, p, t)
+    ahead = tdir * sqrt(eps(eltype(u))) * max(1, abs(t))
+    f(slope, u .+ eltype(u)(ahead) .* slope, p, t + ahead)
+    return all(isfinite, slope)
 end
 
 """

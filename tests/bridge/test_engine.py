@@ -205,6 +205,22 @@ def test_failures_are_those_of_the_native_engine(error, f, options):
             odeint(f, H0, T, engine=engine, options=options)
 
 
+@pytest.mark.parametrize("method", ["radau5", "rodas5p", "bdf", "kvaerno5", "trbdf2"])
+@pytest.mark.parametrize(
+    ("error", "f"),
+    [
+        (errors.StepSizeTooSmall, lambda t, h: h * h * 10),
+        (errors.NonFiniteState, lambda t, h: torch.log(0.5 - t) * h),
+        (errors.NonFiniteState, lambda t, h: -torch.sqrt(h) - 1),
+    ],
+    ids=["blows up", "leaves its domain in time", "leaves its domain in state"],
+)
+def test_steps_of_a_stiff_method_that_become_too_small(error, f, method):
+    for engine in ("torch", "julia"):
+        with pytest.raises(error, match=r"dt="):
+            odeint(f, torch.ones(2, dtype=F64), T, engine=engine, method=method)
+
+
 def test_what_julia_cannot_do_is_said_and_auto_leaves_it_to_torch(monkeypatch):
     monkeypatch.setenv("PYJLODE_ENGINE", "auto")
     h0 = H0.clone().requires_grad_()
