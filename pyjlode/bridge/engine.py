@@ -213,8 +213,9 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
         )
     if not isinstance(rhs, RHS):
         p.f.nfe += outcome.nf
-    backward = like(p, method=settings.method, options=o, times=times[::-1], event_fn=None)
-    _check(outcome, backward, f"the backward solve of adjoint={memory.gradient!r}: ")
+    if not _succeeded(outcome):
+        backward = like(p, method=settings.method, options=o, times=times[::-1], event_fn=None)
+        raise _failure(outcome, backward, f"the backward solve of adjoint={memory.gradient!r}: ")
     return Gradients(a + g[0], time_gradient(p, record, g, a, p.f), rhs.parameter_gradients(theta))
 
 
@@ -310,20 +311,12 @@ def _look_at(outcome: Outcome, p: ODEProblem, stats: Stats) -> None:
     """Take down the work of a solve, and raise if it failed."""
     stats.naccept, stats.nreject, stats.njac = outcome.naccept, outcome.nreject, outcome.njac
     stats.nlu, stats.nnewton = outcome.nlu, outcome.nnewton
-    _check(outcome, p, f"system {outcome.system - 1} of the batch: " if p.batch > 1 else "")
+    if not _succeeded(outcome):
+        raise _failure(outcome, p, f"system {outcome.system - 1} of the batch: " if p.batch > 1 else "")
 
 
-def _check(outcome: Outcome, p: ODEProblem, what: str) -> None:
-    """Raise if a solve failed.
-
-    Args:
-        what: it was, for the message.
-    """
-    if outcome.code in (b"Success", b"Terminated", b"Default") and outcome.finite:
-        return
-    failure = _failure(p, outcome)
-    failure.args = (f"{what}{failure}",)
-    raise failure
+def _succeeded(outcome: Outcome) -> bool:
+    return outcome.code in (b"Success", b"Terminated", b"Default") and bool(outcome.finite)
 
 
 def _again(p: ODEProblem, stats: Stats, name: str) -> Tensor | None:
@@ -399,23 +392,35 @@ def _algorithm(calls: Calls, method: Method, gradient: str | None) -> Held:
         raise BadOption(f"method={method.name!r}: Julia does not make a solver of that: {error}") from error
 
 
-def _failure(p: ODEProblem, outcome: Outcome) -> SolveError:
+def _failure(outcome: Outcome, p: ODEProblem, what: str) -> SolveError:
+    """The error of a solve that failed.
+
+    Args:
+        what: it was, for the message.
+    """
+    failure = _cause(outcome, p)
+    failure.args = (f"{what}{failure}",)
+    return failure
+
+
+def _cause(outcome: Outcome, p: ODEProblem) -> SolveError:
     code, t, dt, finite = outcome.code.decode(), outcome.t, outcome.dt, bool(outcome.finite)
     if code in ("Success", "Terminated", "Default"):
         return NonFiniteState(f"{p.method.name}: the state is NaN or infinite by t={t:.6g}.", t=t, dt=dt)
     if code == "MaxIters":
         return ends.too_many_steps(p, t, dt, math.inf if p.event_fn else p.times[-1])
-    if code == "DtLessThanMin":
-        return ends.too_small(p, t, dt, 1.0)
-    if code == "Unstable" and finite and p.method.controlled:
+    too_small = code == "Unstable" and finite
+    if too_small and p.method.controlled:
         return StepSizeTooSmall(
             f"{p.method.name}: at t={t:.9g} no step succeeds, down to dt={dt:.3g}: the solution blows up, f jumps "
             "there, or the equations of a step are not solved; the last if 'rodas5p' or 'bdf' gets past this time.",
             t=t,
             dt=dt,
         )
+    if too_small or code == "DtLessThanMin":
+        return ends.too_small(p, t, dt, 1.0)
     if code in ("DtNaN", "Unstable"):
-        return ends.too_small(p, t, dt, 1.0 if finite and code == "Unstable" else math.nan)
+        return ends.too_small(p, t, dt, math.nan)
     if code == "ConvergenceFailure":
         return NotConverged(f"{p.method.name}: the equations of a step at t={t:.6g} were not solved.", t=t, dt=dt)
     return SolveError(f"{p.method.name}: Julia's solver gave up at t={t:.6g}: {code}.", t=t, dt=dt)

@@ -207,6 +207,16 @@ def test_mass_matrices_with_and_without_an_event(name, method):
     assert max_error(a.h, b.h) < 1e-5
 
 
+def test_a_mass_matrix():
+    h0, t = torch.tensor([1.0, 0.0, 0.0], dtype=F64), torch.tensor([0.0, 40.0], dtype=F64)
+    a, b = (
+        odeint(robertson_dae, h0, t, method="rodas5p", mass_matrix=THREE, engine=e, rtol=1e-7, atol=1e-10)
+        for e in ("torch", "julia")
+    )
+    assert max_error(a, b) < 1e-6
+    assert abs(float(b[-1].sum()) - 1) < 1e-9
+
+
 def test_starts_that_the_mass_matrix_forbids():
     wrong, t = torch.tensor([1.0, 0.0, 0.1], dtype=F64), [0.0, 1.0]
     kwargs = {"method": "rodas5p", "mass_matrix": THREE}
