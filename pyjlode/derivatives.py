@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import GradientUnavailable
+from .errors import Discovered
+from .parameters import graph_mark, strangers
 from .problem import ODEProblem
 
 # What torch.func says of an f that it cannot differentiate; an error of the user's own comes again in the next call.
@@ -23,44 +24,73 @@ def vjp(
 
     Args:
         t: 0-d. y, cotangent: (n,).
-        wrt: what to differentiate by besides y; the parameters if None.
+        wrt: what to differentiate by besides y; the parameters if None, and then whether these are all is looked at.
 
     Returns:
         f(t, y) without graph, and the products with respect to (y, *wrt); None where f does not depend on one.
     """
+    mark = graph_mark() if wrt is None else None
     wrt = p.params if wrt is None else wrt
     with torch.enable_grad():
         y = y.detach().requires_grad_()
         k = p.f(t, y)
-    return k.detach(), pull_back(p, k, (y, *wrt), cotangent)
+    return k.detach(), pull_back(p, k, (y, *wrt), cotangent, mark, (t,))
 
 
-def pull_back(p: ODEProblem, k: Tensor, inputs: Sequence[Tensor], cotangent: Tensor) -> list[Tensor | None]:
-    """The product of `cotangent` with dk/dinputs; a k without graph depends on nothing."""
+def pull_back(
+    p: ODEProblem,
+    k: Tensor,
+    inputs: Sequence[Tensor],
+    cotangent: Tensor,
+    mark: int | None,
+    point: Sequence[Tensor] = (),
+) -> list[Tensor | None]:
+    """The product of `cotangent` with dk/dinputs; a k without graph depends on nothing.
+
+    Args:
+        point: t and y that f was called with, where they are not among the inputs: f may have asked for their gradient.
+    """
     if not k.requires_grad:
         return [None] * len(inputs)
-    return grad(p, [k], inputs, [cotangent])
+    return grad(p, [k], inputs, [cotangent], mark, point)
 
 
 def grad(
-    p: ODEProblem, outputs: Sequence[Tensor], inputs: Sequence[Tensor], bars: Sequence[Tensor], **kwargs: bool
+    p: ODEProblem,
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    bars: Sequence[Tensor],
+    mark: int | None,
+    point: Sequence[Tensor] = (),
+    **kwargs: bool,
 ) -> list[Tensor | None]:
     """`torch.autograd.grad` for a graph that f is part of.
 
+    Args:
+        mark: `graph_mark()` from before that graph was made; None where it is not to be looked at.
+
     Raises:
-        GradientUnavailable: f uses a tensor whose gradient would be lost.
+        Discovered: f uses a tensor whose gradient would be lost.
     """
-    hidden = [x for x in (ref() for ref in p.suspects) if x is not None]
-    kwargs = {"retain_graph": p.retain_graph, **kwargs}
-    grads = torch.autograd.grad(outputs, [*inputs, *hidden], bars, allow_unused=True, **kwargs)
-    for x, g in zip(hidden, grads[len(inputs) :]):
-        if g is not None:
-            raise GradientUnavailable(
-                f"f uses the result of an earlier operation, of shape {tuple(x.shape)}, that it did not use at t[0], "
-                "where its tensors are found. Name it, with the others to differentiate by, in adjoint_params, or use "
-                "it at t[0] too (times 0, say)."
-            )
-    return list(grads[: len(inputs)])
+    kept = p.retain_graph if mark is None else check_graph(p, outputs, (*inputs, *point), mark)
+    kwargs["retain_graph"] = kwargs.get("retain_graph", False) or kept
+    return list(torch.autograd.grad(outputs, inputs, bars, allow_unused=True, **kwargs))
+
+
+def check_graph(p: ODEProblem, outputs: Sequence[Tensor], inputs: Sequence[Tensor], mark: int) -> bool:
+    """Whether a graph that f is part of must be kept, since parts of it were there before `mark`.
+
+    Raises:
+        Discovered: it reaches tensors that require grad and are neither among `inputs` nor the problem's parameters.
+    """
+    known = {id(x) for x in (*inputs, *p.params)}
+    found, outside = strangers(outputs, known, p.cuts, mark)
+    if found and not p.named:
+        lost = found if not p.makes_leaves else [x for x in found if id(x) in p.strange]
+        if lost:
+            raise Discovered(lost)
+        p.strange.update((id(x), x) for x in found)  # held, so that no other tensor gets the id
+    return outside or p.retain_graph
 
 
 def jacobian(p: ODEProblem, t: Tensor, y: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class PyJLODEError(Exception):
     """Base class of all errors that PyJLODE raises on purpose."""
@@ -83,6 +86,27 @@ class JuliaError(PyJLODEError, RuntimeError):
 
 class GradientUnavailable(PyJLODEError, RuntimeError):
     """The gradient asked for cannot be had this way; the message names the way that has it."""
+
+
+class Discovered(GradientUnavailable):
+    """f uses tensors requiring grad that were not known when the solve began.
+
+    Attributes:
+        tensors: these.
+    """
+
+    def __init__(self, tensors: Sequence[Any]) -> None:
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors[:3])
+        super().__init__(
+            f"f uses a tensor that requires grad, of shape {shapes}, which it did not use where its tensors are looked "
+            "for, at the start and the end of the solve, and which lies where they are not found (not in f, a module, "
+            "a closure or a global that f names). Its gradient would be lost. Name it, with the others to "
+            "differentiate by, in adjoint_params, or solve with adjoint=False."
+        )
+        self.tensors = tensors
+
+    def __reduce__(self) -> Any:
+        return GradientUnavailable, self.args
 
 
 class NotCompiled(PyJLODEError, RuntimeError):

@@ -12,6 +12,7 @@ from torch import Tensor
 from .derivatives import grad
 from .errors import GradientUnavailable
 from .gradients import Gradients, time_gradient
+from .parameters import graph_mark
 from .problem import Field, Layout, ODEProblem, rms_norm
 
 
@@ -31,10 +32,11 @@ def augment(p: ODEProblem) -> ODEProblem:
     width = n + layout.size
 
     def rhs(t: Tensor, z: Tensor) -> Tensor:
+        mark = graph_mark()
         with torch.enable_grad():
             y = z[:n].detach().requires_grad_()
             k = p.f(t, y)
-        J, rows = jacobians(p, k, y, layout)
+        J, rows = jacobians(p, k, y, layout, mark)
         S = J @ z[n:].view(n, width)
         S[:, n:] += rows
         return torch.cat([k.detach(), S.reshape(-1)])
@@ -100,11 +102,11 @@ class Jacobian:
         self.p, self.rhs = p, rhs
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
-        n = self.p.y0.numel()
+        n, mark = self.p.y0.numel(), graph_mark()
         with torch.enable_grad():
             y = z[:n].detach().requires_grad_()
             k = self.p.f(t, y)
-        J, _ = jacobians(self.p, k, y, Layout([]))
+        J, _ = jacobians(self.p, k, y, Layout([]), mark)
         width = len(z) // n - 1
         out = torch.block_diag(J, torch.kron(J, torch.eye(width, dtype=J.dtype, device=J.device)))
         steps = torch.finfo(z.dtype).eps ** (1 / 3) * z[:n].abs().clamp_min(1e-4)
@@ -115,8 +117,12 @@ class Jacobian:
         return out
 
 
-def jacobians(p: ODEProblem, k: Tensor, y: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """dk/dy (n, n) and dk/dtheta (n, |theta|)."""
+def jacobians(p: ODEProblem, k: Tensor, y: Tensor, layout: Layout, mark: int) -> tuple[Tensor, Tensor]:
+    """dk/dy (n, n) and dk/dtheta (n, |theta|).
+
+    Args:
+        mark: `graph_mark()` from before k was made.
+    """
     n = len(k)
     inputs = (y, *p.params)
     if not k.requires_grad or n == 0:
@@ -124,13 +130,13 @@ def jacobians(p: ODEProblem, k: Tensor, y: Tensor, layout: Layout) -> tuple[Tens
     eye = torch.eye(n, dtype=k.dtype, device=k.device)
     rows: list[Tensor] = []
     try:
-        batch = grad(p, [k], inputs, [eye], is_grads_batched=True, retain_graph=True)
+        batch = grad(p, [k], inputs, [eye], mark, is_grads_batched=True, retain_graph=True)
         J, *rest = (x.new_zeros(n, *x.shape) if b is None else b for x, b in zip(inputs, batch))
         per_row: list[list[Tensor]] = [[x[i] for x in rest] for i in range(n)]
     except GradientUnavailable:
         raise
     except RuntimeError:  # something in f has no batching rule
-        each = [grad(p, [k], inputs, [e], retain_graph=True) for e in eye]
+        each = [grad(p, [k], inputs, [e], mark, retain_graph=True) for e in eye]
         full = [[torch.zeros_like(x) if b is None else b for x, b in zip(inputs, grads)] for grads in each]
         J, per_row = torch.stack([grads[0] for grads in full]), [grads[1:] for grads in full]
     rows = [layout.flatten_leaves(grads).to(y) for grads in per_row]

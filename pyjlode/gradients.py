@@ -9,7 +9,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .errors import BadOption, GradientUnavailable
+from . import parameters
+from .derivatives import check_graph
+from .errors import BadOption, Discovered, GradientUnavailable
 from .methods import unknown
 from .problem import ODEProblem, like
 from .solution import Stats
@@ -89,65 +91,145 @@ def find(adjoint: bool | str, engine: Engine, p: ODEProblem) -> str | None:
 
 
 class _Solve(torch.autograd.Function):
+    """The states of a solve that was made before, as a function of y0, t and the parameters."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        engine: Engine,
-        p: ODEProblem,
-        stats: Stats,
-        gradient: str,
-        dense: bool,
-        out: list[Any],
-        y0: Tensor,
-        t: Tensor,
-        *params: Tensor,
+        ctx: Any, engine: Engine, memory: Any, stats: Stats, sight: Sight | None, y0: Tensor, t: Tensor, *params: Tensor
     ) -> Tensor:
-        p = like(p, y0=y0.detach().requires_grad_(), t=t.detach().requires_grad_(ctx.needs_input_grad[7]))
-        memory = engine.solve_for_vjp(p, stats, gradient, dense=dense)
-        ctx.engine, ctx.memory, ctx.stats, ctx.nfe = engine, memory, stats, p.f
+        ctx.engine, ctx.memory, ctx.stats, ctx.sight = engine, memory, stats, sight
         # Autograd's own check that nothing which the backward pass reads was changed in place in between. The output
         # goes this way too: kept in `memory` it would hold itself alive.
         record, ys = memory.record, memory.record.ys
-        ctx.save_for_backward(y0, t, ys if gradient != "discrete" else None, *params)
-        out.append(record)
+        ctx.save_for_backward(y0, t, ys if memory.gradient != "discrete" else None, *params)
         memory.record = like(record, ys=None)
         return ys
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        memory = ctx.memory
         if torch.is_grad_enabled():
             raise GradientUnavailable(
-                f"adjoint={ctx.memory.gradient!r} gives first derivatives only, and create_graph=True asks for more. "
+                f"adjoint={memory.gradient!r} gives first derivatives only, and create_graph=True asks for more. "
                 "Solve with adjoint=False, which can be differentiated again."
             )
         _, t, ys, *_ = ctx.saved_tensors
-        start, before = time.perf_counter(), ctx.nfe.nfe
-        ctx.memory.record.ys = ys
+        p = memory.problem
+        start, before = time.perf_counter(), p.f.nfe
+        memory.record.ys = ys
         try:
             # `loss.backward(retain_graph=True)` announces another backward pass.
             again = torch._C._autograd._get_current_graph_task_keep_graph()
-            grads = ctx.engine.vjp(ctx.memory, g, again=again)
+            with parameters.bound(p.bindings):
+                if ctx.sight:
+                    ctx.sight.check(p)
+                grads = ctx.engine.vjp(memory, g, again=again)
         finally:
-            ctx.memory.record.ys = None
-        ctx.stats.nfe_backward += ctx.nfe.nfe - before
+            memory.record.ys = None
+        ctx.stats.nfe_backward += p.f.nfe - before
         ctx.stats.wall_backward += time.perf_counter() - start
         grad_t = grads.t if grads.t is None else grads.t.to(t)
-        return None, None, None, None, None, None, grads.y0, grad_t, *grads.params
+        return None, None, None, None, grads.y0, grad_t, *grads.params
+
+
+class Sight(NamedTuple):
+    """f at the end of a solve: what it uses there, and whether a backward pass has the same f.
+
+    Attributes:
+        t, y: the point. k: f there, without graph.
+    """
+
+    t: Tensor
+    y: Tensor
+    k: Tensor
+
+    @classmethod
+    def of(cls, p: ODEProblem, record: Any) -> Sight:
+        """
+        Raises:
+            Discovered: f uses tensors there that it was not known to use.
+        """
+        end = p.times[-1] if record.event_t is None else record.event_t
+        t, y = p.time(end), record.ys[-1].detach()
+        k, reached = _look(p, t, y)
+        if p.makes_leaves:  # what recurs in a second call is none of these
+            _look(p, t, y)
+        if not p.reached <= reached:
+            # Is what f used at the start out of use here, or was it lost in a result that f keeps?
+            beyond = torch.nextafter(t, t + p.direction * (1 + t.abs()))
+            if not p.reached.isdisjoint(_look(p, beyond, y)[1] - reached):
+                raise GradientUnavailable(
+                    "f keeps results for times at which it was called before (in a cache), made while nothing was "
+                    "recorded: the gradient of what they were made of would be lost. Keep none, or solve with "
+                    "adjoint=False."
+                )
+        return cls(t, y, k)
+
+    def check(self, p: ODEProblem) -> None:
+        """
+        Raises:
+            GradientUnavailable: f is another one now.
+        """
+        with torch.no_grad():
+            k = p.f(self.t, self.y)
+        eps = torch.finfo(k.dtype).eps ** 0.5
+        if k.numel() and not float((k - self.k).abs().max()) <= eps * float(self.k.abs().max()):
+            raise other_function()
+
+
+def _look(p: ODEProblem, t: Tensor, y: Tensor) -> tuple[Tensor, set[int]]:
+    """f(t, y) without graph, and the `id` of each of the problem's parameters that its graph reaches.
+
+    Raises:
+        Discovered: it reaches others.
+    """
+    mark = parameters.graph_mark()
+    with torch.enable_grad():
+        y = y.detach().requires_grad_()
+        k = p.f(t, y)
+    check_graph(p, [k], (t, y), mark)
+    reached = parameters.strangers([k], {id(t), id(y)}, frozenset(), mark)[0]
+    return k.detach().clone(), {id(x) for x in reached}
+
+
+def other_function() -> GradientUnavailable:
+    """The error of a backward pass whose f is not that of the forward solve."""
+    return GradientUnavailable(
+        "f gives other values in the backward pass than it gave in the solve, so that a gradient made of them would be "
+        "wrong. Either f is random (dropout: put it into eval(), or draw the noise once for each solve), or what it "
+        "reads was changed in between (a number, an attribute, a buffer). Run backward() before changing it, or solve "
+        "with adjoint=False, which does not call f again."
+    )
 
 
 class _Undifferentiable(torch.autograd.Function):
-    """Passes states on; its backward pass says why there is none."""
+    """Passes tensors on; its backward pass says why there is none, unless nothing is asked of it."""
 
     @staticmethod
-    def forward(ctx: Any, ys: Tensor, *inputs: Tensor) -> Tensor:
-        return ys.clone()
+    def forward(ctx: Any, why: str, passed: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.why, ctx.rest = why, len(inputs) - passed
+        return tuple(x.clone() for x in inputs[:passed])
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        raise GradientUnavailable(
-            "adjoint=False differentiates through the solver's operations, and scipy_solver's are not PyTorch's. Use "
-            "adjoint=True (which is 'interpolating' for it) or adjoint='backsolve'."
-        )
+    def backward(ctx: Any, *bars: Tensor) -> tuple[Any, ...]:
+        if any(bool(g.any()) for g in bars):
+            raise GradientUnavailable(ctx.why)
+        return None, None, *bars, *[None] * ctx.rest
+
+
+def undifferentiable(why: str, *tensors: Tensor, of: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+    """The tensors as results whose gradient cannot be had.
+
+    Args:
+        of: what else they are functions of.
+    """
+    return _Undifferentiable.apply(why, len(tensors), *tensors, *of)
+
+
+_SCIPY = (
+    "adjoint=False differentiates through the solver's operations, and scipy_solver's are not PyTorch's. Use "
+    "adjoint=True (which is 'interpolating' for it) or adjoint='backsolve'."
+)
 
 
 def solve(engine: Engine, p: ODEProblem, stats: Stats, gradient: str | None, needed: bool, dense: bool) -> Any:
@@ -157,11 +239,49 @@ def solve(engine: Engine, p: ODEProblem, stats: Stats, gradient: str | None, nee
         gradient: name of the gradient method; None differentiates through the solver.
         needed: whether anything requires grad at all.
     """
-    if not needed or gradient is None:
-        record = engine.solve(p, stats, recorded=needed, dense=dense)
-        if needed and p.method.kind == "scipy":
-            record.ys = _Undifferentiable.apply(record.ys, p.y0, *p.params)
+    if not needed:
+        try:
+            return _unrecorded(engine, p, stats, dense)
+        except Discovered as error:
+            p = _extended(p, error, stats)
+    if gradient is None:
+        record = engine.solve(p, stats, recorded=True, dense=dense)
+        if p.method.kind == "scipy":
+            (record.ys,) = undifferentiable(_SCIPY, record.ys, of=(p.y0, *p.params))
         return record
-    out: list[Any] = []
-    ys = _Solve.apply(engine, p, stats, gradient, dense, out, p.y0, p.t, *p.params)
-    return like(out[0], ys=ys)
+    while True:
+        leaf = like(p, y0=p.y0.detach().requires_grad_(), t=p.t.detach().requires_grad_(p.t.requires_grad))
+        try:
+            with torch.no_grad():
+                memory = engine.solve_for_vjp(leaf, stats, gradient, dense=dense)
+                sight = Sight.of(leaf, memory.record) if memory.asks_again and not stats.compiled else None
+            break
+        except Discovered as error:
+            p = _extended(p, error, stats)
+    record = memory.record
+    ys = _Solve.apply(engine, memory, stats, sight, p.y0, p.t, *p.params)
+    return like(record, ys=ys)
+
+
+def _unrecorded(engine: Engine, p: ODEProblem, stats: Stats, dense: bool) -> Any:
+    """Solve `p`, of which nothing is known to need a gradient.
+
+    Raises:
+        Discovered: something does, which f did not use at the start.
+    """
+    if not torch.is_grad_enabled() or p.named:
+        return engine.solve(p, stats, dense=dense)
+    p.f.watched = True
+    try:
+        record = engine.solve(p, stats, dense=dense)
+        if engine.NAME == "julia" and not stats.compiled:
+            Sight.of(p, record)
+    finally:
+        p.f.watched = False
+    return record
+
+
+def _extended(p: ODEProblem, found: Discovered, stats: Stats) -> ODEProblem:
+    """The problem with more parameters, which were found in the course of its solve; that begins again."""
+    vars(stats).update(vars(Stats(stats.engine, stats.reason, stats.method, stats.copied)))
+    return like(p, params=(*p.params, *{id(x): x for x in found.tensors}.values()))

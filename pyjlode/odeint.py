@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -269,7 +270,7 @@ def _solve(
         ts = torch.stack([p.t[0], event_t])
     stats.nfe = p.f.nfe
     stats.wall = time.perf_counter() - start
-    blind = made.needed and made.gradient is not None
+    blind = ys.requires_grad and made.gradient is not None
     if call and stats.compiled and not known:
         call.keep(made)
     interpolant = _interpolant(record, p, layout, event_t, blind) if dense else None
@@ -349,7 +350,7 @@ def _large(p: ODEProblem) -> bool:
     if p.method.kind != "adaptive" or p.layout is None or not p.layout.bare:
         return False
     rows = p.layout.shapes[0][:-1].numel()
-    return rows * sum(x.numel() for x in parameters.held(p.f.source or p.f.f)) > _LARGE
+    return rows * sum(x.numel() for x in parameters.Held(p.f.source or p.f.f).wanted) > _LARGE
 
 
 def _read(
@@ -406,26 +407,40 @@ def _read(
     gradient = gradients.find(adjoint, chosen, p)
 
     # One call of f at the start checks what it returns, shows what it depends on, and is the first slope of the solve.
+    held = parameters.Held(f) if grad else None
     mark = parameters.graph_mark() if grad else 0
     probe = y0.detach().requires_grad_(grad) if gradient else y0
     meter = parameters.GraphMeter()
     with torch.set_grad_enabled(grad), meter if grad and gradient == "discrete" else contextlib.nullcontext():
-        version = None if probe.is_inference() else probe._version
-        out = f(p.time(times[0]), layout.unflatten(probe))
-        if version is not None and probe._version != version:
-            raise BadShape("f changed h in place; it must leave h as it is and return dh/dt in a tensor of its own.")
-        p.f.nfe += 1
+        out = _first(f, p, probe)
         arguments.check_output(out, layout, autocast)
         f0 = layout.flatten(out).to(layout.dtype)
+        if held and (changed := held.changed()):
+            if not torch.equal(f0, layout.flatten(_first(f, p, probe)).to(layout.dtype)):
+                f = parameters.settled(f, changed)
+                p.f = flat_field(f, layout, autocast)
+                p.f.source = None  # a trace of f would not show this
+                mark = parameters.graph_mark()
+                f0 = layout.flatten(_first(f, p, probe)).to(layout.dtype)
     needed = grad and (y0.requires_grad or t.requires_grad)
-    if grad:
-        if explicit is not None:
-            p.params = explicit
-            p.retain_graph = parameters.dependencies(f, f0, probe, mark).retain_graph if gradient else False
-        elif gradient:
-            p.params, p.retain_graph, p.suspects = parameters.dependencies(f, f0, probe, mark)
+    if held:
+        p.named = explicit is not None
+        if gradient:
+            with torch.enable_grad():
+                found = parameters.dependencies(
+                    held, f0, probe, mark, lambda: layout.flatten(_first(f, p, probe)), explicit
+                )
+            p.params, p.retain_graph, p.suspects, p.makes_leaves, p.bindings, p.reached = found
+            p.cuts = frozenset(parameters.cut(p.params))
+            if held.wanted and not f0.requires_grad and explicit is None:
+                warnings.warn(
+                    "autograd sees no way from what f returns at t[0] to h or to the tensors that f holds: it is a "
+                    "constant there, or f leaves PyTorch or detaches. What f holds is not trained through this solve, "
+                    "unless f uses it at other times.",
+                    stacklevel=4,
+                )
         else:
-            p.params = tuple(parameters.held(f))
+            p.params = explicit if explicit is not None else tuple(held.wanted)
         if adjoint is True and chosen is julia and all(x is None for x in adjoint_given) and julia.prefers_forward(p):
             gradient = "forward"
         if gradient == "discrete":
@@ -448,6 +463,29 @@ def _read(
     stats = Stats(chosen.NAME, reason, row.name, copied)
     log.info("engine %s (%s), method %s, gradient %s", chosen.NAME, reason, row.name, gradient or "through the solver")
     return Made(p, stats, chosen, gradient, needed)
+
+
+def _first(f: Any, p: ODEProblem, probe: Tensor) -> Any:
+    """What f returns at the start, as it returned it.
+
+    Args:
+        probe: stands for the state, (n,).
+    """
+    layout, version = p.layout, None if probe.is_inference() else probe._version
+    assert layout is not None
+    p.f.nfe += 1
+    try:
+        out = f(p.time(p.times[0]), layout.unflatten(probe))
+    except RuntimeError as error:
+        if not p.f.wants_graph(error, probe):
+            raise
+        with torch.enable_grad():
+            out = f(p.time(p.times[0]), layout.unflatten(probe.detach().requires_grad_()))
+        if not torch.is_grad_enabled():
+            out = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out)
+    if version is not None and probe._version != version:
+        raise BadShape("f changed h in place; it must leave h as it is and return dh/dt in a tensor of its own.")
+    return out
 
 
 def flat_field(f: Any, layout: Layout, autocast: bool) -> Field:
@@ -531,13 +569,13 @@ def _through_event(p: ODEProblem, record: Any, made: Made) -> tuple[Tensor, Tens
     y = record.ys[-1]
     t = p.t.detach().new_tensor(record.event_t)
     assert p.event_fn is not None
-    if not made.needed:
+    if not torch.is_grad_enabled():
         return t, y
     recorded = made.gradient is None and p.method.kind != "scipy"
+    step = record.last if recorded or made.gradient == "discrete" else None
     with torch.no_grad():
-        slope = native.slope(p, t.to(y), y)
+        slope = native.slope(p, t.to(y), y) if step is None else native.output_slope(p, step, record.event_t)
     at, state = t.to(torch.float64).clone(), y
-    step = record.last if recorded else None
     for _ in range(2 if recorded else 1):
         value = p.event_fn(at.to(y), state).reshape(-1)
         with torch.enable_grad():
@@ -548,14 +586,23 @@ def _through_event(p: ODEProblem, record: Any, made: Made) -> tuple[Tensor, Tens
                 torch.autograd.grad(c[which], (moment, point), allow_unused=True) if c.requires_grad else (None, None)
             )
         rate = (0.0 if dt is None else float(dt)) + (0.0 if dy is None else float(dy @ slope))
+        if not value.requires_grad and not (y.requires_grad and rate == 0.0):
+            return t, y
         if rate == 0.0:
-            raise GradientUnavailable(
+            at, state = gradients.undifferentiable(
                 f"event_fn does not change along the solution at the event (t={float(t):.6g}): the event's time has no "
-                "derivative there (it grazes zero, or event_fn is not differentiable)."
+                "derivative there (it grazes zero, or event_fn is not differentiable).",
+                at,
+                y,
+                of=(value,),
             )
+            break
         residual = value[which].to(torch.float64)
         at = at - (residual - residual.detach()) / rate
-        state = step.interpolate(at[None])[0] if step is not None else y + slope * (at - at.detach()).to(y)
+        if recorded and step is not None:
+            state = native.output_at(p, step, at)
+        else:
+            state = y + slope * (at - at.detach()).to(y)
     return at.to(t), state
 
 

@@ -2,89 +2,194 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import types
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-# Walking an arbitrary object graph ends here; what lies deeper is still found if f uses it at the start of the solve.
+# Walking an arbitrary object graph ends here; what lies deeper is still found where f uses it.
 _LIMIT = 10_000
 # What every module has, besides its parameters, buffers and submodules: none of it holds tensors, unless hooks do.
 _MODULE = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}
 HOOKS = tuple(name for name in _MODULE if name.endswith("hooks"))
 _LIBRARIES = ("torch", "numpy", "builtins", "math", "functools", "pyjlode")
+_ATOMS = (str, bytes, int, float, complex)
 
 
-class Dependencies(NamedTuple):
-    """Tensors requiring grad that f depends on.
+class Binding(NamedTuple):
+    """Where a tensor is held: `owner[key]`, or a closure's cell (`key` is None)."""
+
+    owner: Any
+    key: Any
+    tensor: Tensor
+
+    def now(self) -> Any:
+        """What is held there now."""
+        try:
+            return self.owner.cell_contents if self.key is None else self.owner[self.key]
+        except (KeyError, IndexError, ValueError):
+            return None
+
+    def put(self, x: Any) -> None:
+        if self.key is None:
+            self.owner.cell_contents = x
+        else:
+            self.owner[self.key] = x
+
+
+class Held:
+    """The tensors that a callable holds: parameters and buffers of modules, attributes, closures, partials, default
+    arguments, and the globals that its code names.
 
     Attributes:
-        params: leaves, and results of earlier operations that f holds (an encoder's output, say).
-        retain_graph: f also runs through a graph from outside that none of `params` cuts off.
-        suspects: results of earlier operations that f holds but did not use here.
+        wanted: those that require grad.
+        bindings: where each tensor is held.
+        versions: of each tensor in `bindings`, how often it had been changed in place.
     """
 
-    params: tuple[Tensor, ...]
-    retain_graph: bool
-    suspects: tuple[weakref.ref[Tensor], ...] = ()
+    def __init__(self, func: Any) -> None:
+        self.bindings: list[Binding] = []
+        self._seen: set[int] = set()
+        self._classes: set[type] = set()
+        self._todo = [func]
+        while self._todo and len(self._seen) < _LIMIT:
+            x = self._todo.pop()
+            if id(x) in self._seen or x is None or isinstance(x, _ATOMS):
+                continue
+            self._seen.add(id(x))
+            self._open(x)
+        self.wanted = list({id(b.tensor): b.tensor for b in self.bindings if b.tensor.requires_grad}.values())
+        self.versions = [_version(b.tensor) for b in self.bindings]
 
+    def changed(self) -> list[Tensor]:
+        """Those that were changed in place since."""
+        return [b.tensor for b, version in zip(self.bindings, self.versions) if _version(b.tensor) != version]
 
-def held(func: Any) -> list[Tensor]:
-    """Tensors requiring grad that a callable holds: parameters and buffers of modules, attributes, closures, partials,
-    default arguments, and the globals that its code names."""
-    found: dict[int, Tensor] = {}
-    seen: set[int] = set()
-    todo = [func]
-    while todo and len(seen) < _LIMIT:
-        x = todo.pop()
-        if id(x) in seen or x is None or isinstance(x, (str, bytes, int, float, complex, type, types.ModuleType)):
-            continue
-        seen.add(id(x))
-        if isinstance(x, Tensor):
-            if x.requires_grad:
-                found[id(x)] = x
-        elif isinstance(x, nn.Module):
+    def _open(self, x: Any) -> None:
+        if isinstance(x, nn.Module):
             for module in x.modules():
+                self._seen.add(id(module))
                 state = vars(module)
-                todo.extend([state[name] for name in state.keys() - _MODULE])
-                todo.extend([state[name] for name in HOOKS if state.get(name)])
+                for name in ("_parameters", "_buffers"):
+                    self._mapping(state[name])
+                for name in state.keys() - _MODULE - {"_parameters", "_buffers"}:
+                    self._meet(state, name, state[name])
+                for name in HOOKS:
+                    if state.get(name):
+                        self._todo.append(state[name])
+                self._class(type(module))
         elif isinstance(x, functools.partial):
-            todo.extend([x.func, x.args, x.keywords])
+            self._todo.extend([x.func, x.args, x.keywords])
         elif isinstance(x, types.MethodType):
-            todo.extend([x.__self__, x.__func__])
+            self._todo.extend([x.__self__, x.__func__])
         elif isinstance(x, types.FunctionType):
-            todo.extend(_of_function(x))
+            self._function(x)
         elif isinstance(x, dict):
-            todo.extend(x.values())
-        elif isinstance(x, (list, tuple, set, frozenset)):
-            todo.extend(x)
-        elif hasattr(x, "__dict__") and type(x).__module__.split(".")[0] not in _LIBRARIES:
-            todo.extend(vars(x).values())
+            self._mapping(x)
+        elif isinstance(x, (list, collections.deque)):
+            for i, value in enumerate(x):
+                self._meet(x, i, value)
+        elif isinstance(x, (tuple, set, frozenset)):
+            for value in x:
+                self._meet(_NOWHERE, 0, value)
+        elif isinstance(x, type):
+            self._class(x)
+        elif isinstance(x, types.ModuleType):
+            pass  # what a function's code names of it is looked at there
+        elif hasattr(x, "__dict__") and not _library(type(x).__module__):
+            self._mapping(vars(x))
+            self._class(type(x))
             if callable(x):
-                todo.append(type(x).__call__)
-    return list(found.values())
+                self._todo.append(type(x).__call__)
+        elif isinstance(x, functools._lru_cache_wrapper):
+            self._todo.append(x.__wrapped__)
+
+    def _meet(self, owner: Any, key: Any, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self.bindings.append(Binding(owner, key, value))
+        elif value is not None and not isinstance(value, _ATOMS):
+            self._todo.append(value)
+
+    def _mapping(self, x: dict[Any, Any]) -> None:
+        for key, value in x.items():
+            self._meet(x, key, value)
+
+    def _class(self, cls: type) -> None:
+        """The tensors among a class's own attributes."""
+        if cls in self._classes:
+            return
+        self._classes.add(cls)
+        for base in cls.__mro__:
+            if _library(base.__module__):
+                break
+            for value in vars(base).values():
+                if isinstance(value, Tensor):
+                    self.bindings.append(Binding(_NOWHERE, 0, value))
+
+    def _function(self, f: types.FunctionType) -> None:
+        if _library(f.__module__):
+            return
+        for cell in f.__closure__ or ():
+            with contextlib.suppress(ValueError):  # a name that is not bound yet
+                self._meet(cell, None, cell.cell_contents)
+        for value in (*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()):
+            self._meet(_NOWHERE, 0, value)
+        self._todo.append(getattr(f, "__wrapped__", None))
+        names = _names(f.__code__)
+        for name in names:
+            value = f.__globals__.get(name)
+            if isinstance(value, types.ModuleType) and not _library(value.__name__):
+                for attribute in names:
+                    if attribute in vars(value):
+                        self._meet(vars(value), attribute, vars(value)[attribute])
+            elif value is not None:
+                self._meet(f.__globals__, name, value)
 
 
-def _of_function(f: types.FunctionType) -> Iterable[Any]:
-    if (f.__module__ or "").split(".")[0] in _LIBRARIES:
-        return
-    for cell in f.__closure__ or ():
-        with contextlib.suppress(ValueError):  # a name that is not bound yet
-            yield cell.cell_contents
-    yield from f.__defaults__ or ()
-    yield from (f.__kwdefaults__ or {}).values()
-    yield getattr(f, "__wrapped__", None)
-    codes = [f.__code__]
-    while codes:
-        code = codes.pop()
-        codes.extend(c for c in code.co_consts if isinstance(c, types.CodeType))
-        for name in code.co_names:
-            yield f.__globals__.get(name)
+# Of tensors that stand where nothing can be put in their place: a tuple, a class.
+_NOWHERE: Any = types.MappingProxyType({})
+
+
+@functools.lru_cache(maxsize=10_000)
+def _library(name: str | None) -> bool:
+    return (name or "").partition(".")[0] in _LIBRARIES
+
+
+@functools.lru_cache(maxsize=10_000)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """Names of globals and attributes in a function's code and in the functions that it defines."""
+    names = dict.fromkeys(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= dict.fromkeys(_names(constant))
+    return tuple(names)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def settled(f: Callable[[Tensor, Any], Any], state: Sequence[Tensor]) -> Callable[[Tensor, Any], Any]:
+    """f with the tensors `state`, which it changes in its calls, set back after each of them.
+
+    The power iteration of `torch.nn.utils.spectral_norm` is such a change. An equation whose right-hand side moves with
+    each look at it has no solution, and its backward pass would differentiate another one.
+    """
+    saved = [x.detach().clone() for x in state]
+
+    def at_rest(t: Tensor, h: Any) -> Any:
+        out = f(t, h)
+        with torch.no_grad():
+            torch._foreach_copy_(list(state), saved)
+        return out
+
+    return at_rest
 
 
 class GraphMeter:
@@ -120,33 +225,147 @@ def graph_mark() -> int:
     return torch.autograd._get_sequence_nr()
 
 
-def dependencies(func: Any, output: Tensor, probe: Tensor, mark: int) -> Dependencies:
+class Dependencies(NamedTuple):
+    """Tensors requiring grad that f depends on.
+
+    Attributes:
+        params: leaves, and results of earlier operations that f holds (an encoder's output, say).
+        retain_graph: f also runs through a graph from outside that none of `params` cuts off.
+        suspects: results of earlier operations that f holds but did not use here. Weakly: a solve must not keep the
+            graph of the last iteration's loss alive because f happens to hold it.
+        makes_leaves: f makes leaves of its own in each call (`h.detach().requires_grad_()`), which nobody asks for.
+        bindings: where f holds what it may use in its next call.
+        reached: `id` of each leaf that f used.
+    """
+
+    params: tuple[Tensor, ...] = ()
+    retain_graph: bool = False
+    suspects: tuple[weakref.ref[Tensor], ...] = ()
+    makes_leaves: bool = False
+    bindings: tuple[Binding, ...] = ()
+    reached: frozenset[int] = frozenset()
+
+
+def dependencies(
+    held: Held,
+    output: Tensor,
+    probe: Tensor,
+    mark: int,
+    again: Callable[[], Tensor],
+    named: tuple[Tensor, ...] | None = None,
+) -> Dependencies:
     """What f depends on: what it holds, checked against the graph of one of its results.
 
     Args:
-        func: the user's callable.
-        output: its result at one point, with graph.
+        held: what f held before that evaluation.
+        output: f's result at one point, with graph.
         probe: the leaf that stood for the state there.
         mark: `graph_mark()` from before that evaluation.
+        again: makes another such result.
+        named: the tensors that the user wants to differentiate by; None for all.
     """
-    candidates = held(func)
+    if named is not None:
+        outside = _walk([_edge(output)], {_edge(x): x for x in named if not x.is_leaf}, mark)[2]
+        return Dependencies(named, outside, bindings=_rebindable(held, named))
     # An intermediate tensor counts only if f was seen to use it: one that merely lies near (the loss of the last
     # iteration, kept in an attribute) must not tie this solve to its graph.
-    cuts = {_edge(x): x for x in candidates if not x.is_leaf}
+    cuts = {_edge(x): x for x in held.wanted if not x.is_leaf}
     used, leaves, outside = _walk([_edge(output)], cuts, mark)
-    suspects = tuple(weakref.ref(x) for x in candidates if not x.is_leaf and all(x is not y for y in used))
+    suspects = tuple(weakref.ref(x) for x in held.wanted if not x.is_leaf and all(x is not y for y in used))
+    leaves.pop(id(probe), None)
+    known = {id(x) for x in held.wanted}
+    makes_leaves = False
+    if not leaves.keys() <= known:
+        # What a second call reaches too was there before it; the rest is made in each call.
+        other = _walk([_edge(again())], cuts, mark)[1]
+        makes_leaves = not leaves.keys() <= other.keys()
+        leaves = {i: x for i, x in leaves.items() if i in other or i in known}
+    reached = frozenset(leaves)
     behind = [edge for x in used if x.grad_fn for edge in x.grad_fn.next_functions]
     nested, upstream, _ = _walk(behind, {_edge(x): x for x in used}, mark)
-    leaves.pop(id(probe), None)
     if nested or leaves.keys() & upstream.keys():
         # Something is reached both directly and through an intermediate: by leaves alone, or it counts twice.
         upstream = _walk(behind, {}, mark)[1]
-        return Dependencies(tuple({**leaves, **upstream}.values()), True, suspects)
-    for x in candidates:
-        if x.is_leaf and id(x) not in upstream:
-            leaves[id(x)] = x
-    leaves.pop(id(probe), None)
-    return Dependencies((*used, *leaves.values()), outside, suspects)
+        params, outside = tuple({**leaves, **upstream}.values()), True
+    else:
+        if output.requires_grad:  # else nothing of f can be differentiated, at the start at least
+            for x in held.wanted:
+                if x.is_leaf and id(x) not in upstream:
+                    leaves[id(x)] = x
+        leaves.pop(id(probe), None)
+        params = (*used, *leaves.values())
+    return Dependencies(params, outside, suspects, makes_leaves, _rebindable(held, params), reached)
+
+
+def _rebindable(held: Held, params: tuple[Tensor, ...]) -> tuple[Binding, ...]:
+    """The bindings of what f may use again: not those of results that it did not use."""
+    used = {id(x) for x in params}
+    return tuple(
+        b for b in held.bindings if b.owner is not _NOWHERE and (b.tensor.grad_fn is None or id(b.tensor) in used)
+    )
+
+
+@contextlib.contextmanager
+def bound(bindings: Sequence[Binding]) -> Iterator[None]:
+    """Within this context f holds the tensors that it held when the bindings were made.
+
+    Between a solve and its backward pass they may have been exchanged: by `torch.func.functional_call`, or by setting
+    the attribute that the next solve is to use.
+    """
+    moved = [(b, b.now()) for b in bindings if b.now() is not b.tensor]
+    for b, _ in moved:
+        b.put(b.tensor)
+    try:
+        yield
+    finally:
+        for b, now in moved:
+            if now is None and isinstance(b.owner, dict):
+                b.owner.pop(b.key, None)
+            else:
+                b.put(now)
+
+
+@functools.cache
+def _leaf_node() -> type:
+    """The type of the nodes at which graphs end."""
+    with torch.enable_grad(), torch.inference_mode(False):
+        return type(torch.zeros((), device="cpu", requires_grad=True).view(()).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
+
+
+def strangers(outputs: Iterable[Tensor], known: Set[int], cuts: Set[Any], mark: int) -> tuple[list[Tensor], bool]:
+    """Leaves that a graph reaches and that are not known; and whether it goes through nodes from before `mark`.
+
+    Args:
+        known: the `id` of each leaf that is.
+        cuts: edges that the walk does not pass, of `cut`.
+    """
+    # Every call of f in a backward pass is looked at in this way: nothing here may cost much.
+    leaf: Any = _leaf_node()
+    outside = False
+    found: list[Tensor] = []
+    todo: list[Any] = [x.grad_fn for x in outputs if x.grad_fn is not None and _edge(x) not in cuts]
+    node: Any
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        if type(node) is leaf:
+            x = node.variable
+            if id(x) not in known:
+                found.append(x)
+            continue
+        if not outside and node._sequence_nr() < mark:
+            outside = True
+        for edge in node.next_functions:
+            then = edge[0]
+            if then is not None and then not in seen and (not cuts or edge not in cuts):
+                seen.add(then)
+                todo.append(then)
+    return found, outside
+
+
+def cut(tensors: Iterable[Tensor]) -> set[Any]:
+    """The edges of those among the tensors that are results."""
+    return {_edge(x) for x in tensors if x.grad_fn is not None}
 
 
 def _edge(x: Tensor) -> tuple[Any, int]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .errors import BadOption, BadShape
+from .errors import BadOption, BadShape, Discovered
 from .methods import Method
 
 Norm = Callable[[Tensor], float]
@@ -102,6 +102,8 @@ class Field:
         self.program: Any = None  # of the compiled functions, once it was looked for
         self.flat = shape is None or len(shape) == 1
         self.nfe = 0
+        self.watched = False  # nothing is known to need a gradient, and f is to say if something does
+        self.differentiates = False  # f asks autograd for derivatives by its own h
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """f(t, y), shape (n,)."""
@@ -115,10 +117,38 @@ class Field:
             BadShape: it has another shape than at the start of the solve.
         """
         self.nfe += 1
-        k = self.f(t, y if self.flat else y.reshape(self.shape))  # type: ignore[arg-type]
+        y = y if self.flat else y.reshape(self.shape)  # type: ignore[arg-type]
+        if self.watched or self.differentiates:
+            k = self._with_graph(t, y)
+        else:
+            try:
+                k = self.f(t, y)
+            except RuntimeError as error:
+                if not self.wants_graph(error, y):
+                    raise
+                k = self._with_graph(t, y)
         if self.shape is not None and k.shape != self.shape:
             raise self.changed(float(t), k)
         return k
+
+    def wants_graph(self, error: RuntimeError, y: Tensor) -> bool:
+        """Whether f failed since it differentiates by its h, as Hamiltonian systems do, and h has no graph; then it
+        gets one from now on."""
+        self.differentiates = not y.requires_grad and "does not require grad" in str(error)
+        return self.differentiates
+
+    def _with_graph(self, t: Tensor, y: Tensor) -> Tensor:
+        recorded = torch.is_grad_enabled()
+        with torch.enable_grad():
+            if self.differentiates and not y.requires_grad:
+                y = y.detach().requires_grad_()
+            k = self.f(t, y)
+        if self.watched and k.requires_grad:
+            from .parameters import strangers
+
+            if found := strangers([k], {id(y), id(t)}, frozenset(), 0)[0]:
+                raise Discovered(found)
+        return k if recorded else k.detach()
 
     def changed(self, t: float, k: Tensor) -> BadShape:
         start = tuple(self.shape or ())
@@ -268,9 +298,14 @@ class ODEProblem:
         rtol, atol: floats or tensors of shape (n,).
         event_fn: `(t: 0-d, y: (n,)) -> Tensor`; the solve ends where the first of its elements crosses zero.
         params: tensors requiring grad, other than `y0` and `t`, that f depends on.
+        named: `params` are those that the user named, and no others count.
+        cuts: where in autograd's graph those of `params` stand that are results of earlier operations.
         suspects: results of earlier operations that f holds and did not use at the start. Weakly: a solve must not keep
             the graph of the last iteration's loss alive because f happens to hold it.
         retain_graph: f runs through a graph made outside of it, which a backward pass through f must leave alive.
+        reached: `id` of each leaf that f used at the start.
+        bindings: where f holds tensors that it may use in its next call.
+        makes_leaves: f makes leaves of its own in each call; `strange` are those that were seen so far.
         graph_bytes: what autograd keeps for one call of f; None where it was not looked at.
         layout: how the user's state lies in `y0`.
         batch: number B of independent systems, which lie in `y0` one after the other.
@@ -295,7 +330,13 @@ class ODEProblem:
     event_fn: Callable[[Tensor, Tensor], Tensor] | None = None
     params: tuple[Tensor, ...] = ()
     suspects: tuple[weakref.ref[Tensor], ...] = ()
+    named: bool = False
+    cuts: frozenset[Any] = frozenset()
     retain_graph: bool = False
+    reached: frozenset[int] = frozenset()
+    bindings: tuple[Any, ...] = ()
+    makes_leaves: bool = False
+    strange: dict[int, Tensor] = field(default_factory=dict)
     graph_bytes: int | None = None
     layout: Layout | None = None
     batch: int = 1

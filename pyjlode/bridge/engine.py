@@ -80,6 +80,11 @@ class Memory:
     sensitivities: Tensor | None = None
     wrt: tuple[Tensor, ...] = ()
 
+    @property
+    def asks_again(self) -> bool:
+        """Whether the product calls f again."""
+        return self.sensitivities is None and self.rhs is not None
+
 
 class DenseOutput:
     """The solution as a function of time, from Julia's."""

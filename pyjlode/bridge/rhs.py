@@ -16,6 +16,7 @@ from torch import Tensor
 from ..arguments import warn_once
 from ..derivatives import directional, directional_by_reverse, jacobian, pull_back, vjp
 from ..events import Margin
+from ..parameters import graph_mark
 from ..problem import Layout, ODEProblem
 from .calls import Calls, Held
 from .function import JuliaFunction
@@ -212,8 +213,9 @@ class RHS(Callbacks):
     def vjp_p(self, out: int, v: int, u: int, t: float) -> None:
         grads, self.pending = self.pending, None
         if grads is None:
+            mark, point = graph_mark(), (self.p.time(t), self.state(u).requires_grad_())
             with torch.enable_grad():
-                k = self.p.f(self.p.time(t), self.state(u))
-            grads = pull_back(self.p, k, self.p.params, self.state(v))
+                k = self.p.f(*point)
+            grads = pull_back(self.p, k, self.p.params, self.state(v), mark, point)
         filled = [torch.zeros_like(q) if g is None else g for q, g in zip(self.p.params, grads)]
         look(out, self.params.size, self.dtype).copy_(self.params.flatten_leaves(filled))

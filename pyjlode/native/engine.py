@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from .. import forward
+from ..derivatives import check_graph
 from ..errors import BadOption
-from ..problem import ODEProblem
+from ..parameters import graph_mark
+from ..problem import ODEProblem, like
 from ..solution import Stats
-from . import dae, loop, scipy_ivp, sensitivity
+from . import dae, interpolation, loop, scipy_ivp, sensitivity
 from .loop import Record
 from .sensitivity import Gradients
+from .step import Step
 
 NAME = "torch"
 
@@ -30,6 +33,12 @@ class Memory:
     record: Record
     gradient: str
     sensitivities: Tensor | None = None
+
+    @property
+    def asks_again(self) -> bool:
+        """Whether the product calls f again: not where all of its graph is kept, or its sensitivities are."""
+        head = self.record.head
+        return self.sensitivities is None and (head is None or head.steps < len(self.record.kept))
 
 
 def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = False) -> Record:
@@ -49,6 +58,23 @@ def slope(p: ODEProblem, t: Tensor, y: Tensor) -> Tensor:
     return p.f(t, y) if p.mass is None else dae.Algebra(p).slope(t, y)
 
 
+def output_at(p: ODEProblem, step: Step, t: Tensor) -> Tensor:
+    """The dense output at a time within a step, t being 0-d: shape (n,)."""
+    return interpolation.output(p, step, t[None])[0]
+
+
+@torch.no_grad()
+def output_slope(p: ODEProblem, step: Step, t: float) -> Tensor:
+    """dy/dt of the dense output within a step, shape (n,): of the numbers that came out, not of the solution that they
+    stand for."""
+    with torch.enable_grad():
+        at = torch.tensor([t], dtype=torch.float64, requires_grad=True)
+        y = interpolation.output(p, step, at)[0]
+        bar = torch.zeros_like(y, requires_grad=True)
+        by_time = torch.autograd.grad(y, at, bar, create_graph=True)[0]
+        return torch.autograd.grad(by_time, bar)[0]
+
+
 def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = False) -> Memory:
     """Solve `p` and keep what `vjp` needs for the gradient method named."""
     kept = dense or gradient in ("interpolating", "quadrature", "gauss")
@@ -63,7 +89,13 @@ def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = F
         record, S = sensitivity.solve_forward(p, stats, dense=dense)
         return Memory(p, record, gradient, S)
     if gradient == "discrete":
-        return Memory(p, loop.solve(p, stats, recorded=sensitivity.graph_steps(p), steps=True, dense=kept), gradient)
+        mark = graph_mark()
+        record = loop.solve(p, stats, recorded=sensitivity.graph_steps(p), steps=True, dense=kept)
+        if head := record.head:
+            outputs = [head.y1] if head.ys is None else [head.y1, head.ys]
+            if check_graph(p, outputs, (p.y0, p.t), mark):
+                p = like(p, retain_graph=True)
+        return Memory(p, record, gradient)
     return Memory(p, loop.solve(p, stats, dense=kept), gradient)
 
 

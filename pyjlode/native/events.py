@@ -9,6 +9,7 @@ import torch
 
 from ..events import Margin
 from ..problem import ODEProblem
+from .interpolation import output
 from .step import Step
 
 # The event function is looked at this many times within a step, so that a crossing there and back is not stepped over.
@@ -26,7 +27,7 @@ class EventFinder:
         t0, t1 = step.interval.t0, step.interval.t1
         times = [t0 + (t1 - t0) * i / _LOOKS for i in range(1, _LOOKS)]
         with torch.no_grad():
-            states = [*step.interpolate(times), step.y1]
+            states = [*output(self.margin.p, step, times), step.y1]
         before, good = t0, math.inf
         for t, y in zip([*times, t1], states):
             margin = self.margin(t, y)
@@ -44,10 +45,8 @@ class EventFinder:
         """
 
         def margin(t: float) -> float:
-            return self.margin(t, step.interpolate([t])[0])
+            return self.margin(t, output(self.margin.p, step, [t])[0])
 
-        if gb == 0:
-            return b
         if ga is None:
             ga = margin(a)
             if ga <= 0:  # it left zero on this side already
@@ -56,14 +55,18 @@ class EventFinder:
         for i in range(200):
             if abs(b - a) <= 2 * sys.float_info.epsilon * max(abs(a), abs(b)):
                 break
-            x = (wb * gb * a - wa * ga * b) / (wb * gb - wa * ga)
+            if gb == 0:  # is that the zero itself, or is it flat from the zero on, as relu is?
+                x = b + 4 * sys.float_info.epsilon * max(abs(a), abs(b)) * (1 if a > b else -1)
+                if (g := margin(x)) > 0:
+                    return x
+                x = a + (b - a) / 2
+            else:
+                x = (wb * gb * a - wa * ga * b) / (wb * gb - wa * ga)
             if i % 4 == 3 or not min(a, b) < x < max(a, b):
                 x = a + (b - a) / 2
                 if x in (a, b):
                     break
             g = margin(x)
-            if g == 0:
-                return x
             if g > 0:
                 a, ga, wa = x, g, 1.0
                 wb /= 2

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .step import Step
+from ..problem import ODEProblem
+from .step import Step, fraction
 
 
 def linear(theta: Tensor, y0: Tensor, y1: Tensor) -> Tensor:
@@ -29,6 +30,13 @@ def hermite(theta: Tensor, dt: float | Tensor, y0: Tensor, y1: Tensor, f0: Tenso
 def powers(theta: Tensor, degree: int) -> Tensor:
     """theta (M,) -> (M, degree): theta, theta**2, ..."""
     return theta[:, None].expand(-1, degree).cumprod(1)
+
+
+def output(p: ODEProblem, step: Step, times: list[float] | Tensor) -> Tensor:
+    """States at M times within a step, as `interp` has them between the points of a fixed grid: (M, n)."""
+    if not p.method.adaptive and p.options.interp == "linear":
+        return linear(fraction(step.interval, times), step.y, step.y1)
+    return step.interpolate(times)
 
 
 class DenseOutput:

@@ -15,13 +15,13 @@ from ..ends import no_event, stops, too_many_steps, too_small
 from ..errors import BadOption, NonFiniteState
 from ..problem import ODEProblem, is_finite
 from ..solution import Stats
-from . import controller, interpolation
+from . import controller
 from .events import EventFinder
 from .explicit import ExplicitRK, ExplicitStep
 from .implicit import ImplicitRK
-from .interpolation import DenseOutput
+from .interpolation import DenseOutput, output
 from .multistep import Adams, AdamsStep, Past
-from .step import Interval, Step, fraction
+from .step import Interval, Step
 from .stiff import replayer, stiff_steps
 from .tableaus import ExplicitTableau
 
@@ -171,13 +171,6 @@ def is_node(p: ODEProblem, i: int, tracked: bool) -> bool:
     moves past a node that does not.
     """
     return not tracked or i == len(p.times) - 1 or (not p.method.adaptive and p.options.step_size is None)
-
-
-def output(p: ODEProblem, step: Step, times: list[float] | Tensor) -> Tensor:
-    """States at M times within a step, as `interp` has them between the points of a fixed grid: (M, n)."""
-    if not p.method.adaptive and p.options.interp == "linear":
-        return interpolation.linear(fraction(step.interval, times), step.y, step.y1)
-    return step.interpolate(times)
 
 
 def stepper(p: ODEProblem, *, recorded: bool) -> Callable[[Interval, Tensor, Any], Step]:

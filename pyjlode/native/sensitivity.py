@@ -17,10 +17,11 @@ from torch import Tensor
 
 from .. import forward
 from ..derivatives import grad, pull_back, vjp
-from ..gradients import Gradients, time_gradient
+from ..gradients import Gradients, other_function, time_gradient
+from ..parameters import graph_mark
 from ..problem import Callbacks, Field, Layout, Norm, ODEProblem, max_rms_norm, not_negative, rms_norm
 from ..solution import Stats
-from . import bdf, dae, loop, scipy_ivp
+from . import bdf, dae, interpolation, loop, scipy_ivp
 from .linear import Jacobian, Linear
 from .loop import Head, Kept, Record
 from .multistep import Past
@@ -80,6 +81,7 @@ def discrete(p: ODEProblem, record: Record, g: Tensor, *, again: bool) -> Gradie
                 inside = p.t[j:i]
         a = replay.pull(kept, a, inside, g[j:i], params)
         i = j
+    replay.check()
     if head:
         a = replay.through(head, a, g[1:i], params, again)
     return Gradients(a + g[0], replay.time_gradient() if want_t else None, params.total)
@@ -110,12 +112,15 @@ class _Replay:
         self.step = loop.stepper(p, recorded=True)
         self.history: dict[int, Tensor] = {}  # cotangents of slopes that later Adams steps looked back at
         self.carried: Tensor | None = None  # cotangent (r, n) of the differences that a `bdf` step left to the next
+        self.end: Tensor | None = None  # (n,): where the forward solve had the end of the step that is taken again
+        self.apart: list[Tensor] = []  # 0-d: how far each step taken again ended from there ...
+        self.sizes: list[Tensor] = []  # ... and how large the state is
         self.moved: list[Tensor] = []  # tensors that are functions of the user's t ...
         self.moved_bar: list[Tensor] = []  # ... and their cotangents
 
     def pull(self, kept: Kept, a: Tensor, times: list[float] | Tensor, g: Tensor, params: Sum) -> Tensor:
         """Cotangents a (n,) of the end and g (M, n) of outputs within -> (n,) that of the start; adds to `params`."""
-        p, interval, past = self.p, kept.interval, kept.past
+        p, interval, past, mark = self.p, kept.interval, kept.past, graph_mark()
         y = kept.y.detach().requires_grad_()
         moving: list[Tensor] = []  # originals of the time-like inputs
         slopes: list[Tensor] = list(past.slopes) if past else []
@@ -141,13 +146,14 @@ class _Replay:
                 bars.append(self.carried)
                 self.carried = None
             if len(times):
-                outputs.append(loop.output(p, step, times))
+                outputs.append(interpolation.output(p, step, times))
                 bars.append(g)
             if kept.slope is not None and id(kept.slope) in self.history:
                 outputs.append(step.f0)  # type: ignore[attr-defined]
                 bars.append(self.history.pop(id(kept.slope)))
         pairs = [(o, b) for o, b in zip(outputs, bars) if o.requires_grad]
-        grads = grad(p, [o for o, _ in pairs], [y, *p.params, *inputs, *old], [b for _, b in pairs])
+        self.compare(step)
+        grads = grad(p, [o for o, _ in pairs], [y, *p.params, *inputs, *old], [b for _, b in pairs], mark)
         y_bar, rest = grads[0], grads[1:]
         params.add(rest[: len(p.params)])
         for tensor, bar in zip(moving, rest[len(p.params) :]):
@@ -164,13 +170,35 @@ class _Replay:
         assert y_bar is not None
         return y_bar
 
+    def compare(self, step: Step) -> None:
+        """Note how far a step taken again ends from where it ended in the forward solve."""
+        if self.end is not None and len(self.end):
+            y = step.y1.detach()
+            self.apart.append(torch.linalg.vector_norm(y - self.end, torch.inf))
+            self.sizes.append(torch.linalg.vector_norm(y, torch.inf))
+        self.end = step.y.detach()
+
+    def check(self) -> None:
+        """
+        Raises:
+            GradientUnavailable: the steps taken again were not those of the forward solve.
+        """
+        if self.apart:
+            apart, size = torch.stack(self.apart), torch.stack(self.sizes)
+            rtol, atol = (float(torch.as_tensor(x).max()) for x in (self.p.rtol, self.p.atol))
+            # What tolerance and rounding explain.
+            if not bool((apart <= atol + (rtol + 1e4 * torch.finfo(size.dtype).eps) * size).all()):
+                raise other_function()
+
     def through(self, head: Head, a: Tensor, g: Tensor, params: Sum, again: bool) -> Tensor:
         """Cotangents a (n,) of the end of the first steps and g (m, n) of the outputs within -> (n,) that of y0."""
         p = self.p
         inputs = [p.y0, *p.params, *([p.t] if self.want_t else [])]
         pairs = [(head.y1, a)] if head.ys is None else [(head.y1, a), (head.ys, g)]
         outputs, bars = zip(*pairs)
-        y_bar, *rest = grad(p, outputs, inputs, bars, retain_graph=p.retain_graph or again)
+        # What its graph reaches was looked at when it was made.
+        keep = p.retain_graph or again
+        y_bar, *rest = torch.autograd.grad(outputs, inputs, bars, allow_unused=True, retain_graph=keep)
         params.add(rest[: len(p.params)])
         if self.want_t and rest[-1] is not None:
             self.moved.append(p.t)
@@ -305,11 +333,11 @@ class _Backward:
 
     def jacobian_with_y(self, t: Tensor, z: Tensor) -> Tensor:
         """Of (f, -Jᵀ a) by (y, a): (2 n, 2 n)."""
-        n, p = self.n, self.p
+        n, p, mark = self.n, self.p, graph_mark()
         with torch.enable_grad():
             y = z[:n].detach().requires_grad_()
             k = p.f(t, y)
-            J, _ = forward.jacobians(p, k, y, Layout([]))
+            J, _ = forward.jacobians(p, k, y, Layout([]), mark)
             out = z.new_zeros(2 * n, 2 * n)
             out[:n, :n], out[n:, n:] = J, -J.mT
             mu = torch.autograd.grad(k, y, z[n:], create_graph=True, allow_unused=True)[0] if k.requires_grad else None
@@ -341,9 +369,10 @@ class _Backward:
             y = z[:, : self.n] if self.with_y else self.record.dense(torch.tensor(times, dtype=torch.float64))
         total = self.total.new_zeros(len(weights), self.layout.size)
         for i, t in enumerate(times):
+            mark, point = graph_mark(), (p.time(t), y[i].detach().requires_grad_())
             with torch.enable_grad():
-                k = p.f(p.time(t), y[i].detach())
-            value = self.flat(pull_back(p, k, p.params, a[i]))
+                k = p.f(*point)
+            value = self.flat(pull_back(p, k, p.params, a[i], mark, point))
             for row, weight in zip(total, weights[:, i].tolist()):
                 row.add_(value, alpha=weight)
         return total
@@ -452,11 +481,11 @@ def consistent_sensitivities(p: ODEProblem, S: Tensor, layout: Layout) -> Tensor
     algebra = dae.Algebra(p)
     if algebra.none:
         return S
-    t, n = p.time(p.times[0]), p.y0.numel()
+    t, n, mark = p.time(p.times[0]), p.y0.numel(), graph_mark()
     with torch.enable_grad():
         y = p.y0.detach().requires_grad_()
         k = p.f(t, y)
-    J, rows = forward.jacobians(p, k, y, layout)
+    J, rows = forward.jacobians(p, k, y, layout, mark)
     change = J @ S
     change[:, n:] += rows
     G = algebra.pivot(algebra.blocks(t, p.y0.detach()), t)
