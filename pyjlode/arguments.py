@@ -78,8 +78,11 @@ def times(t: Any, *, name: str = "t") -> tuple[Tensor, list[float]]:
     """Check the output times: the tensor of shape (T,), and its values."""
     if not isinstance(t, Tensor):
         try:
-            t = torch.as_tensor(t, dtype=torch.float64)
-        except (TypeError, ValueError) as error:
+            if isinstance(t, (list, tuple)) and any(isinstance(x, Tensor) for x in t):  # with their graphs
+                t = torch.stack([torch.as_tensor(x).reshape(()).to("cpu", torch.float64) for x in t])
+            else:
+                t = torch.as_tensor(t, dtype=torch.float64)
+        except (RuntimeError, TypeError, ValueError) as error:
             raise BadTime(f"{name} must be a 1-D tensor of times; got a {type(t).__name__}.") from error
     if not t.is_floating_point():
         raise BadDtype(f"{name} has dtype {t.dtype}; times must be floating point (t.double()).")

@@ -410,9 +410,16 @@ def _read(
     held = parameters.Held(f) if grad else None
     mark = parameters.graph_mark() if grad else 0
     probe = y0.detach().requires_grad_(grad) if gradient else y0
-    meter = parameters.GraphMeter()
-    with torch.set_grad_enabled(grad), meter if grad and gradient == "discrete" else contextlib.nullcontext():
-        out = _first(f, p, probe)
+    meter = parameters.GraphMeter() if grad and gradient == "discrete" else None
+    with torch.set_grad_enabled(grad):
+        try:
+            with meter or contextlib.nullcontext():
+                out = _first(f, p, probe)
+        except RuntimeError as error:
+            if meter is None or "saved tensor" not in str(error):
+                raise
+            meter = None  # f differentiates by torch.func, which does not let what autograd keeps be looked at
+            out = _first(f, p, probe)
         arguments.check_output(out, layout, autocast)
         f0 = layout.flatten(out).to(layout.dtype)
         if held and (changed := held.changed()):
@@ -443,7 +450,7 @@ def _read(
             p.params = explicit if explicit is not None else tuple(held.wanted)
         if adjoint is True and chosen is julia and all(x is None for x in adjoint_given) and julia.prefers_forward(p):
             gradient = "forward"
-        if gradient == "discrete":
+        if meter and gradient == "discrete":
             p.graph_bytes = meter.bytes_beside(p.params)
         needed = needed or bool(p.params) or (f0.requires_grad and gradient is None)
         if needed and gradient is None and chosen is julia:

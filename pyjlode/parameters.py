@@ -200,8 +200,11 @@ class GraphMeter:
         storages = self.storages  # the hook must not hold `self`, which holds the hook
 
         def pack(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            if x.layout == torch.strided:
+                storage = x.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+            else:  # sparse: values and indices
+                storages[id(x)] = 3 * x._nnz() * x.element_size()
             return x.detach()  # x itself would hold the node that holds it
 
         self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
