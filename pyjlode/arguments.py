@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import methods
+from . import methods, numbers
 from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, NonFiniteState
 from .methods import Method
 from .problem import NO_OPTIONS, Callbacks, Layout, Norm, SolverOptions, is_finite, max_rms_norm, not_negative, rms_norm
@@ -69,8 +69,9 @@ def state(h0: Any) -> tuple[Layout, Tensor]:
 def finite(y0: Tensor) -> Tensor:
     """Check that the flat state is."""
     if not is_finite(y0):
-        bad = int((~torch.isfinite(y0)).sum())
-        raise NonFiniteState(f"h0 holds NaN or infinity ({bad} of {y0.numel()} numbers).", t=math.nan, dt=0.0)
+        values = numbers.rows(y0) if numbers.transformed() else y0
+        bad = int((~torch.isfinite(values)).sum())
+        raise NonFiniteState(f"h0 holds NaN or infinity ({bad} of {values.numel()} numbers).", t=math.nan, dt=0.0)
     return y0
 
 
@@ -88,7 +89,7 @@ def times(t: Any, *, name: str = "t") -> tuple[Tensor, list[float]]:
         raise BadDtype(f"{name} has dtype {t.dtype}; times must be floating point (t.double()).")
     if t.ndim != 1:
         raise BadTime(f"{name} must be one-dimensional; it has shape {tuple(t.shape)}.")
-    values = t.tolist()
+    values = numbers.listed(t)
     if not values:
         raise BadTime(f"{name} is empty; its first element is the time of h0.")
     if not all(map(math.isfinite, values)):
@@ -360,7 +361,7 @@ def default_norm(layout: Layout, batch: int = 1) -> Norm:
     """Root mean square; over several tensors the largest of theirs, as in torchdiffeq, and so over several systems."""
     if batch > 1:
         size = (layout.size // batch) ** 0.5
-        return lambda flat: float(torch.linalg.vector_norm(flat.reshape(batch, -1), dim=1).amax()) / size
+        return lambda flat: numbers.read(torch.linalg.vector_norm(flat.reshape(batch, -1), dim=1).amax()) / size
     if len(layout.sizes) == 1:
         return rms_norm
     return lambda flat: max_rms_norm(flat.split(layout.sizes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -102,6 +102,8 @@ def jacobian(p: ODEProblem, t: Tensor, y: Tensor) -> Tensor:
     y = y.detach()
     if y.numel() == 0:
         return y.new_zeros(0, 0)
+    if p.transformed:
+        return pulled(torch.func.vjp(f, y)[1], torch.eye(y.numel(), dtype=y.dtype, device=y.device))[0]
     with torch.enable_grad():
         try:
             J = torch.autograd.functional.jacobian(f, y, vectorize=True)
@@ -109,6 +111,17 @@ def jacobian(p: ODEProblem, t: Tensor, y: Tensor) -> Tensor:
             J = torch.autograd.functional.jacobian(f, y)
     assert isinstance(J, Tensor)
     return J
+
+
+def pulled(pull: Callable[[Tensor], tuple[Tensor, ...]], bars: Tensor) -> tuple[Tensor, ...]:
+    """The products of a Jacobian with each row of bars (m, n), by what `torch.func.vjp` returned: (m, ...) each.
+
+    It nests in transforms, as autograd with leaves of our own does not.
+    """
+    try:
+        return torch.func.vmap(pull)(bars)
+    except RuntimeError:  # something in f has no batching rule: one backward pass a row
+        return tuple(torch.stack(rows) for rows in zip(*map(pull, bars)))
 
 
 @functools.cache
@@ -132,6 +145,8 @@ def directional(p: ODEProblem, t: Tensor, y: Tensor, dt: Tensor | None, dy: Tens
 
 def directional_by_reverse(p: ODEProblem, t: Tensor, y: Tensor, dt: Tensor | None, dy: Tensor | None) -> Tensor:
     """The same by the reverse mode taken twice: the product with v is linear in v, and its derivative is the answer."""
+    if p.transformed:
+        return nested(p, t, y, dt, dy)
     recorded = torch.is_grad_enabled()
     with torch.enable_grad():
         t, y = (x if x.requires_grad else x.detach().requires_grad_() for x in (t, y))
@@ -146,3 +161,11 @@ def directional_by_reverse(p: ODEProblem, t: Tensor, y: Tensor, dt: Tensor | Non
             return torch.zeros_like(k)
         out = torch.autograd.grad(torch.stack(terms).sum(), v, create_graph=recorded, allow_unused=True)[0]
     return torch.zeros_like(k) if out is None else out
+
+
+def nested(p: ODEProblem, t: Tensor, y: Tensor, dt: Tensor | None, dy: Tensor | None) -> Tensor:
+    """The same under a transform."""
+    dt = torch.zeros_like(t) if dt is None else dt.to(t)
+    dy = torch.zeros_like(y) if dy is None else dy.to(y)
+    k, pull, *_ = torch.func.vjp(p.f, t, y)
+    return torch.func.vjp(pull, torch.zeros_like(k))[1]((dt, dy))[0]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import parameters
+from . import numbers, parameters
 from .derivatives import check_graph
 from .errors import BadOption, Discovered, GradientUnavailable
 from .methods import unknown
@@ -123,7 +123,7 @@ class _Solve(torch.autograd.Function):
             with parameters.bound(p.bindings):
                 if ctx.sight:
                     ctx.sight.check(p)
-                grads = ctx.engine.vjp(memory, g, again=again)
+                grads = numbers.for_each(lambda g, again: ctx.engine.vjp(memory, g, again=again), g, again)
         finally:
             memory.record.ys = None
         ctx.stats.nfe_backward += p.f.nfe - before

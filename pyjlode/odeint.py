@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import arguments, gradients, parameters, progress
+from . import arguments, gradients, numbers, parameters, progress, transforms
 from .bridge import engine as julia
 from .bridge import plans
 from .bridge import runtime as julia_runtime
@@ -25,6 +25,7 @@ from .errors import BadOption, BadShape, BadTime, EngineUnavailable, GradientUna
 from .native import engine as native
 from .problem import AdjointSettings, Callback, Field, Layout, ODEProblem
 from .solution import Solution, Stats, Steps
+from .tracing import untraced
 
 log = logging.getLogger("pyjlode")
 
@@ -226,6 +227,7 @@ def odeint_dense(
     return solve(f, h0, torch.stack([x.reshape(()).to(ends[0]) for x in ends]), **kwargs).interpolate
 
 
+@untraced
 def _solve(
     f: Any,
     h0: Any,
@@ -245,9 +247,12 @@ def _solve(
 ) -> Solution:
     start = time.perf_counter()
     call, unusual = None, (event_fn, adjoint_params, *adjoint_given, *system[:2])
-    if julia_runtime.started() and all(x is None for x in unusual):
+    transformed, own_t = numbers.transformed(), t
+    if julia_runtime.started() and not transformed and all(x is None for x in unusual):
         said = (adjoint, method, rtol, atol, engine, system[2], os.environ.get(ENGINE_VARIABLE))
         call = plans.call(f, h0, t, said, options)
+    if transformed and isinstance(t, Tensor) and numbers.hidden(t):
+        f, t, options = transforms.shared_times(f, t, arguments.method_of(method, options), options, event_fn)
     made = call.made(h0, t) if call else None
     known = made is not None
     if made is None:
@@ -256,15 +261,16 @@ def _solve(
         )
     p, stats, layout = made.problem, made.stats, made.problem.layout
     assert layout is not None
+    dense = dense and t is own_t
     steps = _watch(p) if dense and made.engine is native else None
     # Autocast is for f alone: in half precision the solver's own sums would lose the state.
     bar = progress.shown(p) if p.options.progress else contextlib.nullcontext()
     autocast = torch.is_autocast_enabled(p.y0.device.type)
     with torch.autocast(p.y0.device.type, enabled=False) if autocast else contextlib.nullcontext(), bar:
         record = gradients.solve(made.engine, p, stats, made.gradient, made.needed, dense)
-        event_t, ys, ts = None, record.ys, p.t
+        event_t, ys, ts = None, record.ys, p.t if t is own_t else own_t
         if event_fn is not None:
-            event_t, y_event = _through_event(p, record, made)
+            event_t, y_event = (record.event, ys[1]) if transformed else _through_event(p, record, made)
     if event_t is not None:
         ys = torch.stack([ys[0], y_event])
         ts = torch.stack([p.t[0], event_t])
@@ -317,6 +323,10 @@ def _engine(name: str, p: ODEProblem, adjoint: bool | str, *, recorded: bool = F
             raise BadOption(f"{ENGINE_VARIABLE} must be 'torch', 'julia' or 'auto'; it is {name!r}.")
     if name == "torch" and not only_julia:
         return native, reason
+    if p.transformed:
+        if name == "auto" and not only_julia:
+            return native, transforms.REASON
+        raise BadOption(f"the Julia engine cannot do this: {transforms.REASON}. Use engine='torch'.")
     if only_julia:
         what = f"method={p.method.name!r}" if p.method.kind == "julia" else "a julia_function"
         if name == "torch":
@@ -398,20 +408,23 @@ def _read(
         jac=arguments.jacobian(jac, row, layout, batch),
         callbacks=arguments.callbacks(f, row, layout, y0),
         compile=compile,
+        transformed=numbers.transformed(),
     )
     if compile not in (None, True, False):
         raise BadOption(f"compile must be True, False or None; got {compile!r}.")
     explicit = arguments.adjoint_params(adjoint_params)
-    grad = torch.is_grad_enabled()
+    grad = torch.is_grad_enabled() and not p.transformed
     chosen, reason = _engine(engine, p, adjoint)
     gradient = gradients.find(adjoint, chosen, p)
+    if p.transformed:  # every adjoint is: through the solver
+        gradient = None
 
     # One call of f at the start checks what it returns, shows what it depends on, and is the first slope of the solve.
     held = parameters.Held(f) if grad else None
     mark = parameters.graph_mark() if grad else 0
     probe = y0.detach().requires_grad_(grad) if gradient else y0
     meter = parameters.GraphMeter() if grad and gradient == "discrete" else None
-    with torch.set_grad_enabled(grad):
+    with contextlib.nullcontext() if p.transformed else torch.set_grad_enabled(grad):
         try:
             with meter or contextlib.nullcontext():
                 out = _first(f, p, probe)
@@ -459,14 +472,16 @@ def _read(
     if p.mass is not None:
         p.y0 = native.consistent(p)
         p.f0 = p.f0 if p.options.consistent == "check" else None
-    p.adjoint = _adjoint(f, p, gradient, adjoint, rtol, atol, options, adjoint_given, h0, layout)
+    p.adjoint = (
+        None if p.transformed else _adjoint(f, p, gradient, adjoint, rtol, atol, options, adjoint_given, h0, layout)
+    )
     if chosen is julia and p.adjoint:
         chosen, reason = _engine(engine, p, adjoint)
 
     if compile and chosen is not julia:
         raise NotCompiled(f"compile=True is for the Julia engine, and this is the native one: {reason}.")
     leaf = h0 if isinstance(h0, Tensor) else pytree.tree_leaves(h0)[0]
-    copied = y0.numel() > 0 and y0.data_ptr() != leaf.data_ptr()
+    copied = not p.transformed and y0.numel() > 0 and y0.data_ptr() != leaf.data_ptr()
     stats = Stats(chosen.NAME, reason, row.name, copied)
     log.info("engine %s (%s), method %s, gradient %s", chosen.NAME, reason, row.name, gradient or "through the solver")
     return Made(p, stats, chosen, gradient, needed)
@@ -478,7 +493,7 @@ def _first(f: Any, p: ODEProblem, probe: Tensor) -> Any:
     Args:
         probe: stands for the state, (n,).
     """
-    layout, version = p.layout, None if probe.is_inference() else probe._version
+    layout, version = p.layout, None if p.transformed or probe.is_inference() else probe._version
     assert layout is not None
     p.f.nfe += 1
     try:
@@ -617,13 +632,13 @@ def _interpolant(
     record: Any, p: ODEProblem, layout: Layout, event_t: Tensor | None, blind: bool
 ) -> Callable[[Tensor], Any]:
     t0 = p.times[0]
-    t1 = p.times[-1] if event_t is None else float(event_t)
+    t1 = p.times[-1] if event_t is None else numbers.read(event_t)
     low, high = min(t0, t1), max(t0, t1)
 
     def interpolate(t: Tensor) -> Any:
         if not t.is_floating_point():
             t = t.to(torch.float64)
-        values = t.detach().to(torch.float64).reshape(-1).tolist()
+        values = numbers.listed(t.detach().to(torch.float64).reshape(-1))
         slack = 1e-12 * max(abs(low), abs(high))
         outside = [x for x in values if not low - slack <= x <= high + slack]
         if outside:

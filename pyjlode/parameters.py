@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .tracing import untraced
+
 # Walking an arbitrary object graph ends here; what lies deeper is still found where f uses it.
 _LIMIT = 10_000
 # What every module has, besides its parameters, buffers and submodules: none of it holds tensors, unless hooks do.
@@ -207,7 +209,8 @@ class GraphMeter:
                 storages[id(x)] = 3 * x._nnz() * x.element_size()
             return x.detach()  # x itself would hold the node that holds it
 
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+        # A compiled f would have `pack` compiled, too.
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(untraced(pack), lambda x: x)
 
     def __enter__(self) -> GraphMeter:
         self.hooks.__enter__()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from . import numbers
 from .errors import BadOption, BadShape, Discovered
 from .methods import Method
 
@@ -128,7 +129,7 @@ class Field:
                     raise
                 k = self._with_graph(t, y)
         if self.shape is not None and k.shape != self.shape:
-            raise self.changed(float(t), k)
+            raise self.changed(numbers.read(t), k)
         return k
 
     def wants_graph(self, error: RuntimeError, y: Tensor) -> bool:
@@ -158,11 +159,15 @@ class Field:
 def rms_norm(y: Tensor) -> float:
     """Root mean square of a tensor of any shape; 0 for an empty one."""
     n = y.numel()
-    return float(torch.linalg.vector_norm(y)) / math.sqrt(n) if n else 0.0
+    return numbers.read(torch.linalg.vector_norm(y)) / math.sqrt(n) if n else 0.0
 
 
 def is_finite(x: Tensor) -> bool:
     """Whether every element is finite. The sum tells in one kernel, unless large numbers overflow in it."""
+    if numbers.transformed():
+        x = numbers.rows(x)
+        with numbers.outside():
+            return bool(torch.isfinite(x).all())
     if x.numel() <= FEW and x.device.type == "cpu":
         return all(map(math.isfinite, x.tolist() if x.ndim == 1 else x.reshape(-1).tolist()))
     x = x.detach()
@@ -175,7 +180,10 @@ def max_rms_norm(leaves: Sequence[Tensor]) -> float:
     kept = [leaf for leaf in leaves if leaf.numel()]
     if not kept:
         return 0.0
-    norms = torch.stack(list(torch._foreach_norm(kept))).tolist()
+    if numbers.transformed():
+        norms = [numbers.read(torch.linalg.vector_norm(leaf)) for leaf in kept]
+    else:
+        norms = torch.stack(list(torch._foreach_norm(kept))).tolist()
     values = [norm / math.sqrt(leaf.numel()) for norm, leaf in zip(norms, kept)]
     # max() skips a NaN that does not come first; the step must see it.
     return math.nan if any(map(math.isnan, values)) else max(values)
@@ -183,7 +191,7 @@ def max_rms_norm(leaves: Sequence[Tensor]) -> float:
 
 def not_negative(norm: Any) -> float:
     """What the user's norm returned, as a number."""
-    value = float(norm)
+    value = numbers.read(norm) if isinstance(norm, Tensor) else float(norm)
     if value < 0:
         raise BadOption(f"options['norm'] returned {value:.4g}; a norm is never negative.")
     return value
@@ -313,6 +321,8 @@ class ODEProblem:
         products: `v -> J v` and `v -> Jᵀ v` at a time t, `(t: 0-d, v: (n,)) -> (n,)`, for a large linear f.
         jac: `(t: 0-d, y: (n,)) -> (B, n / B, n / B)` or what reshapes to it, the user's df/dy.
         compile: whether the Julia engine must (True), may (None) or must not (False) compile f.
+        transformed: `torch.func` or forward mode is at work: tensors may be wrapped at any moment (by what f holds), so
+            that nothing is written in place, and what steers the solve is read by `numbers`. The solve is recorded.
         repeats: what an engine keeps for problems that are this one but for f's tensors and the values of y0; None
             where there is no other known.
     """
@@ -346,12 +356,18 @@ class ODEProblem:
     adjoint: AdjointSettings | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
     compile: bool | None = None
+    transformed: bool = False
     repeats: dict[str, Any] | None = None
 
     @property
     def direction(self) -> float:
         """+1 forward in time, -1 backward."""
         return 1.0 if len(self.times) < 2 or self.times[1] > self.times[0] else -1.0
+
+    @property
+    def moving(self) -> bool:
+        """Whether a derivative with respect to the times may be asked for."""
+        return self.t.requires_grad or (self.transformed and numbers.wrapped(self.t))
 
     def time(self, t: float) -> Tensor:
         """`t` as f sees it: a 0-d tensor of the state's dtype and device."""

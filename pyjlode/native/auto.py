@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..numbers import outside, read, rows
 from ..problem import ODEProblem
 from ..solution import Stats
 from . import controller
@@ -78,7 +80,7 @@ class Explicit:
         B, scale = self.p.batch, self.p.atol + self.p.rtol * step.y.abs()
         rise, run = ((x / scale).reshape(B, -1).square().sum(1) for x in (rise, run))
         ratio = torch.where(run > 0, rise / run, 0.0).sqrt()
-        return abs(dt) * float(ratio.amax()) if ratio.numel() else 0.0
+        return abs(dt) * read(ratio.amax()) if ratio.numel() else 0.0
 
 
 class Auto:
@@ -93,8 +95,8 @@ class Auto:
         self.stiff = False
         self.count = 0  # steps one after the other that speak for the other method
         self.end = p.times[0]
-        v = torch.randn(p.y0.shape, generator=torch.Generator().manual_seed(0), dtype=p.y0.dtype).to(p.y0.device)
-        self.v = v / torch.linalg.vector_norm(v)
+        v = np.random.default_rng(0).standard_normal(p.y0.numel())
+        self.v = torch.from_numpy(v / np.linalg.norm(v)).to(p.y0)
 
     def make_implicit(self, p: ODEProblem) -> Bdf | Rosenbrock:
         return Bdf(p, self.stats, NDF) if self.large else Rosenbrock(p, self.stats, RODAS5P)
@@ -137,11 +139,16 @@ class Auto:
         assert J is not None
         linear = self.implicit.linear
         if J.blocks is not None and linear.d <= _EIGENVALUES:
-            return float(torch.linalg.eigvals(J.blocks).abs().amax()) if J.y.numel() else 0.0
+            if not J.y.numel():
+                return 0.0
+            if self.p.transformed:
+                with outside():
+                    return float(torch.linalg.eigvals(rows(J.blocks)).abs().amax())
+            return float(torch.linalg.eigvals(J.blocks).abs().amax())
         size = 0.0
         for _ in range(3):
             v = linear.product(J, self.v)
-            size = float(torch.linalg.vector_norm(v))
+            size = read(torch.linalg.vector_norm(v))
             if not size:
                 return 0.0
             self.v = v / size

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HighIndex, InconsistentStart, NotConverged
+from ..numbers import anywhere, read, solve
 from ..problem import ODEProblem, is_finite
 from ..solution import Stats
 from .linear import Linear
@@ -52,7 +53,7 @@ class Algebra:
         """Nᵀ J V, (B, m, m)."""
         G = self.N.T @ J @ self.V
         sizes = torch.linalg.svdvals(G / torch.linalg.matrix_norm(J).clamp_min(1e-300)[:, None, None])
-        if bool((sizes[:, -1] <= 100 * len(self.N) * torch.finfo(G.dtype).eps).any()):
+        if anywhere(sizes[:, -1] <= 100 * len(self.N) * torch.finfo(G.dtype).eps):
             raise HighIndex(
                 f"the system M h' = f(t, h) is not of index 1 at t={float(t):.6g}: its algebraic equations do not "
                 "determine the algebraic part of h there. Differentiate them in time once or more, and pass that."
@@ -67,7 +68,7 @@ class Algebra:
         """Newton's correction of y within V, towards Nᵀ f(t, y) = 0: (n,). With a graph, where autograd records."""
         G = self.pivot(self.blocks(t, y.detach()), t)
         residual = self.rows(self.p.f(t, y)) @ self.N
-        return -(torch.linalg.solve(G, residual) @ self.V.T).reshape(-1)
+        return -(solve(G, residual) @ self.V.T).reshape(-1)
 
     def slope(self, t: Tensor, y: Tensor) -> Tensor:
         """y' of the solution through (t, y): M y' = f and Nᵀ (J y' + ∂f/∂t) = 0, (n,). Without graph."""
@@ -126,7 +127,7 @@ def consistent(p: ODEProblem) -> Tensor:
         change = algebra.correction(t, y)
     if p.options.consistent == "check":
         if size(change) > 1:
-            off = float(change.abs().max())
+            off = read(change.abs().max())
             raise InconsistentStart(
                 f"h0 does not satisfy the algebraic equations of M h' = f(t, h) at t={p.times[0]:.6g}: its algebraic "
                 f"part is off by {off:.3g}, more than rtol and atol. Pass a consistent h0, or options="
@@ -138,7 +139,7 @@ def consistent(p: ODEProblem) -> Tensor:
     if not torch.is_grad_enabled():
         return y
     # What follows changes no value: it has the derivative that the implicit function theorem gives.
-    at = p.t[0].to(y) if p.t.requires_grad else t
+    at = p.t[0].to(y) if p.moving else t
     z = p.y0 + (y - p.y0.detach())
     for _ in range(2):
         z = z + algebra.correction(at, z)
@@ -151,7 +152,7 @@ def solved(algebra: Algebra, t: Tensor, y: Tensor, change: Tensor) -> Tensor:
 
     def residual(y: Tensor) -> float:
         r = algebra.rows(p.f(t, y)) @ algebra.N
-        return float(torch.linalg.vector_norm(r)) if is_finite(r) else float("inf")
+        return read(torch.linalg.vector_norm(r)) if is_finite(r) else float("inf")
 
     at = residual(y)
     for _ in range(_MAX_ITERS):
@@ -159,9 +160,9 @@ def solved(algebra: Algebra, t: Tensor, y: Tensor, change: Tensor) -> Tensor:
         while factor > 1e-6 and not residual(y + factor * change) <= at:
             factor /= 2
         y = y + factor * change
-        scale = torch.finfo(y.dtype).eps * (1 + float(y.abs().max()))
+        scale = torch.finfo(y.dtype).eps * (1 + read(y.abs().max()))
         at = residual(y)
-        if at == 0 or float((factor * change).abs().max()) <= 8 * scale:
+        if at == 0 or read((factor * change).abs().max()) <= 8 * scale:
             return y
         change = algebra.correction(t, y)
     raise NotConverged(

@@ -14,7 +14,7 @@ from ..errors import BadOption
 from ..parameters import graph_mark
 from ..problem import ODEProblem, like
 from ..solution import Stats
-from . import dae, interpolation, loop, scipy_ivp, sensitivity
+from . import dae, interpolation, loop, sample_events, scipy_ivp, sensitivity
 from .loop import Record
 from .sensitivity import Gradients
 from .step import Step
@@ -44,7 +44,14 @@ class Memory:
 def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = False) -> Record:
     """Solve `p`; with `recorded`, under autograd."""
     if p.method.kind == "scipy":
+        if p.transformed:
+            raise BadOption(
+                "method='scipy_solver' leaves PyTorch, and no transform of torch.func and no forward mode follows it "
+                "there; use one of the other methods."
+            )
         return scipy_ivp.solve(p, stats, dense=dense)
+    if p.transformed and p.event_fn:
+        return sample_events.solve(p, stats, dense=dense)
     return loop.solve(p, stats, recorded=math.inf if recorded else 0, dense=dense)
 
 

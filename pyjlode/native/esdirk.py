@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..numbers import kept
 from ..problem import ODEProblem
 from ..solution import Stats
 from . import controller, interpolation
@@ -34,7 +35,7 @@ class Coefficients:
         self.P = torch.tensor(tab.P, dtype=torch.float64, device=device)
 
 
-coefficients = functools.lru_cache(maxsize=16)(Coefficients)
+coefficients = kept(maxsize=16)(Coefficients)
 
 
 class Esdirk:
@@ -72,11 +73,12 @@ class Esdirk:
         """The slopes (s, n), and how the slowest stage converged."""
         p, g = self.p, self.tab.gamma
         scale = p.atol + p.rtol * y.abs()
-        K = y.new_empty(self.tab.stages, y.numel())
+        K: Any = [None] * self.tab.stages if p.transformed else y.new_empty(self.tab.stages, y.numel())
         assert self.f0 is not None
         K[0], slowest, eta = self.f0, 0, self.frozen.eta
         for i in range(1, self.tab.stages):
-            base = torch.addmv(y, K[:i].T, self.c.rows[i], alpha=dt)
+            before = torch.stack(K[:i]) if p.transformed else K[:i]
+            base = torch.addmv(y, before.T, self.c.rows[i], alpha=dt)
 
             def change(z: Tensor, t: Tensor = t[i], base: Tensor = base) -> Tensor:
                 return W.solve(p.f(t, base + z) - z / (g * dt))
@@ -95,7 +97,7 @@ class Esdirk:
             K[i], eta = done.x / (g * dt), done.eta
             if done.iterations > slowest:
                 slowest, rate = done.iterations, done.rate
-        return Converged(K, slowest, rate, eta)
+        return Converged(torch.stack(K) if p.transformed else K, slowest, rate, eta)
 
     def error(self, step: EsdirkStep, dt: float) -> float:
         """The estimate; where it needs it, damped in the stiff components by the iteration matrix (Hosea & Shampine

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ..events import Margin
 from ..problem import ODEProblem
@@ -13,21 +15,22 @@ from .interpolation import output
 from .step import Step
 
 # The event function is looked at this many times within a step, so that a crossing there and back is not stepped over.
-_LOOKS = 4
+LOOKS = 4
 
 
 class EventFinder:
     """Watches the event functions of a problem from step to step."""
 
     def __init__(self, p: ODEProblem) -> None:
-        self.margin = Margin(p)
+        self.p = p
+        self.margin: Callable[[float, Tensor], float] = Margin(p)
 
     def look(self, step: Step) -> float | None:
         """Time of the first crossing within the step, or None."""
         t0, t1 = step.interval.t0, step.interval.t1
-        times = [t0 + (t1 - t0) * i / _LOOKS for i in range(1, _LOOKS)]
-        with torch.no_grad():
-            states = [*output(self.margin.p, step, times), step.y1]
+        times = [t0 + (t1 - t0) * i / LOOKS for i in range(1, LOOKS)]
+        # Not without a graph in a recorded solve: the step keeps the slopes that its dense output asks for here.
+        states = [*output(self.p, step, times), step.y1]
         before, good = t0, math.inf
         for t, y in zip([*times, t1], states):
             margin = self.margin(t, y)
@@ -45,7 +48,7 @@ class EventFinder:
         """
 
         def margin(t: float) -> float:
-            return self.margin(t, output(self.margin.p, step, [t])[0])
+            return self.margin(t, output(self.p, step, [t])[0])
 
         if ga is None:
             ga = margin(a)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..numbers import kept
 from ..problem import ODEProblem
 from . import interpolation
 from .step import Interval, fraction, stage_times
@@ -97,14 +97,14 @@ class Coefficients:
         self.P = None if tab.P is None else torch.tensor(tab.P, dtype=torch.float64, device=device)
 
 
-coefficients = functools.lru_cache(maxsize=64)(Coefficients)
+coefficients = kept(maxsize=64)(Coefficients)
 
 
 class ExplicitRK:
     """Makes the steps of one explicit Runge-Kutta method for one problem.
 
     Args:
-        recorded: autograd follows the solve.
+        recorded: autograd follows the solve. So it is for a problem that is `transformed`.
         keep: steps are kept after the next one is made (dense output), so each needs stages of its own.
         tableau: the method, where it is not that of the problem.
     """
@@ -114,12 +114,12 @@ class ExplicitRK:
     ) -> None:
         tab = tableau or p.method.tableau
         assert isinstance(tab, ExplicitTableau)
-        self.p, self.recorded = p, recorded
+        self.p, self.recorded = p, recorded or p.transformed
         self.c = coefficients(tab, p.y0.dtype, p.y0.device)
         self.s, self.fsal = tab.stages, tab.fsal
         self.rows = len(self.c.rows)
         self.C = self.c.C[: self.s + self.fsal]
-        self.buffer = None if recorded or keep else Buffered(self.rows, p.y0, p.f.shape)
+        self.buffer = None if self.recorded or keep else Buffered(self.rows, p.y0, p.f.shape)
 
     def stages(self) -> Buffered | Recorded:
         if self.recorded:
@@ -180,8 +180,12 @@ class ExplicitStep:
         K, norm = self.K.head(self.rk.s + self.rk.fsal), self.rk.p.norm
         # The error is dt E K; the scale is divided by dt instead, which costs nothing where the tolerances are numbers.
         dt = abs(self.interval.t1 - self.interval.t0)
-        scale = torch.maximum(abs_y, abs_y1).mul_(rtol / dt).add_(atol / dt)
-        errors = [norm(torch.mv(K, row).div_(scale)) for row in self.rk.c.E]
+        if self.rk.p.transformed:
+            scale = torch.maximum(abs_y, abs_y1) * (rtol / dt) + atol / dt
+            errors = [norm(torch.mv(K, row) / scale) for row in self.rk.c.E]
+        else:
+            scale = torch.maximum(abs_y, abs_y1).mul_(rtol / dt).add_(atol / dt)
+            errors = [norm(torch.mv(K, row).div_(scale)) for row in self.rk.c.E]
         if len(errors) == 1:
             return errors[0]
         # DOP853: the fifth-order error damped by the third-order one (Hairer, Nørsett & Wanner II.10).

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..derivatives import jacobian
 from ..errors import NotConverged
+from ..numbers import derivatives, factored, solve
 from ..problem import ODEProblem, rms_norm
 from . import interpolation
 from .step import Interval, fraction, numpy_dtype, stage_times
@@ -26,7 +27,7 @@ class ImplicitRK:
     def __init__(self, p: ODEProblem, *, recorded: bool = False) -> None:
         tab = p.method.tableau
         assert isinstance(tab, ImplicitTableau)
-        self.p, self.tab, self.recorded = p, tab, recorded
+        self.p, self.tab, self.recorded = p, tab, recorded or p.transformed
         self.njac = 0
         self.A = torch.from_numpy(tab.A.astype(numpy_dtype(p.y0))).to(p.y0.device)
         self.B = torch.from_numpy(tab.B.astype(numpy_dtype(p.y0))).to(p.y0.device)
@@ -62,15 +63,15 @@ class ImplicitRK:
         floor = 4 * torch.finfo(y.dtype).eps * (rms_norm(y / scale) + abs(dt) * rms_norm(K[0] / scale))
         for rows in self.blocks:
             if self.tab.diagonal and float(self.A[rows, rows]) == 0:  # an explicit stage
-                K[rows] = self.stage_slopes(times, y, K, dt, rows)
+                K = replaced(K, rows, self.stage_slopes(times, y, K, dt, rows))
                 continue
             A = self.A[rows, rows]
-            lu = torch.linalg.lu_factor_ex(self.newton_matrix(A, [J] * len(A), dt))[:2]
+            inverse = factored(self.newton_matrix(A, [J] * len(A), dt))
             last = math.inf
             for iteration in range(self.max_iters):
                 residual = self.stage_slopes(times, y, K, dt, rows) - K[rows]
-                change = torch.linalg.lu_solve(*lu, residual.reshape(-1, 1)).reshape_as(residual)
-                K[rows] += change
+                change = inverse(residual.reshape(-1, 1)).reshape_as(residual)
+                K = replaced(K, rows, K[rows] + change)
                 size = abs(dt) * rms_norm(change / scale)
                 if size <= max(target, floor):
                     break
@@ -80,7 +81,7 @@ class ImplicitRK:
                     Y = y + dt * (self.A[rows] @ K)
                     stages = [jacobian(self.p, t, Yi) for t, Yi in zip(times[rows], Y)]
                     self.njac += len(stages)
-                    lu = torch.linalg.lu_factor_ex(self.newton_matrix(A, stages, dt))[:2]
+                    inverse = factored(self.newton_matrix(A, stages, dt))
                 last = size
             else:
                 raise self.failed(interval, f"{self.max_iters} Newton iterations were not enough")
@@ -101,7 +102,7 @@ class ImplicitRK:
         h = interval.dt.to(y) if isinstance(interval.dt, Tensor) else interval.dt
         if self.recorded:
             K = self.polish(interval, times, y, K)
-        return ImplicitStep(self, interval, y, y + h * (self.B @ K), K)
+        return ImplicitStep(self, interval, y, y + h * torch.mv(K.T, self.B), K)
 
     def polish(self, interval: Interval, times: tuple[Tensor, ...], y: Tensor, K: Tensor) -> Tensor:
         """Newton iterations that autograd records, so that derivatives follow the implicit function theorem."""
@@ -110,10 +111,16 @@ class ImplicitRK:
             Y = y + dt * (self.A @ K)
             M = self.newton_matrix(self.A, [jacobian(self.p, t, Yi) for t, Yi in zip(times, Y)], dt)
             self.njac += len(Y)
-        for _ in range(_RECORDED_NEWTON):
+        polish = max(_RECORDED_NEWTON, derivatives()) if self.p.transformed else _RECORDED_NEWTON
+        for _ in range(polish):
             residual = self.stage_slopes(times, y, K, interval.dt, slice(0, len(K))) - K
-            K = K + torch.linalg.solve(M, residual.reshape(-1)).reshape_as(K)
+            K = K + solve(M, residual.reshape(-1)).reshape_as(K)
         return K
+
+
+def replaced(K: Tensor, rows: slice, new: Tensor) -> Tensor:
+    """K (s, n) with other rows. Not in place: `vmap` may see samples in these that it does not see in K."""
+    return new if len(new) == len(K) else torch.cat([K[: rows.start], new, K[rows.stop :]])
 
 
 class ImplicitStep:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..numbers import listed
 from ..problem import ODEProblem
 from .step import Step, fraction
 
@@ -68,7 +69,7 @@ class DenseOutput:
         """States at `times` of shape (M,): shape (M, n). Differentiable in `times` and, in a recorded solve, in all."""
         if times.numel() == 0:
             return self.steps[0].y.new_zeros(0, self.steps[0].y.numel())
-        owner = [self.step(t) for t in times.tolist()]
+        owner = [self.step(t) for t in listed(times)]
         rows: list[Tensor] = []
         i = 0
         while i < len(owner):  # runs of times in the same step share one matrix product

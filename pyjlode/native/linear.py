@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from ..arguments import warn_once
-from ..derivatives import REFUSALS, directional, directional_by_reverse
+from ..derivatives import REFUSALS, directional, directional_by_reverse, pulled
+from ..errors import BadOption
+from ..numbers import anywhere, read
 from ..problem import ODEProblem, is_finite
 from ..solution import Stats
+from ..tracing import compiled
 
 # Above this size of one system GMRES with Jacobian-vector products replaces LU of the dense Jacobian. GMRES has no
 # preconditioner here, and LU is the faster of the two up to this size (`python benchmarks/stiff.py --dense-limit`: a
@@ -58,6 +61,7 @@ class Linear:
         self.free = self.d > DENSE_LIMIT and p.jac is None
         self.difference = False  # finite differences: autograd could not differentiate f
         self.blind_to_time = False  # f reads t as a number, which no derivative sees ...
+        self.compiled = False  # f runs through what `torch.compile` made
         self.time_checked = False  # ... and this was looked at
         self.mass = None if p.mass is None else p.mass.to(p.y0)
         rtol = p.rtol.min().item() if isinstance(p.rtol, Tensor) and p.rtol.numel() else float(p.rtol)
@@ -85,6 +89,12 @@ class Linear:
         pass, or one by one), or by central differences, whichever first can be had. The Jacobian is square, so that
         neither mode is narrower; the reverse one takes a fifth of the time of the forward one here (Robertson)."""
         self.stats.njac += 1
+        if self.free and self.p.transformed:
+            raise BadOption(
+                f"{self.p.method.name} solves systems of more than {DENSE_LIMIT} numbers by GMRES, which no transform "
+                "of torch.func and no forward mode can follow: pass jac=, or options={'batch_dims': ...} if the system "
+                "falls apart, or use an explicit method."
+            )
         t, y = t.detach(), y.detach()
         slope = self.time_derivative(t, y) if rate and (self.free or self.p.jac) else None
         if self.free:
@@ -100,7 +110,7 @@ class Linear:
             except REFUSALS as refusal:
                 reason = str(refusal).split("\n")[0][:120]
         blocks = self.difference_columns(t, y)
-        if not self.difference and bool(blocks.any()):  # without one f is constant, as its lack of a graph says
+        if not self.difference and anywhere(blocks):  # without one f is constant, as its lack of a graph says
             self.difference = True
             warn_once(
                 "finite differences",
@@ -136,18 +146,21 @@ class Linear:
         if not y.numel():
             return y.new_zeros(self.B, self.d, self.d), torch.zeros_like(y) if rate else None
         recorded = torch.is_grad_enabled()
-        if recorded and not y.is_leaf:
+        if self.p.transformed or self.compiled or (recorded and not y.is_leaf):
             pull = torch.func.vjp(self.p.f, t, y)[1]
-            slope, rows = torch.func.vmap(pull)(self.tangents(y))
+            slope, products = pulled(pull, self.tangents(y))
             if rate and self.B > 1:  # the pulled one is a sum over the systems
                 slope = directional(self.p, t, y, torch.ones_like(t), torch.zeros_like(y))
-            return rows.reshape(self.d, self.B, self.d).transpose(0, 1), slope if rate else None
+            return products.reshape(self.d, self.B, self.d).transpose(0, 1), slope if rate else None
         with torch.enable_grad():
             # Aliases: what f knows of y and t in another way is not a part of df/dy.
             at, point = (x.view_as(x) if recorded and x.requires_grad else x.detach().requires_grad_() for x in (t, y))
             k = self.p.f(at, point)
         if not k.requires_grad:
             raise RuntimeError("its result has no graph")
+        if compiled(k):  # under `torch.func` PyTorch runs such a function as it was written
+            self.compiled = True
+            return self.reverse_columns(t, y, rate)
         wanted = [point, at] if rate and self.B == 1 else [point]
         rows, *by_time = self.all_rows(k, wanted, recorded)
         if rows is None:
@@ -192,18 +205,18 @@ class Linear:
         return self.seen(t, y, directional_by_reverse(self.p, t, y, torch.ones_like(t), None))
 
     def time_difference(self, t: Tensor, y: Tensor) -> Tensor:
-        step = torch.finfo(y.dtype).eps ** (1 / 3) * max(abs(float(t.detach())), 1e-3)
+        step = torch.finfo(y.dtype).eps ** (1 / 3) * max(abs(read(t.detach())), 1e-3)
         return (self.p.f(t + step, y) - self.p.f(t - step, y)) / (2 * step)
 
     def seen(self, t: Tensor, y: Tensor, slope: Tensor | None) -> Tensor:
         """df/dt; where it is nothing at all, a difference tells (once a solve) whether f reads t as a number."""
         if slope is None or self.blind_to_time:
             return self.time_difference(t, y)
-        if self.time_checked or bool(slope.any()):
+        if self.time_checked or anywhere(slope):
             return slope
         self.time_checked = True
         difference = self.time_difference(t, y)
-        self.blind_to_time = bool((difference.abs() > 1e-6 * (1 + self.p.f(t, y).abs())).any())
+        self.blind_to_time = anywhere(difference.abs() > 1e-6 * (1 + self.p.f(t, y).abs()))
         return difference if self.blind_to_time else slope
 
     # --- Systems ------------------------------------------------------------------------------------------------------
@@ -227,7 +240,11 @@ class Linear:
             W.diagonal(dim1=-2, dim2=-1).add_(shift)
         else:
             W = W + shift * self.mass
-        return Inverse(W) if iterated and self.d <= _INVERTED else Factors(W)
+        return self.made(W, iterated=iterated)
+
+    def made(self, W: Tensor, *, iterated: bool = False) -> Inverse | Factors:
+        """A block for each system, ready to be solved. Under a transform by its inverse, as in `numbers`."""
+        return Inverse(W) if self.p.transformed or (iterated and self.d <= _INVERTED) else Factors(W)
 
     def krylov(self, apply: Apply, apply_transposed: Apply) -> Krylov:
         return Krylov(apply, apply_transposed, self.krylov_tol)
@@ -296,7 +313,7 @@ class Inverse:
     def __init__(self, W: Tensor) -> None:
         self.shape = W.shape[:-1]
         self.inverse, info = torch.linalg.inv_ex(W if len(W) > 1 else W[0])
-        self.ok = not bool(info.any())
+        self.ok = not anywhere(info)
 
     def solve(self, rhs: Tensor) -> Tensor:
         """(B d,) -> (B d,)."""
@@ -311,7 +328,7 @@ class Factors:
     def __init__(self, W: Tensor) -> None:
         self.shape = W.shape[:-1]
         self.lu, self.pivots, info = torch.linalg.lu_factor_ex(W if len(W) > 1 else W[0])
-        self.ok = not bool(info.any())
+        self.ok = not anywhere(info)
 
     def solve(self, rhs: Tensor) -> Tensor:
         """(B d,) -> (B d,)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..ends import no_event, stops, too_many_steps, too_small
 from ..errors import BadOption, NonFiniteState
+from ..numbers import listed, rows
 from ..problem import ODEProblem, is_finite
 from ..solution import Stats
 from . import controller
@@ -69,6 +71,7 @@ class Record:
         head: the graph of the first of them, where they were recorded.
         dense: the dense output, (M,) times -> (M, n), where it was to be kept.
         event_t: time of the event.
+        event: the same as a 0-d tensor with its derivatives, under a transform; then each sample has its own.
         next_dt: size of the step that would come next (adaptive methods).
         last: the step that the event lies in.
     """
@@ -78,6 +81,7 @@ class Record:
     head: Head | None = None
     dense: Any = None
     event_t: float | None = None
+    event: Tensor | None = None
     next_dt: float | None = None
     last: Step | None = None
 
@@ -94,12 +98,15 @@ def solve(
     """Integrate `p` over its times, or until its event.
 
     Args:
-        recorded: how many of the first steps autograd records; where it does not, buffers are used again.
+        recorded: how many of the first steps autograd records; where it does not, buffers are used again. All of them
+            where the problem is `transformed`, whose levels of derivatives are others than autograd's.
         steps: keep what is needed to take the steps again.
         dense: keep the dense output.
         on_step: called with each accepted step while its data are alive.
     """
-    with torch.set_grad_enabled(recorded > 0):
+    if p.transformed:
+        recorded = math.inf
+    with contextlib.nullcontext() if p.transformed else torch.set_grad_enabled(recorded > 0):
         record = _solve(p, stats, recorded, steps, dense, on_step)
     if not is_finite(record.ys.detach()):
         raise _non_finite_output(p, record.ys)
@@ -111,18 +118,11 @@ def _solve(
 ) -> Record:
     sign, times = p.direction, p.times
     # Where the user's t requires grad, steps carry their times as tensors with a graph back to it.
-    tracked = p.t.requires_grad and (recorded > 0 or keep_steps)
+    tracked = p.moving and (recorded > 0 or keep_steps)
     ordered = [sign * t for t in times]
     finder = EventFinder(p) if p.event_fn is not None else None
     record = Record(p.y0, [])
-    steps: Iterator[Step]
-    end = sign * math.inf if finder else times[-1]
-    if p.method.controlled:
-        steps = stiff_steps(p, stats, record, recorded > 0, tracked, end)
-    elif p.method.kind == "adaptive":
-        steps = adaptive_steps(p, stats, record, recorded, tracked, keep_dense, end)
-    else:
-        steps = fixed_steps(p, stats, recorded, tracked, keep_dense)
+    steps = make_steps(p, stats, record, recorded, tracked, keep_dense, sign * math.inf if finder else times[-1])
     blocks, dense = [p.y0[None]], []
     i, n = 1, 0  # next output, number of the step
     step = None
@@ -162,6 +162,17 @@ def _solve(
     record.ys = torch.cat(blocks) if recorded == math.inf else torch.cat(blocks).detach()
     record.dense = DenseOutput(dense) if dense else None
     return record
+
+
+def make_steps(
+    p: ODEProblem, stats: Stats, record: Record, recorded: float, tracked: bool, keep: bool, end: float
+) -> Iterator[Step]:
+    """Accepted steps from `p.times[0]` to `end` (infinite: for ever)."""
+    if p.method.controlled:
+        return stiff_steps(p, stats, record, recorded > 0, tracked, end)
+    if p.method.kind == "adaptive":
+        return adaptive_steps(p, stats, record, recorded, tracked, keep, end)
+    return fixed_steps(p, stats, recorded, tracked, keep)
 
 
 def is_node(p: ODEProblem, i: int, tracked: bool) -> bool:
@@ -336,7 +347,7 @@ def _grid(p: ODEProblem, tracked: bool) -> Iterator[Interval]:
         raise BadOption(f"{p.method.name} with event_fn needs options={{'step_size': ...}}: it has no grid of its own.")
     with torch.enable_grad():
         made = o.grid_constructor(p.t) if o.grid_constructor else p.t
-        grid = made.tolist() if o.grid_constructor else times
+        grid = listed(made) if o.grid_constructor else times
         nodes: Sequence[float | Tensor] = made.to(torch.float64).unbind() if tracked else grid
     if o.grid_constructor:
         steps = [sign * (b - a) for a, b in zip(grid, grid[1:])]
@@ -353,7 +364,8 @@ def _grid(p: ODEProblem, tracked: bool) -> Iterator[Interval]:
 
 def _non_finite_output(p: ODEProblem, ys: Tensor) -> NonFiniteState:
     """Which output went bad first, and in which step: the solve is repeated, looking at every step."""
-    bad = int((~torch.isfinite(ys).all(1)).nonzero()[0, 0]) if ys.shape[1] else 0
+    good = torch.isfinite(rows(ys)).all(2).all(0) if p.transformed else torch.isfinite(ys).all(1)
+    bad = int((~good).nonzero()[0, 0]) if ys.shape[1] else 0
     times = p.times
     message = f"the state is NaN or infinite at the output t={times[min(bad, len(times) - 1)]:.6g}"
     t, dt = times[min(bad, len(times) - 1)], 0.0

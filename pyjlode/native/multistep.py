@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..numbers import read, solve
 from ..problem import ODEProblem
 from . import interpolation
 from .explicit import ExplicitRK
@@ -38,7 +39,7 @@ def adams_weights(nodes: Tensor) -> Tensor:
     m, reach = len(nodes), nodes.detach().abs().max().clamp(min=1.0)
     degree = torch.arange(m, dtype=nodes.dtype, device=nodes.device)
     moments = reach**-degree / (degree + 1)
-    return torch.linalg.solve((nodes / reach) ** degree[:, None], moments)
+    return solve((nodes / reach) ** degree[:, None], moments)
 
 
 class Adams:
@@ -93,7 +94,7 @@ class Adams:
             with torch.no_grad():
                 scale = p.atol + p.rtol * torch.maximum(before.abs(), y1.abs())
                 ratio = (y1 - before).abs() / scale
-            if not ratio.numel() or float(ratio.max()) < 1:
+            if not ratio.numel() or read(ratio.max()) < 1:
                 return y1
         warnings.warn(
             f"implicit_adams: the corrector at t={interval.t0:.6g} did not settle to rtol and atol in {self.max_iters} "

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..problem import ODEProblem, rms_norm
 from ..solution import Stats
 from . import interpolation
-from .linear import Factors, Jacobian, Linear, System
+from .linear import Jacobian, Linear, System
 from .newton import POLISH_RECORDED, Converged, Frozen, damped, newton, newton_tolerance
 from .step import Interval, fraction, stage_times
 from .stiff_tableaus import RadauTableau
@@ -186,7 +186,7 @@ class Radau:
         W = torch.einsum("ij,biac->biajc", A, blocks).mul_(-dt)
         mass = torch.eye(d, dtype=W.dtype, device=W.device) if self.linear.mass is None else self.linear.mass
         W.diagonal(dim1=1, dim2=3).add_(mass[None, :, :, None])
-        return Factors(W.reshape(B, 3 * d, 3 * d))
+        return self.linear.made(W.reshape(B, 3 * d, 3 * d))
 
 
 class RadauStep:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..derivatives import REFUSALS, directional
+from ..numbers import kept
 from ..problem import ODEProblem
 from ..solution import Stats
 from . import controller, interpolation
-from .linear import Factors, Jacobian, Linear, System
+from .linear import Jacobian, Linear, System
 from .newton import POLISH_RECORDED, SINGULAR
 from .step import Interval, fraction, stage_times
 from .stiff_tableaus import RosenbrockTableau
@@ -42,7 +42,7 @@ class Coefficients:
         self.fsal = bool(np.array_equal(tab.A[-1], tab.m))
 
 
-coefficients = functools.lru_cache(maxsize=16)(Coefficients)
+coefficients = kept(maxsize=16)(Coefficients)
 
 
 class Rosenbrock:
@@ -76,17 +76,20 @@ class Rosenbrock:
         assert J.rate is not None
         assert f0 is not None
         dt = interval.t1 - interval.t0
-        U = y.new_empty(self.tab.stages, y.numel())
-        columns = U.T
+        U: Any = [None] * self.tab.stages if self.p.transformed else y.new_empty(self.tab.stages, y.numel())
+        columns = None if self.p.transformed else U.T
         U[0] = W.solve(torch.add(f0, J.rate, alpha=self.tab.gammas[0] * dt))
         for i in range(1, self.tab.stages):
-            before = columns[:, :i]
+            before = torch.stack(U[:i], 1) if columns is None else columns[:, :i]
             k = f(t[i], torch.addmv(y, before, A[i]))
             rhs = torch.add(k, self.linear.times_mass(torch.mv(before, C[i])), alpha=1 / dt)
             if self.tab.gammas[i]:
                 rhs = torch.add(rhs, J.rate, alpha=self.tab.gammas[i] * dt)
             U[i] = W.solve(rhs)
         self.f1 = k if self.c.fsal else None
+        if columns is None:
+            U = torch.stack(U)
+            columns = U.T
         return RosenbrockStep(self, interval, y, torch.addmv(y, columns, self.c.m), U)
 
     def error(self, step: RosenbrockStep) -> float:
@@ -132,7 +135,7 @@ class Rosenbrock:
         except REFUSALS:
             return None
         mass = torch.eye(linear.d, dtype=y.dtype, device=y.device) if linear.mass is None else linear.mass
-        W = Factors(mass * (1 / (self.tab.gamma * dt)) - J)
+        W = linear.made(mass * (1 / (self.tab.gamma * dt)) - J)
         return lambda rhs, along: W.solve(rhs + rate * along)
 
     def polished_system(self, t: Tensor, y: Tensor, dt: float | Tensor, interval: Interval, polish: int) -> Solve:

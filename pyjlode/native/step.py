@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..numbers import constant
+
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -54,7 +56,7 @@ def stage_times(interval: Interval, C: np.ndarray, like: Tensor) -> tuple[Tensor
         times = (interval.at + torch.from_numpy(C).to(interval.dt) * interval.dt).to(like)
         shift = times.new_zeros(len(C))
         if interval.after_jump or interval.before_jump:
-            shift = torch.from_numpy(_inside(interval, C, dtype)).to(like) - times.detach()
+            shift = torch.from_numpy(_inside(interval, C, dtype)).to(like) - constant(times)
         return (times + shift).unbind()
     if interval.after_jump or interval.before_jump:
         times = torch.from_numpy(_inside(interval, C, dtype))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..ends import no_event, stops, too_many_steps, too_small
 from ..errors import NonFiniteState, NotConverged
+from ..numbers import derivatives
 from ..problem import Field, ODEProblem, is_finite
 from ..solution import Stats
 from . import controller
@@ -62,6 +63,7 @@ def stiff_steps(p: ODEProblem, stats: Stats, record: Any, recorded: bool, tracke
         at: float | Tensor = p.t[0].to(torch.float64) if tracked else t
     ends, jumps = stops(p, end), set(o.jump_t)
     dt = first_size(p, abs(end - t))
+    polish = max(POLISH_RECORDED, derivatives()) if p.transformed else POLISH_RECORDED
     make = maker(replace(p, f0=None if p.f0 is None else p.f0.detach()), stats)
     after_jump, err, why, n = False, 0.0, "", 0
     before: Any = None
@@ -100,7 +102,7 @@ def stiff_steps(p: ODEProblem, stats: Stats, record: Any, recorded: bool, tracke
                     interval = interval._replace(at=at, dt=h)
                     at = at + h
             if recorded:
-                step = before = make.again(interval, y, linked(getattr(step, "data", None), before), POLISH_RECORDED)
+                step = before = make.again(interval, y, linked(getattr(step, "data", None), before), polish)
             elif tracked:
                 step.interval = interval
             yield step
