@@ -102,14 +102,12 @@ def times(t: Any, *, name: str = "t") -> tuple[Tensor, list[float]]:
     return t, values
 
 
-def method_of(method: Any, options: Any = None) -> Method:
+def method_of(method: Any) -> Method:
     if isinstance(method, Method):
         return method
     if method is not None and not isinstance(method, str):
         raise BadOption(f"method must be a name, as in pyjlode.METHODS, or None; got a {type(method).__name__}.")
-    row = methods.find(method)
-    on_grid = isinstance(options, dict) and ("step_size" in options or "grid_constructor" in options)
-    return row if on_grid else methods.CONTROLLED.get(row.name, row)
+    return methods.find(method)
 
 
 def tolerance(tol: Any, name: str, layout: Layout) -> float | Tensor:

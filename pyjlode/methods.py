@@ -132,6 +132,7 @@ _ROWS = [
     _stiff("bdf", st.NDF, "numerical differentiation formulas of order 1 to 5", "FBDF()"),
     _stiff("kvaerno5", st.KVAERNO5, "ESDIRK 5(4), Kværnø (L-stable)", "Kvaerno5()"),
     _stiff("kencarp4", st.KENCARP4, "ESDIRK 4(3), Kennedy & Carpenter (L-stable)", "KenCarp4()"),
+    _stiff("trbdf2_adaptive", st.TRBDF2, "trapezoid then BDF2, with error control (L-stable)", "TRBDF2()"),
     Method(
         "auto",
         5,
@@ -144,8 +145,6 @@ _ROWS = [
 ]
 
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
-# What a method of fixed steps is where no grid is given.
-CONTROLLED: dict[str, Method] = {"trbdf2": _stiff("trbdf2", st.TRBDF2, "trapezoid then BDF2 (L-stable)", "TRBDF2()")}
 ALIASES = {"fixed_adams": "implicit_adams"}
 DEFAULT = "dopri5"
 

@@ -370,7 +370,7 @@ def _read(
     """Check every argument and make the problem of them."""
     if not callable(f):
         raise BadShape(f"f must be callable as f(t, h); got a {type(f).__name__}.")
-    row = arguments.method_of(method, options)
+    row = arguments.method_of(method)
     layout, y0 = arguments.state(h0)
     t, times = arguments.times(t)
     if event_fn is not None and len(times) != 2:
@@ -493,7 +493,7 @@ def _adjoint(
     if not continuous:
         return None
     adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options = given
-    row = p.method if adjoint_method is None else arguments.method_of(adjoint_method, adjoint_options)
+    row = p.method if adjoint_method is None else arguments.method_of(adjoint_method)
     if row is not p.method and options and adjoint_options is None:
         raise BadOption(
             "adjoint_method differs from method, so options do not carry over: give adjoint_options, {} for none."
