@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import arguments, gradients, parameters, progress
+from . import arguments, gradients, mistakes, parameters, progress
 from .bridge import engine as julia
 from .bridge import plans
 from .bridge import runtime as julia_runtime
 from .bridge.function import JuliaFunction
 from .bridge.plans import Made
-from .errors import BadOption, BadShape, BadTime, EngineUnavailable, GradientUnavailable, NotCompiled
+from .errors import BadDtype, BadOption, BadShape, BadTime, EngineUnavailable, GradientUnavailable, NotCompiled
 from .native import engine as native
+from .notices import log_once
 from .problem import AdjointSettings, Callback, Field, Layout, ODEProblem
 from .solution import Solution, Stats, Steps
-
-log = logging.getLogger("pyjlode")
 
 _SETTINGS = ("adjoint_rtol", "adjoint_atol", "adjoint_method", "adjoint_options")
 
 
+@mistakes.front(arguments.OPTIONS)
 def odeint(
     f: Callable[[Tensor, Any], Any],
     h0: Any,
@@ -37,8 +37,8 @@ def odeint(
     *,
     adjoint: bool | str = False,
     method: str | None = None,
-    rtol: Any = 1e-7,
-    atol: Any = 1e-9,
+    rtol: Any = None,
+    atol: Any = None,
     engine: str = "auto",
     options: dict[str, Any] | None = None,
     event_fn: Callable[[Tensor, Any], Tensor] | None = None,
@@ -53,8 +53,8 @@ def odeint(
 ) -> Any:
     """Solve `dh/dt = f(t, h)`, `h(t[0]) = h0`, and give the states at the times `t`.
 
-    A drop-in for torchdiffeq's function of this name. Differentiable with respect to `h0`, `t` and every tensor that
-    `f` depends on.
+    A drop-in for torchdiffeq's function of this name, whose names `func` and `y0` are accepted as well. Differentiable
+    with respect to `h0`, `t` and every tensor that `f` depends on.
 
     Args:
         f: `f(t, h) -> dh/dt` with `t` a 0-d tensor of the state's (real) dtype, `h` and the result like `h0`. A
@@ -70,7 +70,8 @@ def odeint(
         method: name of the solver, see `pyjlode.METHODS`; "dopri5" by default.
         rtol, atol: the local error is held below `atol + rtol * |h|` in the root mean square over the elements (over
             several tensors: in each of them). A number, a tensor that broadcasts to `h0`, or a pytree with one for
-            each tensor.
+            each tensor. By default 1e-7 and 1e-9; for states in float32 or complex64, which do not resolve that, 1e-6
+            and 1e-7.
         engine: "julia" (DifferentialEquations.jl), "torch" (native), or "auto": Julia where it is set up and can solve
             and differentiate this problem, else torch; torch as well for explicit methods with large networks, where it
             is faster. `Solution.stats.reason` says why. The environment variable PYJLODE_ENGINE sets what "auto" means.
@@ -112,6 +113,7 @@ def odeint(
     return solution.h if event_fn is None else (solution.event_t, solution.h)
 
 
+@mistakes.front(arguments.OPTIONS)
 def solve(
     f: Callable[[Tensor, Any], Any],
     h0: Any,
@@ -119,8 +121,8 @@ def solve(
     *,
     adjoint: bool | str = False,
     method: str | None = None,
-    rtol: Any = 1e-7,
-    atol: Any = 1e-9,
+    rtol: Any = None,
+    atol: Any = None,
     engine: str = "auto",
     options: dict[str, Any] | None = None,
     event_fn: Callable[[Tensor, Any], Tensor] | None = None,
@@ -152,6 +154,7 @@ def solve(
     )
 
 
+@mistakes.front(arguments.OPTIONS)
 def odeint_adjoint(
     f: Callable[[Tensor, Any], Any], h0: Any, t: Any, *, adjoint: bool | str = "backsolve", **kwargs: Any
 ) -> Any:
@@ -169,6 +172,7 @@ def odeint_adjoint(
     return odeint(f, h0, t, adjoint=adjoint, **kwargs)
 
 
+@mistakes.front(arguments.OPTIONS)
 def odeint_event(
     f: Callable[[Tensor, Any], Any],
     h0: Any,
@@ -198,7 +202,7 @@ def odeint_event(
     Raises:
         EventNotFound: no element crosses zero; and what `odeint` raises.
     """
-    t0 = torch.as_tensor(t0) if isinstance(t0, Tensor) else torch.tensor(float(t0), dtype=torch.float64)
+    t0 = t0 if isinstance(t0, Tensor) else arguments.on_host(float(t0))
     if t0.numel() != 1:
         raise BadTime(f"t0 must be one time; it has shape {tuple(t0.shape)}.")
     t0 = t0.reshape(-1)
@@ -206,6 +210,7 @@ def odeint_event(
     return odeint_interface(f, h0, t, event_fn=event_fn, **kwargs)
 
 
+@mistakes.front(arguments.OPTIONS)
 def odeint_dense(
     f: Callable[[Tensor, Any], Any], h0: Any, t0: Tensor | float, t1: Tensor | float, **kwargs: Any
 ) -> Callable[[Tensor | float], Any]:
@@ -221,7 +226,7 @@ def odeint_dense(
     Raises:
         What `odeint` raises; `h(t)` raises BadTime outside the span.
     """
-    ends = [x if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64) for x in (t0, t1)]
+    ends = [x if isinstance(x, Tensor) else arguments.on_host(float(x)) for x in (t0, t1)]
     return solve(f, h0, torch.stack([x.reshape(()).to(ends[0]) for x in ends]), **kwargs).interpolate
 
 
@@ -369,10 +374,14 @@ def _read(
 ) -> Made:
     """Check every argument and make the problem of them."""
     if not callable(f):
-        raise BadShape(f"f must be callable as f(t, h); got a {type(f).__name__}.")
+        swapped = " The order of arguments is (f, h0, t)." if callable(h0) or callable(t) else ""
+        raise BadShape(f"f must be callable as f(t, h); got a {type(f).__name__}.{swapped}")
     row = arguments.method_of(method)
-    layout, y0 = arguments.state(h0)
-    t, times = arguments.times(t)
+    try:
+        layout, y0 = arguments.state(h0)
+        t, times = arguments.times(t)
+    except (BadShape, BadDtype, BadTime) as error:
+        raise type(error)(mistakes.order(error, h0, t)) from error
     if event_fn is not None and len(times) != 2:
         raise BadTime(f"with event_fn, t must be [t0, t1], t1 giving the direction; got {len(times)} times.")
     rel, absolute = arguments.tolerances(rtol, atol, layout, row)
@@ -411,12 +420,18 @@ def _read(
     meter = parameters.GraphMeter()
     with torch.set_grad_enabled(grad), meter if grad and gradient == "discrete" else contextlib.nullcontext():
         version = None if probe.is_inference() else probe._version
-        out = f(p.time(times[0]), layout.unflatten(probe))
+        start = p.time(arguments.first_time(times, row, opts, layout))
+        try:
+            out = f(start, layout.unflatten(probe))
+            arguments.check_output(out, layout, autocast)
+        except Exception as error:
+            fits = partial(arguments.check_output, layout=layout, autocast=autocast)
+            mistakes.call_of_f(f, start, layout.unflatten(probe), fits, error)
+            raise
         if version is not None and probe._version != version:
             raise BadShape("f changed h in place; it must leave h as it is and return dh/dt in a tensor of its own.")
         p.f.nfe += 1
-        arguments.check_output(out, layout, autocast)
-        f0 = layout.flatten(out).to(layout.dtype)
+        f0 = layout.flatten_result(start, out).to(layout.dtype)
     needed = grad and (y0.requires_grad or t.requires_grad)
     if grad:
         if explicit is not None:
@@ -434,6 +449,8 @@ def _read(
         if needed and gradient is None and chosen is julia:
             chosen, reason = _engine(engine, p, adjoint, recorded=True)
     p.f0 = f0 if gradient is None else f0.detach()
+    if layout.bare:  # f may return one buffer of its own, again and again
+        p.f0, p.f.probed = p.f0.clone(), f0.detach()
     if p.mass is not None:
         p.y0 = native.consistent(p)
         p.f0 = p.f0 if p.options.consistent == "check" else None
@@ -446,7 +463,7 @@ def _read(
     leaf = h0 if isinstance(h0, Tensor) else pytree.tree_leaves(h0)[0]
     copied = y0.numel() > 0 and y0.data_ptr() != leaf.data_ptr()
     stats = Stats(chosen.NAME, reason, row.name, copied)
-    log.info("engine %s (%s), method %s, gradient %s", chosen.NAME, reason, row.name, gradient or "through the solver")
+    log_once(chosen.NAME, reason, row.name, gradient or "through the solver")
     return Made(p, stats, chosen, gradient, needed)
 
 
@@ -458,13 +475,13 @@ def flat_field(f: Any, layout: Layout, autocast: bool) -> Field:
         def cast(t: Tensor, y: Tensor) -> Tensor:
             # Without its cache: weights that autocast has cast without a graph would have none when one is wanted.
             with torch.autocast(layout.device.type, dtype=dtype, cache_enabled=False):
-                return layout.flatten(f(t, layout.unflatten(y))).to(layout.dtype)
+                return layout.flatten_result(t, f(t, layout.unflatten(y))).to(layout.dtype)
 
         return Field(cast)
     if layout.bare:
         return Field(f, layout.shapes[0], (f, layout.shapes[0]))
     source = (f, str(layout.spec), *layout.shapes, *layout.dtypes)
-    return Field(lambda t, y: layout.flatten(f(t, layout.unflatten(y))), source=source)
+    return Field(lambda t, y: layout.flatten_result(t, f(t, layout.unflatten(y))), source=source)
 
 
 def _adjoint(
@@ -493,6 +510,7 @@ def _adjoint(
     if not continuous:
         return None
     adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options = given
+    grid = None
     row = p.method if adjoint_method is None else arguments.method_of(adjoint_method)
     if row is not p.method and options and adjoint_options is None:
         raise BadOption(
@@ -501,8 +519,8 @@ def _adjoint(
     if p.mass is not None and not row.mass:
         raise BadOption(f"adjoint_method={row.name!r} does not take the mass_matrix that the adjoint has too.")
     if adjoint_options is None:
-        # A grid made for the forward times is not one for the backward intervals.
         adjoint_options = {k: v for k, v in (options or {}).items() if k not in ("norm", "grid_constructor")}
+        grid = p.options.grid_constructor
     adjoint_options = dict(adjoint_options)
     norm = adjoint_options.pop("norm", None)
     if norm is not None and norm != "seminorm" and not callable(norm):
@@ -510,11 +528,14 @@ def _adjoint(
     rel, absolute = arguments.tolerances(
         rtol if adjoint_rtol is None else adjoint_rtol, atol if adjoint_atol is None else adjoint_atol, layout, row
     )
+    opts = arguments.options(adjoint_options, row, h0, f, layout)
+    if isinstance(grid, arguments.Grid):  # backward over the forward solve's own steps
+        opts = replace(opts, grid_constructor=grid.backward)
     return AdjointSettings(
         method=row,
         rtol=rel,
         atol=absolute,
-        options=arguments.options(adjoint_options, row, h0, f, layout),
+        options=opts,
         seminorm=norm == "seminorm",
         norm=norm if callable(norm) else None,
         callbacks=arguments.callbacks(f, row, layout, p.y0, "_adjoint"),

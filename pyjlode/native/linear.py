@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import warn_once
 from ..derivatives import REFUSALS, directional, directional_by_reverse
+from ..notices import warn_once
 from ..problem import ODEProblem, is_finite
 from ..solution import Stats
 
