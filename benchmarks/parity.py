@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 import pyjlode
-from pyjlode.methods import CONTROLLED, METHODS
+from pyjlode.methods import METHODS
 
 torch.set_num_threads(1)
 F64 = torch.float64
-ROWS = {name: row for name, row in (METHODS | CONTROLLED).items() if row.julia is not None}
+ROWS = {name: row for name, row in METHODS.items() if row.julia is not None}
 Problem = tuple[Callable[[Tensor, Any], Any], Tensor, list[float]]
 
 

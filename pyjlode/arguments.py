@@ -4,11 +4,12 @@ starts."""
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 from . import methods, numbers
 from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, NonFiniteState
 from .methods import Method
+from .notices import warn, warn_once
 from .problem import NO_OPTIONS, Callbacks, Layout, Norm, SolverOptions, is_finite, max_rms_norm, not_negative, rms_norm
 
 FLOATS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -33,14 +35,8 @@ _BY_KIND: dict[str, set[str]] = {
 SCIPY = ("RK23", "RK45", "DOP853", "Radau", "BDF", "LSODA")
 _BY_KIND["auto"] = _BY_KIND["stiff"]
 _BY_KIND["julia"] = {"first_step", "min_step", "max_step", "step_t", "jump_t", "step_size"}
-_KNOWN = sorted({field.name for field in fields(SolverOptions)} | {"dtype"})
-_warned: set[str] = set()
-
-
-def warn_once(key: str, message: str) -> None:
-    if key not in _warned:
-        _warned.add(key)
-        warnings.warn(message, stacklevel=4)
+OPTIONS = frozenset({field.name for field in fields(SolverOptions)} | {"dtype"})
+_KNOWN = sorted(OPTIONS)
 
 
 def state(h0: Any) -> tuple[Layout, Tensor]:
@@ -80,9 +76,9 @@ def times(t: Any, *, name: str = "t") -> tuple[Tensor, list[float]]:
     if not isinstance(t, Tensor):
         try:
             if isinstance(t, (list, tuple)) and any(isinstance(x, Tensor) for x in t):  # with their graphs
-                t = torch.stack([torch.as_tensor(x).reshape(()).to("cpu", torch.float64) for x in t])
+                t = torch.stack([on_host(x).reshape(()) for x in t])
             else:
-                t = torch.as_tensor(t, dtype=torch.float64)
+                t = on_host(t)
         except (RuntimeError, TypeError, ValueError) as error:
             raise BadTime(f"{name} must be a 1-D tensor of times; got a {type(t).__name__}.") from error
     if not t.is_floating_point():
@@ -106,14 +102,28 @@ def times(t: Any, *, name: str = "t") -> tuple[Tensor, list[float]]:
     return t, values
 
 
-def method_of(method: Any, options: Any = None) -> Method:
+def on_host(values: Any) -> Tensor:
+    """Numbers that are no tensor as one: float64, on the CPU whatever torch.set_default_device says."""
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu")
+
+
+def first_time(values: list[float], method: Method, o: SolverOptions, layout: Layout) -> float:
+    """The time that the solver first asks f for: with `perturb` just after the start."""
+    if not o.perturb or len(values) < 2:
+        return values[0]
+    dtype = np.float32 if layout.dtype == torch.float32 else np.float64
+    return float(np.nextafter(dtype(values[0]), dtype(values[1])))
+
+
+def method_of(method: Any) -> Method:
     if isinstance(method, Method):
         return method
     if method is not None and not isinstance(method, str):
-        raise BadOption(f"method must be a name, as in pyjlode.METHODS, or None; got a {type(method).__name__}.")
-    row = methods.find(method)
-    on_grid = isinstance(options, dict) and ("step_size" in options or "grid_constructor" in options)
-    return row if on_grid else methods.CONTROLLED.get(row.name, row)
+        what = method.__name__ if isinstance(method, type) else type(method).__name__
+        meant = methods.elsewhere(what)
+        hint = f" Write method={meant!r}." if meant else ""
+        raise BadOption(f"method must be a name, as in pyjlode.METHODS, or None; got a {what}.{hint}")
+    return methods.find(method)
 
 
 def tolerance(tol: Any, name: str, layout: Layout) -> float | Tensor:
@@ -136,7 +146,7 @@ def tolerance(tol: Any, name: str, layout: Layout) -> float | Tensor:
     rows = []
     for part, shape, is_complex in zip(parts, layout.shapes, layout.complex):
         try:
-            part = torch.as_tensor(part).detach().to(layout.device, layout.dtype).expand(shape)
+            part = torch.as_tensor(part, device=layout.device).detach().to(layout.dtype).expand(shape)
         except (RuntimeError, TypeError, ValueError) as error:
             raise BadTolerance(f"{name} does not broadcast to the state's shape {tuple(shape)}.") from error
         part = part.reshape(-1)
@@ -147,9 +157,15 @@ def tolerance(tol: Any, name: str, layout: Layout) -> float | Tensor:
     return flat
 
 
+# Where none are given: rtol and atol. In float32 those of float64 are below what a sum of a few terms resolves.
+DEFAULTS = {torch.float64: (1e-7, 1e-9), torch.float32: (1e-6, 1e-7)}
+
+
 def tolerances(rtol: Any, atol: Any, layout: Layout, method: Method) -> tuple[float | Tensor, float | Tensor]:
-    """Check both; a zero `atol` becomes the smallest normal number, so that a state of zero is within tolerance of
-    itself."""
+    """Check both; None is the default for the state's dtype. A zero `atol` becomes the smallest normal number, so that
+    a state of zero is within tolerance of itself."""
+    usual = DEFAULTS[layout.dtype]
+    rtol, atol = usual[0] if rtol is None else rtol, usual[1] if atol is None else atol
     rel, absolute = tolerance(rtol, "rtol", layout), tolerance(atol, "atol", layout)
     total = rel + absolute
     if total.numel() and float(total.min()) <= 0 if isinstance(total, Tensor) else total <= 0:
@@ -183,7 +199,7 @@ def options(given: Any, method: Method, h0: Any, f: Any, layout: Layout) -> Solv
             raise BadOption(methods.unknown(name, "option", _KNOWN))
     unused = set(given) - _COMMON - _BY_KIND[method.kind]
     if unused:
-        warnings.warn(f"{method.name} makes no use of the options {sorted(unused)}.", stacklevel=4)
+        warn(f"{method.name} makes no use of the options {sorted(unused)}.")
     read: dict[str, Any] = {name: given[name] for name in given if name not in unused and name != "dtype"}
     read = {name: value for name, value in read.items() if value is not None}
 
@@ -220,7 +236,7 @@ def options(given: Any, method: Method, h0: Any, f: Any, layout: Layout) -> Solv
         make = read["grid_constructor"]
         if not callable(make):
             raise BadOption(f"options['grid_constructor'] must be a function of (f, h0, t); got {make!r:.80}.")
-        read["grid_constructor"] = lambda t: _grid(make(f, h0, t))
+        read["grid_constructor"] = Grid(make, f, h0)
     if isinstance(read.get("solver"), str) and read["solver"] not in SCIPY:
         raise BadOption(methods.unknown(read["solver"], "solver of scipy.integrate.solve_ivp", list(SCIPY)))
     if "norm" in read:
@@ -253,7 +269,7 @@ def mass_matrix(given: Any, method: Method, layout: Layout, batch: int) -> Tenso
         names = " or ".join(repr(m.name) for m in methods.METHODS.values() if m.mass)
         raise BadOption(f"{method.name} does not take a mass_matrix; use method={names}.")
     try:
-        M = torch.as_tensor(given)
+        M = torch.as_tensor(given, device=layout.device)
     except (RuntimeError, TypeError, ValueError) as error:
         raise BadShape(f"mass_matrix must be a matrix; got a {type(given).__name__}.") from error
     d = layout.size // max(batch, 1)
@@ -317,9 +333,29 @@ def _count(name: str, value: Any) -> int:
 
 def _times(name: str, value: Any) -> tuple[float, ...]:
     try:
-        return tuple(torch.as_tensor(value).reshape(-1).to(torch.float64).tolist())
+        return tuple(torch.as_tensor(value, device="cpu").reshape(-1).to(torch.float64).tolist())
     except (RuntimeError, TypeError, ValueError) as error:
         raise BadOption(f"options[{name!r}] must be a tensor or a sequence of times; got {value!r:.80}.") from error
+
+
+class Grid:
+    """The user's `grid_constructor`. It keeps the times that it made, for the solves that go back over them."""
+
+    def __init__(self, make: Callable[[Any, Any, Tensor], Tensor], f: Any, h0: Any) -> None:
+        self.make, self.f, self.h0 = make, f, h0
+        self.ascending: list[float] = []
+
+    def __call__(self, t: Tensor) -> Tensor:
+        grid = _grid(self.make(self.f, self.h0, t))
+        self.ascending = sorted(grid.tolist())
+        return grid
+
+    def backward(self, t: Tensor) -> Tensor:
+        """The same times where they lie between `t[0]` and `t[1]`, from the one to the other."""
+        start, end = t.tolist()
+        low, high = min(start, end), max(start, end)
+        inside = self.ascending[bisect_right(self.ascending, low) : bisect_left(self.ascending, high)]
+        return on_host([start, *(inside if start == low else reversed(inside)), end])
 
 
 def _grid(made: Any) -> Tensor:
@@ -377,7 +413,7 @@ def callbacks(f: Any, method: Method, layout: Layout, like: Tensor, suffix: str 
     for i, name in enumerate(("callback_step", "callback_accept_step", "callback_reject_step")):
         call = getattr(f, name + suffix, None)
         if call is not None and i >= supported:
-            warnings.warn(f"{method.name} does not call {name + suffix}.", stacklevel=4)
+            warn(f"{method.name} does not call {name + suffix}.")
             call = None
         found.append(call and _as_tensors(call, like))
     if not any(found):
@@ -395,18 +431,11 @@ def _as_tensors(call: Callable[..., None], like: Tensor) -> Callable[[float, Any
 
 def check_output(out: Any, layout: Layout, autocast: bool) -> None:
     """What f returned for h0: structure, shape, dtype and device must be those of h0."""
-    if layout.spec.is_leaf():
-        if not isinstance(out, Tensor):
-            raise BadShape(
-                f"f must return a tensor of shape {tuple(layout.shapes[0])} like h0; got a {type(out).__name__}."
-            )
-        leaves: Sequence[Any] = [out]
-    else:
-        leaves = pytree.tree_leaves(out)
-        if len(leaves) != len(layout.shapes):
-            raise BadShape(
-                f"f must return {len(layout.shapes)} tensors, one for each of h0; it returned {len(leaves)}."
-            )
+    if layout.spec.is_leaf() and not isinstance(out, Tensor):
+        raise BadShape(
+            f"f must return a tensor of shape {tuple(layout.shapes[0])} like h0; got a {type(out).__name__}."
+        )
+    leaves = layout.result_leaves(out)
     for i, (leaf, shape, dtype) in enumerate(zip(leaves, layout.shapes, layout.dtypes)):
         which = "f" if len(leaves) == 1 else f"tensor {i} of what f returned"
         if not isinstance(leaf, Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 
@@ -12,6 +13,10 @@ class PyJLODEError(Exception):
 
 class BadShape(PyJLODEError, ValueError):
     """The state, or what `f` returned for it, has the wrong structure, shape or device."""
+
+
+class BadFunction(PyJLODEError, TypeError):
+    """`f` cannot be called as `f(t, h)`; the message says how it can be."""
 
 
 class BadDtype(PyJLODEError, TypeError):
@@ -58,6 +63,11 @@ class SolveError(PyJLODEError, RuntimeError):
         super().__init__(message)
         self.t = t
         self.dt = dt
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception pickles as what makes it of its message alone, and that would be a TypeError in the process that
+        # reads it: a multiprocessing.Pool then waits for ever.
+        return partial(type(self), t=self.t, dt=self.dt), self.args, self.__dict__
 
 
 class StepSizeTooSmall(SolveError):

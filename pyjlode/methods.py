@@ -132,6 +132,7 @@ _ROWS = [
     _stiff("bdf", st.NDF, "numerical differentiation formulas of order 1 to 5", "FBDF()"),
     _stiff("kvaerno5", st.KVAERNO5, "ESDIRK 5(4), Kværnø (L-stable)", "Kvaerno5()"),
     _stiff("kencarp4", st.KENCARP4, "ESDIRK 4(3), Kennedy & Carpenter (L-stable)", "KenCarp4()"),
+    _stiff("trbdf2_adaptive", st.TRBDF2, "trapezoid then BDF2, with error control (L-stable)", "TRBDF2()"),
     Method(
         "auto",
         5,
@@ -144,9 +145,38 @@ _ROWS = [
 ]
 
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
-# What a method of fixed steps is where no grid is given.
-CONTROLLED: dict[str, Method] = {"trbdf2": _stiff("trbdf2", st.TRBDF2, "trapezoid then BDF2 (L-stable)", "TRBDF2()")}
 ALIASES = {"fixed_adams": "implicit_adams"}
+# What others call the same, or the nearest: SciPy, MATLAB, Julia beside the table's last column. Lower case.
+ELSEWHERE = {
+    "rk45": "dopri5",
+    "rk23": "bosh3",
+    "dop853": "dopri8",
+    "radau": "radau5",
+    "lsoda": "auto",
+    "vode": "auto",
+    "zvode": "auto",
+    "odeint": "auto",
+    "ode45": "dopri5",
+    "ode23": "bosh3",
+    "ode89": "vern9",
+    "ode78": "vern7",
+    "ode15s": "bdf",
+    "ode23s": "rosenbrock23",
+    "ode23tb": "trbdf2_adaptive",
+    "cvode": "bdf",
+    "cvode_bdf": "bdf",
+    "qndf": "bdf",
+    "rodas5": "rodas5p",
+    "rodas4": "rodas5p",
+    "dormand_prince": "dopri5",
+    "dormandprince": "dopri5",
+    "runge_kutta": "rk4",
+    "heun": "heun2",
+    "forward_euler": "euler",
+    "backward_euler": "implicit_euler",
+    "crank_nicolson": "trapezoid",
+    "adams": "implicit_adams",
+}
 DEFAULT = "dopri5"
 
 
@@ -160,8 +190,19 @@ def find(name: str | None) -> Method:
         name = DEFAULT
     key = ALIASES.get(name, name)
     if key not in METHODS:
-        raise errors.UnknownMethod(unknown(name, "method", [*METHODS, *ALIASES]))
+        meant = elsewhere(name)
+        near = unknown(name, "method", [*METHODS, *ALIASES])
+        raise errors.UnknownMethod(f"unknown method {name!r}; here it is {meant!r}." if meant else near)
     return METHODS[key]
+
+
+def elsewhere(name: str) -> str | None:
+    """The row for what other libraries call `name`."""
+    key = name.strip().removesuffix("()").lower()
+    if key in METHODS:
+        return key
+    julia = {row.julia.removesuffix("()").lower(): row.name for row in reversed(METHODS.values()) if row.julia}
+    return ELSEWHERE.get(key) or julia.get(key)
 
 
 def julia_method(expression: str) -> Method:

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import arguments, gradients, numbers, parameters, progress, transforms
+from . import arguments, gradients, mistakes, numbers, parameters, progress, transforms
 from .bridge import engine as julia
 from .bridge import plans
 from .bridge import runtime as julia_runtime
 from .bridge.function import JuliaFunction
 from .bridge.plans import Made
-from .errors import BadOption, BadShape, BadTime, EngineUnavailable, GradientUnavailable, NotCompiled
+from .errors import BadDtype, BadOption, BadShape, BadTime, EngineUnavailable, GradientUnavailable, NotCompiled
 from .native import engine as native
+from .notices import log_once, warn
 from .problem import AdjointSettings, Callback, Field, Layout, ODEProblem
 from .solution import Solution, Stats, Steps
 from .tracing import untraced
 
-log = logging.getLogger("pyjlode")
-
 _SETTINGS = ("adjoint_rtol", "adjoint_atol", "adjoint_method", "adjoint_options")
 
 
+@mistakes.front(arguments.OPTIONS)
 def odeint(
     f: Callable[[Tensor, Any], Any],
     h0: Any,
@@ -39,8 +38,8 @@ def odeint(
     *,
     adjoint: bool | str = False,
     method: str | None = None,
-    rtol: Any = 1e-7,
-    atol: Any = 1e-9,
+    rtol: Any = None,
+    atol: Any = None,
     engine: str = "auto",
     options: dict[str, Any] | None = None,
     event_fn: Callable[[Tensor, Any], Tensor] | None = None,
@@ -55,8 +54,8 @@ def odeint(
 ) -> Any:
     """Solve `dh/dt = f(t, h)`, `h(t[0]) = h0`, and give the states at the times `t`.
 
-    A drop-in for torchdiffeq's function of this name. Differentiable with respect to `h0`, `t` and every tensor that
-    `f` depends on.
+    A drop-in for torchdiffeq's function of this name, whose names `func` and `y0` are accepted as well. Differentiable
+    with respect to `h0`, `t` and every tensor that `f` depends on.
 
     Args:
         f: `f(t, h) -> dh/dt` with `t` a 0-d tensor of the state's (real) dtype, `h` and the result like `h0`. A
@@ -72,7 +71,8 @@ def odeint(
         method: name of the solver, see `pyjlode.METHODS`; "dopri5" by default.
         rtol, atol: the local error is held below `atol + rtol * |h|` in the root mean square over the elements (over
             several tensors: in each of them). A number, a tensor that broadcasts to `h0`, or a pytree with one for
-            each tensor.
+            each tensor. By default 1e-7 and 1e-9; for states in float32 or complex64, which do not resolve that, 1e-6
+            and 1e-7.
         engine: "julia" (DifferentialEquations.jl), "torch" (native), or "auto": Julia where it is set up and can solve
             and differentiate this problem, else torch; torch as well for explicit methods with large networks, where it
             is faster. `Solution.stats.reason` says why. The environment variable PYJLODE_ENGINE sets what "auto" means.
@@ -114,6 +114,7 @@ def odeint(
     return solution.h if event_fn is None else (solution.event_t, solution.h)
 
 
+@mistakes.front(arguments.OPTIONS)
 def solve(
     f: Callable[[Tensor, Any], Any],
     h0: Any,
@@ -121,8 +122,8 @@ def solve(
     *,
     adjoint: bool | str = False,
     method: str | None = None,
-    rtol: Any = 1e-7,
-    atol: Any = 1e-9,
+    rtol: Any = None,
+    atol: Any = None,
     engine: str = "auto",
     options: dict[str, Any] | None = None,
     event_fn: Callable[[Tensor, Any], Tensor] | None = None,
@@ -154,6 +155,7 @@ def solve(
     )
 
 
+@mistakes.front(arguments.OPTIONS)
 def odeint_adjoint(
     f: Callable[[Tensor, Any], Any], h0: Any, t: Any, *, adjoint: bool | str = "backsolve", **kwargs: Any
 ) -> Any:
@@ -171,6 +173,7 @@ def odeint_adjoint(
     return odeint(f, h0, t, adjoint=adjoint, **kwargs)
 
 
+@mistakes.front(arguments.OPTIONS)
 def odeint_event(
     f: Callable[[Tensor, Any], Any],
     h0: Any,
@@ -200,7 +203,7 @@ def odeint_event(
     Raises:
         EventNotFound: no element crosses zero; and what `odeint` raises.
     """
-    t0 = torch.as_tensor(t0) if isinstance(t0, Tensor) else torch.tensor(float(t0), dtype=torch.float64)
+    t0 = t0 if isinstance(t0, Tensor) else arguments.on_host(float(t0))
     if t0.numel() != 1:
         raise BadTime(f"t0 must be one time; it has shape {tuple(t0.shape)}.")
     t0 = t0.reshape(-1)
@@ -208,6 +211,7 @@ def odeint_event(
     return odeint_interface(f, h0, t, event_fn=event_fn, **kwargs)
 
 
+@mistakes.front(arguments.OPTIONS)
 def odeint_dense(
     f: Callable[[Tensor, Any], Any], h0: Any, t0: Tensor | float, t1: Tensor | float, **kwargs: Any
 ) -> Callable[[Tensor | float], Any]:
@@ -223,7 +227,7 @@ def odeint_dense(
     Raises:
         What `odeint` raises; `h(t)` raises BadTime outside the span.
     """
-    ends = [x if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64) for x in (t0, t1)]
+    ends = [x if isinstance(x, Tensor) else arguments.on_host(float(x)) for x in (t0, t1)]
     return solve(f, h0, torch.stack([x.reshape(()).to(ends[0]) for x in ends]), **kwargs).interpolate
 
 
@@ -252,7 +256,7 @@ def _solve(
         said = (adjoint, method, rtol, atol, engine, system[2], os.environ.get(ENGINE_VARIABLE))
         call = plans.call(f, h0, t, said, options)
     if transformed and isinstance(t, Tensor) and numbers.hidden(t):
-        f, t, options = transforms.shared_times(f, t, arguments.method_of(method, options), options, event_fn)
+        f, t, options = transforms.shared_times(f, t, arguments.method_of(method), options, event_fn)
     made = call.made(h0, t) if call else None
     known = made is not None
     if made is None:
@@ -380,10 +384,14 @@ def _read(
 ) -> Made:
     """Check every argument and make the problem of them."""
     if not callable(f):
-        raise BadShape(f"f must be callable as f(t, h); got a {type(f).__name__}.")
-    row = arguments.method_of(method, options)
-    layout, y0 = arguments.state(h0)
-    t, times = arguments.times(t)
+        swapped = " The order of arguments is (f, h0, t)." if callable(h0) or callable(t) else ""
+        raise BadShape(f"f must be callable as f(t, h); got a {type(f).__name__}.{swapped}")
+    row = arguments.method_of(method)
+    try:
+        layout, y0 = arguments.state(h0)
+        t, times = arguments.times(t)
+    except (BadShape, BadDtype, BadTime) as error:
+        raise type(error)(mistakes.order(error, h0, t)) from error
     if event_fn is not None and len(times) != 2:
         raise BadTime(f"with event_fn, t must be [t0, t1], t1 giving the direction; got {len(times)} times.")
     rel, absolute = arguments.tolerances(rtol, atol, layout, row)
@@ -424,40 +432,37 @@ def _read(
     mark = parameters.graph_mark() if grad else 0
     probe = y0.detach().requires_grad_(grad) if gradient else y0
     meter = parameters.GraphMeter() if grad and gradient == "discrete" else None
+    first = partial(
+        _first, p=p, probe=probe, t=p.time(arguments.first_time(times, row, opts, layout)), autocast=autocast
+    )
     with contextlib.nullcontext() if p.transformed else torch.set_grad_enabled(grad):
         try:
             with meter or contextlib.nullcontext():
-                out = _first(f, p, probe)
+                f0 = first(f)
         except RuntimeError as error:
             if meter is None or "saved tensor" not in str(error):
                 raise
             meter = None  # f differentiates by torch.func, which does not let what autograd keeps be looked at
-            out = _first(f, p, probe)
-        arguments.check_output(out, layout, autocast)
-        f0 = layout.flatten(out).to(layout.dtype)
-        if held and (changed := held.changed()):
-            if not torch.equal(f0, layout.flatten(_first(f, p, probe)).to(layout.dtype)):
-                f = parameters.settled(f, changed)
-                p.f = flat_field(f, layout, autocast)
-                p.f.source = None  # a trace of f would not show this
-                mark = parameters.graph_mark()
-                f0 = layout.flatten(_first(f, p, probe)).to(layout.dtype)
+            f0 = first(f)
+        if held and (changed := held.changed()) and not torch.equal(f0.detach().clone(), first(f)):
+            f = parameters.settled(f, changed)
+            p.f = flat_field(f, layout, autocast)
+            p.f.source = None  # a trace of f would not show this
+            mark = parameters.graph_mark()
+            f0 = first(f)
     needed = grad and (y0.requires_grad or t.requires_grad)
     if held:
         p.named = explicit is not None
         if gradient:
             with torch.enable_grad():
-                found = parameters.dependencies(
-                    held, f0, probe, mark, lambda: layout.flatten(_first(f, p, probe)), explicit
-                )
+                found = parameters.dependencies(held, f0, probe, mark, partial(first, f), explicit)
             p.params, p.retain_graph, p.suspects, p.makes_leaves, p.bindings, p.reached = found
             p.cuts = frozenset(parameters.cut(p.params))
             if held.wanted and not f0.requires_grad and explicit is None:
-                warnings.warn(
+                warn(
                     "autograd sees no way from what f returns at t[0] to h or to the tensors that f holds: it is a "
                     "constant there, or f leaves PyTorch or detaches. What f holds is not trained through this solve, "
-                    "unless f uses it at other times.",
-                    stacklevel=4,
+                    "unless f uses it at other times."
                 )
         else:
             p.params = explicit if explicit is not None else tuple(held.wanted)
@@ -469,6 +474,8 @@ def _read(
         if needed and gradient is None and chosen is julia:
             chosen, reason = _engine(engine, p, adjoint, recorded=True)
     p.f0 = f0 if gradient is None else f0.detach()
+    if layout.bare:  # f may return one buffer of its own, again and again
+        p.f0, p.f.probed = p.f0.clone(), f0.detach()
     if p.mass is not None:
         p.y0 = native.consistent(p)
         p.f0 = p.f0 if p.options.consistent == "check" else None
@@ -483,31 +490,38 @@ def _read(
     leaf = h0 if isinstance(h0, Tensor) else pytree.tree_leaves(h0)[0]
     copied = not p.transformed and y0.numel() > 0 and y0.data_ptr() != leaf.data_ptr()
     stats = Stats(chosen.NAME, reason, row.name, copied)
-    log.info("engine %s (%s), method %s, gradient %s", chosen.NAME, reason, row.name, gradient or "through the solver")
+    log_once(chosen.NAME, reason, row.name, gradient or "through the solver")
     return Made(p, stats, chosen, gradient, needed)
 
 
-def _first(f: Any, p: ODEProblem, probe: Tensor) -> Any:
-    """What f returns at the start, as it returned it.
+def _first(f: Any, p: ODEProblem, probe: Tensor, t: Tensor, autocast: bool) -> Tensor:
+    """f(t, y0), checked: shape (n,).
 
     Args:
-        probe: stands for the state, (n,).
+        probe: stands for y0.
+        t: 0-d, the start as a solver first asks for it.
     """
     layout, version = p.layout, None if p.transformed or probe.is_inference() else probe._version
     assert layout is not None
     p.f.nfe += 1
     try:
-        out = f(p.time(p.times[0]), layout.unflatten(probe))
-    except RuntimeError as error:
-        if not p.f.wants_graph(error, probe):
-            raise
-        with torch.enable_grad():
-            out = f(p.time(p.times[0]), layout.unflatten(probe.detach().requires_grad_()))
-        if not torch.is_grad_enabled():
-            out = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out)
+        try:
+            out = f(t, layout.unflatten(probe))
+        except RuntimeError as error:
+            if not p.f.wants_graph(error, probe):
+                raise
+            with torch.enable_grad():
+                out = f(t, layout.unflatten(probe.detach().requires_grad_()))
+            if not torch.is_grad_enabled():
+                out = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out)
+        arguments.check_output(out, layout, autocast)
+    except Exception as error:
+        fits = partial(arguments.check_output, layout=layout, autocast=autocast)
+        mistakes.call_of_f(f, t, layout.unflatten(probe), fits, error)
+        raise
     if version is not None and probe._version != version:
         raise BadShape("f changed h in place; it must leave h as it is and return dh/dt in a tensor of its own.")
-    return out
+    return layout.flatten_result(t, out).to(layout.dtype)
 
 
 def flat_field(f: Any, layout: Layout, autocast: bool) -> Field:
@@ -518,13 +532,13 @@ def flat_field(f: Any, layout: Layout, autocast: bool) -> Field:
         def cast(t: Tensor, y: Tensor) -> Tensor:
             # Without its cache: weights that autocast has cast without a graph would have none when one is wanted.
             with torch.autocast(layout.device.type, dtype=dtype, cache_enabled=False):
-                return layout.flatten(f(t, layout.unflatten(y))).to(layout.dtype)
+                return layout.flatten_result(t, f(t, layout.unflatten(y))).to(layout.dtype)
 
         return Field(cast)
     if layout.bare:
         return Field(f, layout.shapes[0], (f, layout.shapes[0]))
     source = (f, str(layout.spec), *layout.shapes, *layout.dtypes)
-    return Field(lambda t, y: layout.flatten(f(t, layout.unflatten(y))), source=source)
+    return Field(lambda t, y: layout.flatten_result(t, f(t, layout.unflatten(y))), source=source)
 
 
 def _adjoint(
@@ -553,7 +567,8 @@ def _adjoint(
     if not continuous:
         return None
     adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options = given
-    row = p.method if adjoint_method is None else arguments.method_of(adjoint_method, adjoint_options)
+    grid = None
+    row = p.method if adjoint_method is None else arguments.method_of(adjoint_method)
     if row is not p.method and options and adjoint_options is None:
         raise BadOption(
             "adjoint_method differs from method, so options do not carry over: give adjoint_options, {} for none."
@@ -561,8 +576,8 @@ def _adjoint(
     if p.mass is not None and not row.mass:
         raise BadOption(f"adjoint_method={row.name!r} does not take the mass_matrix that the adjoint has too.")
     if adjoint_options is None:
-        # A grid made for the forward times is not one for the backward intervals.
         adjoint_options = {k: v for k, v in (options or {}).items() if k not in ("norm", "grid_constructor")}
+        grid = p.options.grid_constructor
     adjoint_options = dict(adjoint_options)
     norm = adjoint_options.pop("norm", None)
     if norm is not None and norm != "seminorm" and not callable(norm):
@@ -570,11 +585,14 @@ def _adjoint(
     rel, absolute = arguments.tolerances(
         rtol if adjoint_rtol is None else adjoint_rtol, atol if adjoint_atol is None else adjoint_atol, layout, row
     )
+    opts = arguments.options(adjoint_options, row, h0, f, layout)
+    if isinstance(grid, arguments.Grid):  # backward over the forward solve's own steps
+        opts = replace(opts, grid_constructor=grid.backward)
     return AdjointSettings(
         method=row,
         rtol=rel,
         atol=absolute,
-        options=arguments.options(adjoint_options, row, h0, f, layout),
+        options=opts,
         seminorm=norm == "seminorm",
         norm=norm if callable(norm) else None,
         callbacks=arguments.callbacks(f, row, layout, p.y0, "_adjoint"),

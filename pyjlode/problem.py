@@ -49,12 +49,41 @@ class Layout:
             self.dtype = torch.promote_types(self.dtype, leaf.real.dtype)
         # A bare real tensor, by far the most common state, passes through as a view.
         self.bare = self.spec.is_leaf() and not any(self.complex)
+        # A tuple of tensors is the next most common: laying it out by hand is faster than asking PyTorch.
+        self.plain = type(tree) is tuple and all(isinstance(x, Tensor) for x in tree)
 
     def flatten(self, tree: Any) -> Tensor:
         """Pytree with leaves of shape (*shape,) -> Tensor of shape (size,)."""
         if self.bare:
             return tree.reshape(-1)
         return self.flatten_leaves(pytree.tree_leaves(tree))
+
+    def flatten_result(self, t: Tensor, out: Any) -> Tensor:
+        """What `f` returned at time t -> Tensor of shape (size,).
+
+        Raises:
+            BadShape: it has not the structure of the state, or not its shapes.
+        """
+        leaves = self.result_leaves(out)
+        for i, (leaf, shape) in enumerate(zip(leaves, self.shapes)):
+            if not isinstance(leaf, Tensor) or leaf.shape != shape:
+                got = f"of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+                what = f"tensor {i} of what f returned" if len(leaves) > 1 else "what f returned"
+                raise BadShape(f"{what} at t={float(t):.6g} is {got}; there h has the shape {tuple(shape)}.")
+        return leaves[0].reshape(-1) if self.bare else self.flatten_leaves(leaves)
+
+    def result_leaves(self, out: Any) -> Sequence[Any]:
+        """The leaves of what `f` returned, in the order of the state's: dictionaries by their keys, tuples, named
+        tuples and lists by position.
+
+        Raises:
+            BadShape: it has another structure than the state.
+        """
+        if self.plain and type(out) is tuple and len(out) == len(self.shapes):
+            return out
+        if self.spec.is_leaf():
+            return (out,)
+        return in_order(pytree.tree_unflatten([_STATE] * len(self.shapes), self.spec), out)
 
     def flatten_leaves(self, leaves: Sequence[Tensor]) -> Tensor:
         """Leaves in the order of the tree -> Tensor of shape (size,)."""
@@ -77,7 +106,46 @@ class Layout:
         """Tensor of shape (*lead, size) -> pytree with leaves of shape (*lead, *shape)."""
         if self.bare:
             return flat if len(self.shapes[0]) == 1 else flat.reshape(flat.shape[:-1] + self.shapes[0])
-        return pytree.tree_unflatten(self.leaves(flat), self.spec)
+        leaves = self.leaves(flat)
+        return tuple(leaves) if self.plain else pytree.tree_unflatten(leaves, self.spec)
+
+
+_STATE = object()  # stands for a tensor of the state
+
+
+def in_order(state: Any, out: Any, where: str = "") -> list[Any]:
+    """The leaves of `out` in the order of those of `state`, a pytree of the same structure.
+
+    Raises:
+        BadShape: the structure is another one; it says what differs, and where.
+    """
+    if state is _STATE:
+        return [out]
+    what = f"what f returned{where and ' at '}{where}"
+    children: Sequence[tuple[Any, Any, str]]
+    if isinstance(state, dict):
+        if not isinstance(out, dict):
+            raise BadShape(f"{what} is a {type(out).__name__}; there h0 is a dictionary with the keys {list(state)}.")
+        missing, more = [k for k in state if k not in out], [k for k in out if k not in state]
+        if missing or more:
+            said = [f"has not the key{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}"] if missing else []
+            said += [f"has {', '.join(map(repr, more))}, which h0 has not"] if more else []
+            raise BadShape(f"{what} {' and '.join(said)}.")
+        children = [(state[k], out[k], f"[{k!r}]") for k in state]
+    elif isinstance(state, (tuple, list)):
+        # torchdiffeq, which knows plain tuples only, takes any of these for any other.
+        fields = getattr(state, "_fields", None)
+        if not isinstance(out, (tuple, list)) or (fields and getattr(out, "_fields", fields) != fields):
+            raise BadShape(f"{what} is a {type(out).__name__}; there h0 is a {type(state).__name__}.")
+        if len(out) != len(state):
+            raise BadShape(f"{what} has {len(out)} elements, and h0 has {len(state)} there: one for each.")
+        children = [(a, b, f"[{i}]") for i, (a, b) in enumerate(zip(state, out))]
+    else:
+        leaves, spec = pytree.tree_flatten(out)
+        if spec != pytree.tree_flatten(state, is_leaf=lambda x: x is _STATE)[1]:
+            raise BadShape(f"{what} is a {type(out).__name__} of another structure than h0's {type(state).__name__}.")
+        return leaves
+    return [leaf for a, b, at in children for leaf in in_order(a, b, where + at)]
 
 
 class Field:
@@ -105,6 +173,7 @@ class Field:
         self.nfe = 0
         self.watched = False  # nothing is known to need a gradient, and f is to say if something does
         self.differentiates = False  # f asks autograd for derivatives by its own h
+        self.probed: Tensor | None = None  # what f returned before the solve, until it is called the next time
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """f(t, y), shape (n,)."""
@@ -130,6 +199,8 @@ class Field:
                 k = self._with_graph(t, y)
         if self.shape is not None and k.shape != self.shape:
             raise self.changed(numbers.read(t), k)
+        if self.probed is not None:
+            k = self.own(k)
         return k
 
     def wants_graph(self, error: RuntimeError, y: Tensor) -> bool:
@@ -150,6 +221,19 @@ class Field:
             if found := strangers([k], {id(y), id(t)}, frozenset(), 0)[0]:
                 raise Discovered(found)
         return k if recorded else k.detach()
+
+    def own(self, k: Tensor) -> Tensor:
+        """What f returned, in memory that f does not write to again: f may return one buffer at every call."""
+        probed, self.probed = self.probed, None
+        try:
+            again = probed is not None and k.numel() > 0 and k.data_ptr() == probed.data_ptr()
+        except RuntimeError:  # within a transform, where tensors have no memory to look at
+            return k
+        if not again:
+            return k
+        f = self.f
+        self.f = lambda t, y: f(t, y).clone()
+        return k.clone()
 
     def changed(self, t: float, k: Tensor) -> BadShape:
         start = tuple(self.shape or ())

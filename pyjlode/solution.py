@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pickle import PicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,6 +87,31 @@ class Solution:
     _interpolant: Callable[[Tensor], Any] | None = None
     steps: Steps | None = None
 
+    def __copy__(self) -> Solution:
+        return replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Solution:
+        # PyTorch copies no tensor that has a graph; a clone keeps it. The dense output is never written to.
+        h = pytree.tree_map(Tensor.clone, self.h)
+        event_t = None if self.event_t is None else self.event_t.clone()
+        return Solution(
+            self.t.clone(), h, deepcopy(self.stats, memo), event_t, self._interpolant, deepcopy(self.steps, memo)
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """To pickle: the numbers without their graph, which another process cannot follow.
+
+        Raises:
+            PicklingError: there is dense output. It calls the solver and `f`.
+        """
+        if self._interpolant is not None:
+            raise PicklingError(
+                "a Solution with dense output cannot be pickled: interpolate(t) needs the solver and f. Ask for all "
+                "times that you need in t, and solve(..., dense=False)."
+            )
+        numbers = {"t": self.t.detach(), "h": pytree.tree_map(Tensor.detach, self.h)}
+        return {**self.__dict__, **numbers, "event_t": None if self.event_t is None else self.event_t.detach()}
+
     def interpolate(self, t: Tensor | float) -> Any:
         """The state at other times within the span, from the solver's dense output.
 
@@ -103,7 +130,7 @@ class Solution:
 
         if self._interpolant is None:
             raise BadOption("this solve kept no dense output; call solve(..., dense=True).")
-        return self._interpolant(torch.as_tensor(t))
+        return self._interpolant(t if isinstance(t, Tensor) else torch.as_tensor(t, device="cpu"))
 
     def plot(self, ax: Axes | None = None, **line: Any) -> Axes:
         """Draw the states against time: the dense output as lines where it was kept, else the states at `t`.

@@ -169,7 +169,7 @@ def test_callbacks_tell_every_step(method, backward):
             assert abs(again) < abs(dt)
 
 
-@pytest.mark.parametrize("method", [m for m in FIXED if m not in pyjlode.methods.CONTROLLED])
+@pytest.mark.parametrize("method", FIXED)
 def test_fixed_steps_tell_every_step(method):
     f = Stepped(decay)
     t = times(0.0, 0.25, 0.625, 1.0)
@@ -576,9 +576,8 @@ def test_step_size_makes_equal_steps_and_a_shorter_last_one(method, sign):
     grid = sign * times(0.0, 0.25, 0.5, 0.75, 1.0, 1.125)
     again = pyjlode.odeint(decay, ONE, t, method=method, options={"grid_constructor": lambda f, h, t: grid}, **loose)
     assert torch.equal(h, again)
-    if method not in pyjlode.methods.CONTROLLED:  # which without a grid choose their steps
-        direct = pyjlode.odeint(decay, ONE, grid, method=method, **loose)
-        assert torch.equal(h[-1], direct[-1])
+    direct = pyjlode.odeint(decay, ONE, grid, method=method, **loose)
+    assert torch.equal(h[-1], direct[-1])
 
 
 def test_step_size_beyond_the_span_is_one_step():

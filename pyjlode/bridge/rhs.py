@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import warn_once
 from ..derivatives import directional, directional_by_reverse, jacobian, pull_back, vjp
 from ..events import Margin
+from ..notices import warn_once
 from ..parameters import graph_mark
 from ..problem import Layout, ODEProblem
 from .calls import Calls, Held

@@ -53,9 +53,10 @@ class ImplicitRK:
     def solve(self, interval: Interval, times: tuple[Tensor, ...], y: Tensor) -> Tensor:
         """Stage slopes K (s, n) by simplified Newton iteration (Hairer & Wanner, Solving ODEs II, IV.8)."""
         dt = interval.t1 - interval.t0
-        J = jacobian(self.p, times[0], y)
+        (start,) = stage_times(interval, np.zeros(1), y)
+        J = jacobian(self.p, start, y)
         self.njac += 1
-        K = self.p.f(times[0], y).repeat(len(self.tab.B), 1)
+        K = self.p.f(start, y).repeat(len(self.tab.B), 1)
         scale = self.p.atol + self.p.rtol * y.abs()
         # Solve to rounding, or a hundred times below the tolerance where rounding is far away: what is left of the
         # residual must not be seen in the order of the method.

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import warn_once
 from ..derivatives import REFUSALS, directional, directional_by_reverse, pulled
 from ..errors import BadOption
+from ..notices import warn_once
 from ..numbers import anywhere, read
 from ..problem import ODEProblem, is_finite
 from ..solution import Stats

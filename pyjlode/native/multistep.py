@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..notices import warn
 from ..numbers import read, solve
 from ..problem import ODEProblem
 from . import interpolation
@@ -52,10 +52,9 @@ class Adams:
         self.order = o.max_order or (12 if self.corrects else 5)
         self.max_iters = MAX_ITERS if o.max_iters is None else o.max_iters
         if self.order < START_ORDER:
-            warnings.warn(
+            warn(
                 f"max_order={self.order} is below {START_ORDER}: every step is of the Runge-Kutta method of order 4 "
-                "that starts the Adams methods.",
-                stacklevel=2,
+                "that starts the Adams methods."
             )
         self.starter = ExplicitRK(p, recorded=recorded, keep=True, tableau=RK4)
 
@@ -96,11 +95,10 @@ class Adams:
                 ratio = (y1 - before).abs() / scale
             if not ratio.numel() or read(ratio.max()) < 1:
                 return y1
-        warnings.warn(
+        warn(
             f"implicit_adams: the corrector at t={interval.t0:.6g} did not settle to rtol and atol in {self.max_iters} "
             "iterations; the step is taken with its last iterate. Use smaller steps, raise options['max_iters'], or "
-            "loosen the tolerances.",
-            stacklevel=2,
+            "loosen the tolerances."
         )
         return y1
 

@@ -286,7 +286,7 @@ class _Backward:
         problem = ODEProblem(
             f=Field(self.rhs),
             y0=z,
-            t=p.t.detach(),
+            t=p.t.detach().new_tensor([t1, t0]),
             times=[t1, t0],
             method=s.method,
             rtol=self.extend(s.rtol),

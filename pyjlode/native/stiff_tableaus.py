@@ -370,7 +370,9 @@ def _trbdf2() -> EsdirkTableau:
     d, w = g / 2, np.sqrt(2) / 4
     A = np.array([[0, 0, 0], [d, d, 0], [w, w, d]])
     embedded = np.array([(1 - w) / 3, (3 * w + 1) / 3, d / 3])
-    return EsdirkTableau(name="trbdf2", order=2, A=A, E=A[2] - embedded, error_order=2, P=_hermite(A[2]), dense_order=2)
+    return EsdirkTableau(
+        name="trbdf2_adaptive", order=2, A=A, E=A[2] - embedded, error_order=2, P=_hermite(A[2]), dense_order=2
+    )
 
 
 KVAERNO5 = _kvaerno5()

@@ -205,7 +205,7 @@ def test_failures_are_those_of_the_native_engine(error, f, options):
             odeint(f, H0, T, engine=engine, options=options)
 
 
-@pytest.mark.parametrize("method", ["radau5", "rodas5p", "bdf", "kvaerno5", "trbdf2"])
+@pytest.mark.parametrize("method", ["radau5", "rodas5p", "bdf", "kvaerno5", "trbdf2_adaptive"])
 @pytest.mark.parametrize(
     ("error", "f"),
     [

@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 
-from pyjlode import arguments, odeint, odeint_dense, solve
+from pyjlode import notices, odeint, odeint_dense, solve
 from pyjlode.bridge import engine, memory, runtime
 
 pytestmark = pytest.mark.usefixtures("julia")
@@ -138,7 +138,7 @@ def test_f_sees_julias_own_arrays_in_the_users_shape():
 
 
 def test_a_state_that_the_user_kept_is_not_freed_under_them():
-    arguments._warned.discard("kept state")
+    notices._warned.discard("kept state")
     kept = []
 
     def f(t, h):

@@ -456,10 +456,11 @@ def test_too_small_step_of_an_explicit_method_names_auto():
         odeint(lambda t, h: -1e9 * (h - torch.cos(t)), tensor(1.0), T, options={"min_step": 1e-3})
 
 
-def test_trbdf2_is_adaptive_without_a_grid():
+def test_trbdf2_has_fixed_steps_and_trbdf2_adaptive_chooses_them():
     f, h0 = lambda t, h: -100 * (h - torch.cos(t)), tensor(0.0)
-    adaptive = solve(f, h0, T, method="trbdf2", rtol=1e-5, atol=1e-5)
+    adaptive = solve(f, h0, T, method="trbdf2_adaptive", rtol=1e-5, atol=1e-5)
     fixed = solve(f, h0, T, method="trbdf2", options={"step_size": 0.01})
+    assert solve(f, h0, T, method="trbdf2").stats.naccept == len(T) - 1
     assert adaptive.stats.nlu > 0
     assert fixed.stats.naccept == 100
     assert float((adaptive.h[-1] - math.cos(1)).abs()) < 0.02

@@ -13,7 +13,6 @@ from stiff_problems import ARENSTORF, HEAT, HIRES, Stiff, brusselator, brusselat
 import pyjlode
 from pyjlode import METHODS, errors
 from pyjlode.bridge import engine as julia_engine
-from pyjlode.methods import CONTROLLED
 
 pytestmark = pytest.mark.usefixtures("julia", "compiled")
 MODE = {"compile": False}
@@ -55,7 +54,7 @@ F64 = torch.float64
 BRUSSELATOR = Stiff("Brusselator, 2 N = 40", brusselator, brusselator_start(20), 10.0, [])
 BOTH = [m for m in METHODS.values() if m.julia is not None]
 ADAPTIVE = [m for m in BOTH if m.kind == "adaptive"]
-STIFF = [*(m for m in BOTH if m.kind in ("stiff", "auto")), CONTROLLED["trbdf2"]]
+STIFF = [m for m in BOTH if m.kind in ("stiff", "auto")]
 FIXED = [m for m in BOTH if m.kind in ("fixed", "implicit")]
 GRADIENTS = sorted(julia_engine.GRADIENTS)
 PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, F64], ids=["float32", "float64"])

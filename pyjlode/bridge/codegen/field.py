@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from ...derivatives import REFUSALS, directional_by_reverse, jacobian
 from ...derivatives import vjp as torch_vjp
 from ...errors import NotCompiled
 from ...methods import Method
+from ...notices import warn
 from ...problem import FEW, Layout, ODEProblem, like
 from ..calls import Calls, Held
 from ..memory import CompiledFunctions, Outcome, Request
@@ -214,7 +214,7 @@ class Compiled(Callbacks):
             return
         i = int((~same).nonzero()[0])
         reason = f"what was compiled differs from PyTorch: {name}[{i}] is {float(got[i])!r}, not {float(want[i])!r}"
-        warnings.warn(f"f is not compiled: {reason}. Please report this.", stacklevel=2)
+        warn(f"f is not compiled: {reason}. Please report this.")
         refuse(self.of.f, self.of.y0, reason)
         raise NotCompiled(reason)
 
