@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..problem import ODEProblem
+
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -25,6 +27,18 @@ class Interval(NamedTuple):
     dt: float | Tensor
     after_jump: bool = False
     before_jump: bool = False
+
+
+def length(p: ODEProblem, at: float | Tensor, t1: float, reach: float, end: float, stop: float) -> Tensor:
+    """The length of a step to `t1` as a function of the user's times, 0-d.
+
+    Steps that the controller chose move with t0. The last one ends at the user's own tensor; and one that ends at a
+    time of `step_t` or `jump_t` ends there wherever it starts.
+    """
+    if t1 == end:
+        return p.t[-1].to(torch.float64) - at
+    size = torch.tensor(reach, dtype=torch.float64, device=p.t.device)
+    return size - (at - at.detach()) if t1 == stop and isinstance(at, Tensor) else size
 
 
 class Step(Protocol):
