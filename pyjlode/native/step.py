@@ -61,9 +61,11 @@ def stage_times(interval: Interval, C: np.ndarray, like: Tensor) -> tuple[Tensor
     """Times `t0 + C dt` as f sees them: 0-d tensors of the state's dtype and device.
 
     Next to a jump of f the times at the step's ends move by one rounding unit into the step, so that f answers with the
-    value of this side.
+    value of this side; a stage beyond the end (`kvaerno5` has one) is put there too.
     """
     dtype = numpy_dtype(like)
+    if interval.before_jump:
+        C = np.minimum(C, 1.0)
     if isinstance(interval.dt, Tensor):
         times = (interval.at + torch.from_numpy(C).to(interval.dt) * interval.dt).to(like)
         shift = times.new_zeros(len(C))
