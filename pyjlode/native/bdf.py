@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..problem import ODEProblem
 from ..solution import Stats
 from .linear import Jacobian, Linear, System
-from .newton import _SAME, POLISH_RECORDED, Converged, Frozen, damped, newton, newton_tolerance
+from .newton import _SAME, POLISH_RECORDED, Converged, Frozen, damped, newton, newton_tolerance, settled
 from .step import Interval, fraction, stage_times
 from .stiff_tableaus import NDFTableau
 from .stiffness import Attempt
@@ -33,13 +33,13 @@ class Past(NamedTuple):
     """What a step needs to be taken again.
 
     Attributes:
-        D: (8, n), backward differences before the step; None in a first step, which makes its own.
+        start: (8, n), backward differences before the step; None in a first step, which makes its own.
         dt: signed step that they belong to.
         order: of the step.
         d: (n,), by how much the converged y1 differs from the prediction.
     """
 
-    D: Tensor | None
+    start: Tensor | None
     dt: float
     order: int
     d: Tensor
@@ -200,29 +200,29 @@ class Bdf:
     def again(self, interval: Interval, y: Tensor, data: Past, polish: int = POLISH_RECORDED) -> BdfStep:
         """The step under autograd, from the differences before it and its converged d."""
         p, q, sums, alpha = self.p, data.order, self.sums[data.order], self.alpha[data.order]
-        if data.D is None:
+        if data.start is None:
             D = self.first(interval, y)
         else:
-            D = self.rescaled(data.D, q, interval.dt / data.dt)
+            D = self.rescaled(data.start, q, interval.dt / data.dt)
         (t1,) = stage_times(interval, _END, y)
         predicted, psi = (sums.ahead @ D).unbind()
         size = (interval.t1 - interval.t0) / alpha
         c = interval.dt.to(y) / alpha if isinstance(interval.dt, Tensor) else size
-        d = data.d
+
+        def linearise(d: Tensor) -> tuple[System, Tensor]:
+            J = self.linear.jacobian(t1, predicted + d)
+            W = self.linear.system(J, 1 / size)
+            k = p.f(t1, predicted + d) if J.f is None else J.f
+            return W, W.solve(torch.sub(k, self.linear.times_mass(psi + d), alpha=1 / size))
+
         with torch.no_grad():
-            W = self.linear.system(self.linear.jacobian(t1, predicted + d), 1 / size)
+            scale = predicted.abs() * p.rtol + p.atol
+            d, W = settled(data.d, linearise, lambda dd: p.norm(dd / scale), self.tol)
         for _ in range(polish):
             d = d + W.solve(p.f(t1, predicted + d) - self.linear.times_mass(psi + d) / c)
         after = sums.updated(D, d)
         self.D = after.detach()  # a recorded solve goes on from the polished differences
         return BdfStep(interval, y, after, data)
-
-
-def linked(data: Any, before: BdfStep | None) -> Any:
-    """`data` of a step, with the differences that the recorded step before it left."""
-    if isinstance(data, Past) and data.D is not None and before is not None:
-        return data._replace(D=before.D)
-    return data
 
 
 class BdfStep:
@@ -231,6 +231,7 @@ class BdfStep:
     def __init__(self, interval: Interval, y: Tensor, D: Tensor, data: Past) -> None:
         self.interval, self.y, self.D, self.data = interval, y, D, data
         self.y1 = D[0]
+        self.left = D
 
     def interpolate(self, times: list[float] | Tensor) -> Tensor:
         theta = fraction(self.interval, times)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from ..problem import ODEProblem
 from ..solution import Stats
 from . import controller, interpolation
 from .linear import Linear, System
-from .newton import POLISH_RECORDED, Converged, Frozen, damped, newton, newton_tolerance
+from .newton import POLISH_RECORDED, Converged, Frozen, damped, newton, newton_tolerance, settled
 from .step import Interval, fraction, stage_times
 from .stiff_tableaus import EsdirkTableau
 from .stiffness import Attempt
@@ -38,6 +38,19 @@ class Coefficients:
 coefficients = kept(maxsize=16)(Coefficients)
 
 
+class Stages(NamedTuple):
+    """What a step needs to be taken again.
+
+    Attributes:
+        start: (n,), the slope that the step before left, K[0]; None where it is f at the start. The two differ by what
+            Newton's iteration left of the last stage, times the stiffness.
+        K: (s, n), the accepted slopes.
+    """
+
+    start: Tensor | None
+    K: Tensor
+
+
 class Esdirk:
     """Makes the steps of one ESDIRK method for one problem."""
 
@@ -51,13 +64,14 @@ class Esdirk:
         self.tol = newton_tolerance(p)
         self.f0 = p.f0
         self.f1: Tensor | None = None
+        self.carried = False  # f0 is the slope that the step before left
         self.previous = 1.0
         self.order = tab.error_order + 1
 
     def attempt(self, interval: Interval, y: Tensor) -> Attempt:
         t = stage_times(interval, self.tab.C, y)
         if interval.after_jump or self.f0 is None:
-            self.f0 = self.p.f(t[0], y)
+            self.f0, self.carried = self.p.f(t[0], y), False
         if interval.after_jump:
             self.frozen.forget()
         dt = interval.t1 - interval.t0
@@ -66,7 +80,8 @@ class Esdirk:
             return Attempt(None, math.inf, self.done.why)
         K = self.done.x
         self.f1 = K[-1]
-        step = EsdirkStep(self, interval, y, torch.addmv(y, K.T, self.c.B, alpha=dt), K)
+        data = Stages(K[0] if self.carried else None, K)
+        step = EsdirkStep(self, interval, y, torch.addmv(y, K.T, self.c.B, alpha=dt), K, data)
         return Attempt(step, self.error(step, dt))
 
     def stages(self, W: System, dt: float, t: tuple[Tensor, ...], y: Tensor) -> Converged:
@@ -113,42 +128,46 @@ class Esdirk:
         o = self.p.options
         safety = damped(self.done.iterations, self.max_iters, 1.0)
         factor = safety * controller.next_factor(err, self.previous, True, self.order, self.p.method.pi, o)
-        self.previous, self.f0 = max(err, 1e-4), self.f1
+        self.previous, self.f0, self.carried = max(err, 1e-4), self.f1, True
         self.frozen.judge(self.done)
         return 1.0 if self.frozen.J is not None and 1 <= factor < _KEEP else factor
 
     def reject(self, err: float, size: float) -> float:
         return controller.next_factor(err, self.previous, False, self.order, self.p.method.pi, self.p.options)
 
-    def again(self, interval: Interval, y: Tensor, data: Tensor, polish: int = POLISH_RECORDED) -> EsdirkStep:
-        """The step under autograd, from its converged slopes `data` (s, n)."""
+    def again(self, interval: Interval, y: Tensor, data: Stages, polish: int = POLISH_RECORDED) -> EsdirkStep:
+        """The step under autograd, from the slope at its start and its accepted slopes."""
         p, g = self.p, self.tab.gamma
         t = stage_times(interval, self.tab.C, y)
         dt = interval.dt.to(y) if isinstance(interval.dt, Tensor) else interval.dt
-        K = [p.f(t[0], y)]
+        size = interval.t1 - interval.t0
+        scale = p.atol + p.rtol * y.detach().abs()
+        K = [p.f(t[0], y) if data.start is None else data.start]
         for i in range(1, self.tab.stages):
             base = y + dt * (torch.stack(K).T @ self.c.rows[i])
+
+            def linearise(k: Tensor, t: Tensor = t[i], base: Tensor = base) -> tuple[System, Tensor]:
+                Y = base + size * g * k
+                J = self.linear.jacobian(t, Y)
+                W = self.linear.system(J, 1 / (g * size))
+                return W, W.solve((p.f(t, Y) if J.f is None else J.f) - k) / (g * size)
+
             with torch.no_grad():
-                size = interval.t1 - interval.t0
-                W = self.linear.system(self.linear.jacobian(t[i], base + size * g * data[i]), 1 / (g * size))
-            k = data[i]
+                k, W = settled(data.K[i], linearise, lambda dk: p.norm(dk * (g * size) / scale), self.tol)
             for _ in range(polish):
                 k = k + W.solve(p.f(t[i], base + dt * g * k) - k) / (g * dt)
             K.append(k)
         self.f0 = K[-1].detach()  # a recorded solve goes on from the polished slopes
         stacked = torch.stack(K)
-        return EsdirkStep(self, interval, y, y + dt * (stacked.T @ self.c.B), stacked)
+        return EsdirkStep(self, interval, y, y + dt * (stacked.T @ self.c.B), stacked, data)
 
 
 class EsdirkStep:
     """A step and its slopes K, (s, n)."""
 
-    def __init__(self, rk: Esdirk, interval: Interval, y: Tensor, y1: Tensor, K: Tensor) -> None:
-        self.rk, self.interval, self.y, self.y1, self.K = rk, interval, y, y1, K
-
-    @property
-    def data(self) -> Tensor:
-        return self.K.detach()
+    def __init__(self, rk: Esdirk, interval: Interval, y: Tensor, y1: Tensor, K: Tensor, data: Stages) -> None:
+        self.rk, self.interval, self.y, self.y1, self.K, self.data = rk, interval, y, y1, K, data
+        self.left = K[-1]
 
     def interpolate(self, times: list[float] | Tensor) -> Tensor:
         theta, P = fraction(self.interval, times), self.rk.c.P

@@ -36,6 +36,7 @@ class Jacobian(NamedTuple):
         t, y: the point, 0-d and (n,).
         blocks: (B, d, d); None where the Jacobian is known by its products only.
         rate: df/dt, (n,), where it was asked for.
+        f: f(t, y), (n,), where it came along.
         graph: f(t, y) and the y that it is a function of; and its product Jᵀ u, and u, of which that is a function.
             Products go through it again and again; None where they are had in another way.
     """
@@ -44,6 +45,7 @@ class Jacobian(NamedTuple):
     y: Tensor
     blocks: Tensor | None
     rate: Tensor | None = None
+    f: Tensor | None = None
     graph: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
 
@@ -98,15 +100,15 @@ class Linear:
         t, y = t.detach(), y.detach()
         slope = self.time_derivative(t, y) if rate and (self.free or self.p.jac) else None
         if self.free:
-            return Jacobian(t, y, None, slope, None if self.p.products else self.graph(t, y))
+            return Jacobian(t, y, None, slope, graph=None if self.p.products else self.graph(t, y))
         if self.p.jac is not None:
             return Jacobian(t, y, self.p.jac(t, y).reshape(self.B, self.d, self.d), slope)
         reason = ""
         if not self.difference:
             try:
-                blocks, slope = self.reverse_columns(t, y, rate)
+                k, blocks, slope = self.reverse_columns(t, y, rate)
                 slope = self.seen(t, y, slope) if rate else None
-                return self.made_finite(Jacobian(t, y, blocks, slope))
+                return self.made_finite(Jacobian(t, y, blocks, slope, k.detach()))
             except REFUSALS as refusal:
                 reason = str(refusal).split("\n")[0][:120]
         blocks = self.difference_columns(t, y)
@@ -137,21 +139,23 @@ class Linear:
         """(d, n), row j the derivative by element j of each system -> (B, d, d)."""
         return columns.reshape(self.d, self.B, self.d).permute(1, 2, 0)
 
-    def reverse_columns(self, t: Tensor, y: Tensor, rate: bool) -> tuple[Tensor, Tensor | None]:
-        """df/dy (B, d, d) and, with `rate`, df/dt (n,), with a graph where autograd records.
+    def reverse_columns(self, t: Tensor, y: Tensor, rate: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """f (n,), df/dy (B, d, d) and, with `rate`, df/dt (n,), with a graph where autograd records.
 
         `torch.func` says the same more slowly: three times for small systems, and seconds at its first use. But it
         does not look at the graph behind y, which autograd walks through to its start.
         """
         if not y.numel():
-            return y.new_zeros(self.B, self.d, self.d), torch.zeros_like(y) if rate else None
+            empty = torch.zeros_like(y)
+            return empty, y.new_zeros(self.B, self.d, self.d), empty if rate else None
         recorded = torch.is_grad_enabled()
         if self.p.transformed or self.compiled or (recorded and not y.is_leaf):
-            pull = torch.func.vjp(self.p.f, t, y)[1]
+            pulled_back: Any = torch.func.vjp(self.p.f, t, y)
+            k, pull = pulled_back
             slope, products = pulled(pull, self.tangents(y))
             if rate and self.B > 1:  # the pulled one is a sum over the systems
                 slope = directional(self.p, t, y, torch.ones_like(t), torch.zeros_like(y))
-            return products.reshape(self.d, self.B, self.d).transpose(0, 1), slope if rate else None
+            return k, products.reshape(self.d, self.B, self.d).transpose(0, 1), slope if rate else None
         with torch.enable_grad():
             # Aliases: what f knows of y and t in another way is not a part of df/dy.
             at, point = (x.view_as(x) if recorded and x.requires_grad else x.detach().requires_grad_() for x in (t, y))
@@ -167,11 +171,11 @@ class Linear:
             raise RuntimeError("no graph leads from its result to the state")
         blocks = rows.reshape(self.d, self.B, self.d).transpose(0, 1)
         if not rate:
-            return blocks, None
+            return k, blocks, None
         # One system's row i is the derivative of element i; of several systems that by t is a sum over them.
         if self.B > 1:
-            return blocks, self.time_derivative(t, y)
-        return blocks, k.new_zeros(k.shape) if by_time[0] is None else by_time[0]
+            return k, blocks, self.time_derivative(t, y)
+        return k, blocks, k.new_zeros(k.shape) if by_time[0] is None else by_time[0]
 
     def all_rows(self, k: Tensor, wanted: list[Tensor], recorded: bool) -> Sequence[Tensor | None]:
         """For each wanted tensor the d products of its Jacobian with `tangents`, (d, *shape)."""

@@ -23,7 +23,7 @@ from .explicit import ExplicitRK, ExplicitStep
 from .implicit import ImplicitRK
 from .interpolation import DenseOutput, output
 from .multistep import Adams, AdamsStep, Past
-from .step import Interval, Step
+from .step import Interval, Step, length
 from .stiff import replayer, stiff_steps
 from .tableaus import ExplicitTableau
 
@@ -243,9 +243,8 @@ def adaptive_steps(
         reach = t1 - t
         h: float | Tensor = reach
         if tracked:
-            # Steps chosen by the controller move with t0; the last one ends at the user's own tensor.
             with torch.enable_grad():
-                h = p.t[-1].to(torch.float64) - at if t1 == end else torch.tensor(reach, dtype=torch.float64)
+                h = length(p, at, t1, reach, end, stop)
         shown = y if recorded == math.inf else y.detach()
         if p.callbacks.step:
             p.callbacks.step(t, shown, reach)

@@ -90,6 +90,33 @@ def newton(
     return Converged(x, max_iters, rate, 1.0, f"{max_iters} Newton iterations are not enough")
 
 
+_REFINED = 4
+
+
+def settled(
+    x: Tensor, linearise: Callable[[Tensor], tuple[System, Tensor]], size: Callable[[Tensor], float], tol: float
+) -> tuple[Tensor, System]:
+    """The solution near an accepted x, by exact Newton steps, and the system of the last: where a step is linearised.
+
+    A gradient asks for more than the step did. What is stiff multiplies what the accepted numbers lack to solve the
+    step's equations; one exact correction squares that, as a rule, and it costs nothing beside the Jacobian.
+
+    Args:
+        linearise: x -> the system there, and the correction.
+        size: norm of a correction, in units of the step's tolerance.
+        tol: a correction up to this is the last one.
+    """
+    for _ in range(_REFINED):
+        system, dx = linearise(x)
+        length = size(dx)
+        if not math.isfinite(length):
+            break
+        x = x + dx
+        if length <= tol:
+            break
+    return x, system
+
+
 class Frozen:
     """A Jacobian, and the factors of `shift / dt M - J` made of it, kept over steps.
 

@@ -12,7 +12,7 @@ from ..problem import ODEProblem, rms_norm
 from ..solution import Stats
 from . import interpolation
 from .linear import Jacobian, Linear, System
-from .newton import POLISH_RECORDED, Converged, Frozen, damped, newton, newton_tolerance
+from .newton import POLISH_RECORDED, Converged, Frozen, damped, newton, newton_tolerance, settled
 from .step import Interval, fraction, stage_times
 from .stiff_tableaus import RadauTableau
 from .stiffness import Attempt
@@ -150,9 +150,17 @@ class Radau:
         *t, _ = stage_times(interval, self.C1, y)
         size = interval.t1 - interval.t0
         dt = interval.dt.to(y) if isinstance(interval.dt, Tensor) else interval.dt
+        scale = p.atol + p.rtol * y.detach().abs()
+
+        def linearise(K: Tensor) -> tuple[System, Tensor]:
+            stages = [self.linear.jacobian(ti, Y) for ti, Y in zip(t, y + size * (A @ K))]
+            system = self.coupled(stages, size)
+            F = torch.stack([p.f(ti, J.y) if J.f is None else J.f for ti, J in zip(t, stages)])
+            return system, self.unblocked(system.solve(self.blocked(F - M(K))))
+
         with torch.no_grad():
             K = self.A_inverse @ data / size
-            system = self.coupled([self.linear.jacobian(ti, y + z) for ti, z in zip(t, data)], size)
+            K, system = settled(K, linearise, lambda dK: self.norm(size * (A @ dK) / scale), self.tol)
         for _ in range(polish):
             F = torch.stack([p.f(ti, Y) for ti, Y in zip(t, y + dt * (A @ K))])
             K = K + self.unblocked(system.solve(self.blocked(F - M(K))))

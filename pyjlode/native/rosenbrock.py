@@ -131,7 +131,7 @@ class Rosenbrock:
         if linear.d > _RECORDED or linear.difference or linear.blind_to_time or self.p.jac is not None:
             return None
         try:
-            J, rate = linear.reverse_columns(t, y, True)
+            _, J, rate = linear.reverse_columns(t, y, True)
         except REFUSALS:
             return None
         mass = torch.eye(linear.d, dtype=y.dtype, device=y.device) if linear.mass is None else linear.mass

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..numbers import constant
+from ..problem import ODEProblem
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -27,6 +28,18 @@ class Interval(NamedTuple):
     dt: float | Tensor
     after_jump: bool = False
     before_jump: bool = False
+
+
+def length(p: ODEProblem, at: float | Tensor, t1: float, reach: float, end: float, stop: float) -> Tensor:
+    """The length of a step to `t1` as a function of the user's times, 0-d.
+
+    Steps that the controller chose move with t0. The last one ends at the user's own tensor; and one that ends at a
+    time of `step_t` or `jump_t` ends there wherever it starts.
+    """
+    if t1 == end:
+        return p.t[-1].to(torch.float64) - at
+    size = torch.tensor(reach, dtype=torch.float64, device=p.t.device)
+    return size - (at - at.detach()) if t1 == stop and isinstance(at, Tensor) else size
 
 
 class Step(Protocol):
@@ -49,9 +62,11 @@ def stage_times(interval: Interval, C: np.ndarray, like: Tensor) -> tuple[Tensor
     """Times `t0 + C dt` as f sees them: 0-d tensors of the state's dtype and device.
 
     Next to a jump of f the times at the step's ends move by one rounding unit into the step, so that f answers with the
-    value of this side.
+    value of this side; a stage beyond the end (`kvaerno5` has one) is put there too.
     """
     dtype = numpy_dtype(like)
+    if interval.before_jump:
+        C = np.minimum(C, 1.0)
     if isinstance(interval.dt, Tensor):
         times = (interval.at + torch.from_numpy(C).to(interval.dt) * interval.dt).to(like)
         shift = times.new_zeros(len(C))

@@ -17,15 +17,15 @@ from ..problem import Field, ODEProblem, is_finite
 from ..solution import Stats
 from . import controller
 from .auto import Auto
-from .bdf import Bdf, linked
+from .bdf import Bdf
 from .esdirk import Esdirk
 from .linear import Linear
 from .newton import POLISH_RECORDED, POLISH_REPLAY
 from .radau import Radau
 from .rosenbrock import Rosenbrock
-from .step import Interval, Step
+from .step import Interval, Step, length
 from .stiff_tableaus import EsdirkTableau, NDFTableau, RadauTableau, RosenbrockTableau
-from .stiffness import Maker
+from .stiffness import Maker, linked
 
 
 def maker(p: ODEProblem, stats: Stats) -> Maker:
@@ -97,8 +97,7 @@ def stiff_steps(p: ODEProblem, stats: Stats, record: Any, recorded: bool, tracke
             record.next_dt = dt
             with torch.enable_grad():
                 if tracked:
-                    # Steps chosen by the controller move with t0; the last one ends at the user's own tensor.
-                    h = p.t[-1].to(torch.float64) - at if t1 == end else torch.tensor(reach, dtype=torch.float64)
+                    h = length(p, at, t1, reach, end, stop)
                     interval = interval._replace(at=at, dt=h)
                     at = at + h
             if recorded:

@@ -22,6 +22,13 @@ class Attempt(NamedTuple):
     why: str = ""
 
 
+def linked(data: Any, before: Any) -> Any:
+    """`data` of a step whose `start` is what the recorded step before it left; where it has none, it made its own."""
+    if getattr(data, "start", None) is None:
+        return data
+    return data._replace(start=before.left)
+
+
 class Maker(Protocol):
     """Makes the steps of one method for one problem; what it keeps between steps is its own."""
 

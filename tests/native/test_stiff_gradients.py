@@ -297,3 +297,108 @@ def test_a_solve_is_freed_without_the_garbage_collector(method, adjoint):
         assert gone() is None
     finally:
         gc.enable()
+
+
+def relaxing(t, h, p):
+    """h[0] follows h[1] at the rate p[0]."""
+    return torch.stack([-p[0] * (h[0] ** 3 - h[1] ** 2), -p[1] * h[1] + 0.1 * h[0]])
+
+
+def driven(t, h, p):
+    """Van der Pol's oscillator, on the slow manifold."""
+    return torch.stack([h[1], p[0] * (1 - h[0] ** 2) * h[1] - p[1] * h[0]])
+
+
+# (f, parameters, start, times, size of the state)
+REPLAYED = {
+    "relaxing": (relaxing, tensor(1e5, 1.0), tensor(1.0, 1.0), torch.linspace(0, 2, 5, dtype=F64), tensor(1.0, 1.0)),
+    "robertson": (
+        lambda t, h, p: robertson(h, p),
+        RATES,
+        tensor(1.0, 0.0, 0.0),
+        tensor(0.0, 40.0, 4e3, 4e5),
+        tensor(1.0, 1e-4, 1.0),
+    ),
+    "van der Pol": (
+        driven,
+        tensor(100.0, 1.0),
+        tensor(2.0, 0.0),
+        torch.linspace(0, 60, 5, dtype=F64),
+        tensor(1.0, 1e2),
+    ),
+}
+
+
+def replayed(name, method, adjoint, rtol, options=None):
+    """The gradient by the logarithms of the parameters and by the start, in the sizes of the state."""
+    f, p, start, t, size = REPLAYED[name]
+    logs, h0 = torch.zeros_like(p, requires_grad=True), start.clone().requires_grad_()
+    solution = pyjlode.solve(
+        lambda t, h: f(t, h, p * torch.exp(logs)),
+        h0,
+        t,
+        method=method,
+        rtol=rtol,
+        atol=rtol * size * 1e-2,
+        adjoint=adjoint,
+        options=options,
+        dense=False,
+        engine="torch",
+    )
+    of_logs, of_start = torch.autograd.grad((solution.h / size).sum(), (logs, h0))
+    return solution, torch.cat([of_logs, of_start * size])
+
+
+@pytest.mark.parametrize("rtol", [1e-3, 1e-4, 1e-6])
+@pytest.mark.parametrize("name", REPLAYED)
+@pytest.mark.parametrize("method", STIFF)
+def test_a_replay_is_the_step_that_was_taken(method, name, rtol):
+    """However loosely its equations were solved: the gradient is that of the recorded solve, which solves them to
+    rounding, within what Newton's iteration leaves of them."""
+    recorded, expected = replayed(name, method, False, rtol)
+    kept, gradient = replayed(name, method, "discrete", rtol)
+    # That what is left changes no step is a condition of the comparison.
+    if kept.stats.naccept == recorded.stats.naccept:
+        near = 1e-8 if method in ("rodas5p", "rosenbrock23", "auto") else 2 * rtol
+        assert float((gradient - expected).abs().max()) <= near * float(expected.abs().max())
+    else:
+        torch.testing.assert_close(gradient, expected, rtol=30 * rtol, atol=30 * rtol * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("method", [*STIFF, *(m.name for m in METHODS.values() if m.kind == "implicit")])
+def test_the_derivative_by_a_slow_rate_is_not_lost_to_a_fast_one(method):
+    """d sum(h) / d p[1] is -2.863 where p[0] = 1e5."""
+    f, p, start, t, _ = REPLAYED["relaxing"]
+    p, options = p.clone().requires_grad_(), None
+    if METHODS[method].kind == "implicit":
+        t, options = tensor(0.0, 0.5, 1.0, 1.5, 2.0), {"step_size": 0.02}
+    for rtol in (1e-3, 1e-6):
+        h = odeint(
+            lambda t, h: f(t, h, p), start, t, method=method, rtol=rtol, adjoint=True, engine="torch", options=options
+        )
+        (grad,) = torch.autograd.grad(h.sum(), p)
+        assert abs(float(grad[1]) + 2.863) < 0.03
+
+
+@pytest.mark.parametrize("method", ["kvaerno5", "kencarp4", "trbdf2"])
+def test_gradients_of_stiffly_accurate_steps_pass_jumps_and_times(method):
+    """A step after a jump starts with a slope of its own; and dL/dt goes through the slope that a step carries."""
+
+    def run(x, adjoint, method=method, rtol=1e-7):
+        p, h0, t = x[:2], x[2:4], x[4:]
+
+        def f(t, h):
+            fast = relaxing(t, h, torch.stack([1e4 * p[0], p[1]]))
+            return fast + torch.where(t < 0.5, torch.sin(3 * t), -h[1])
+
+        kwargs = {"rtol": rtol, "atol": 1e-3 * rtol, "options": {"jump_t": [0.5]}, "engine": "torch"}
+        return odeint(f, h0, t, method=method, adjoint=adjoint, **kwargs)[1:].square().sum()
+
+    point = tensor(1.0, 1.0, 1.0, 1.0, 0.0, 0.3, 0.8)
+    gradients = []
+    for adjoint in (False, "discrete"):
+        x = point.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(run(x, adjoint), x)[0])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-5)
+    expected = differences(lambda e: float(run(point + e, False, "radau5", 1e-10)), 7, 1e-3)
+    torch.testing.assert_close(gradients[1], expected, rtol=1e-3, atol=1e-3)
