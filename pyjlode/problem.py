@@ -98,7 +98,10 @@ class Layout:
         for part, shape, dtype, is_complex in zip(flat.split(self.sizes, -1), self.shapes, self.dtypes, self.complex):
             if is_complex:
                 pair = part.reshape((*lead, *shape, 2))
-                part = torch.complex(pair[..., 0], pair[..., 1])
+                if numbers.transformed():  # derivatives of `complex` have views that `vmap` does not know
+                    part = torch.view_as_complex(pair.clone())
+                else:
+                    part = torch.complex(pair[..., 0], pair[..., 1])
             leaves.append(part.reshape(lead + shape).to(dtype))
         return leaves
 
@@ -187,16 +190,17 @@ class Field:
             BadShape: it has another shape than at the start of the solve.
         """
         self.nfe += 1
+        given = y
         y = y if self.flat else y.reshape(self.shape)  # type: ignore[arg-type]
         if self.watched or self.differentiates:
-            k = self._with_graph(t, y)
+            k = self._with_graph(t, y, given)
         else:
             try:
                 k = self.f(t, y)
             except RuntimeError as error:
                 if not self.wants_graph(error, y):
                     raise
-                k = self._with_graph(t, y)
+                k = self._with_graph(t, y, given)
         if self.shape is not None and k.shape != self.shape:
             raise self.changed(numbers.read(t), k)
         if self.probed is not None:
@@ -209,7 +213,7 @@ class Field:
         self.differentiates = not y.requires_grad and "does not require grad" in str(error)
         return self.differentiates
 
-    def _with_graph(self, t: Tensor, y: Tensor) -> Tensor:
+    def _with_graph(self, t: Tensor, y: Tensor, given: Tensor) -> Tensor:
         recorded = torch.is_grad_enabled()
         with torch.enable_grad():
             if self.differentiates and not y.requires_grad:
@@ -218,7 +222,7 @@ class Field:
         if self.watched and k.requires_grad:
             from .parameters import strangers
 
-            if found := strangers([k], {id(y), id(t)}, frozenset(), 0)[0]:
+            if found := strangers([k], {id(y), id(given), id(t)}, frozenset(), 0)[0]:
                 raise Discovered(found)
         return k if recorded else k.detach()
 
