@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -249,7 +250,7 @@ def solve(engine: Engine, p: ODEProblem, stats: Stats, gradient: str | None, nee
         if p.method.kind == "scipy":
             (record.ys,) = undifferentiable(_SCIPY, record.ys, of=(p.y0, *p.params))
         return record
-    while True:
+    for attempt in itertools.count():
         leaf = like(p, y0=p.y0.detach().requires_grad_(), t=p.t.detach().requires_grad_(p.t.requires_grad))
         try:
             with torch.no_grad():
@@ -258,6 +259,8 @@ def solve(engine: Engine, p: ODEProblem, stats: Stats, gradient: str | None, nee
             break
         except Discovered as error:
             p = _extended(p, error, stats)
+            if attempt:  # new ones in every solve are f's own
+                p = like(p, makes_leaves=True)
     record = memory.record
     ys = _Solve.apply(engine, memory, stats, sight, p.y0, p.t, *p.params)
     return like(record, ys=ys)

@@ -432,9 +432,8 @@ def _read(
     mark = parameters.graph_mark() if grad else 0
     probe = y0.detach().requires_grad_(grad) if gradient else y0
     meter = parameters.GraphMeter() if grad and gradient == "discrete" else None
-    first = partial(
-        _first, p=p, probe=probe, t=p.time(arguments.first_time(times, row, opts, layout)), autocast=autocast
-    )
+    start = arguments.first_time(times, row, opts, layout)
+    first = partial(_first, p=p, probe=probe, start=start, autocast=autocast)
     with contextlib.nullcontext() if p.transformed else torch.set_grad_enabled(grad):
         try:
             with meter or contextlib.nullcontext():
@@ -494,14 +493,15 @@ def _read(
     return Made(p, stats, chosen, gradient, needed)
 
 
-def _first(f: Any, p: ODEProblem, probe: Tensor, t: Tensor, autocast: bool) -> Tensor:
+def _first(f: Any, p: ODEProblem, probe: Tensor, start: float, autocast: bool) -> Tensor:
     """f(t, y0), checked: shape (n,).
 
     Args:
         probe: stands for y0.
-        t: 0-d, the start as a solver first asks for it.
+        start: the time that a solver first asks for.
     """
-    layout, version = p.layout, None if p.transformed or probe.is_inference() else probe._version
+    t, layout = p.time(start), p.layout
+    version = None if p.transformed or probe.is_inference() else probe._version
     assert layout is not None
     p.f.nfe += 1
     try:
