@@ -121,7 +121,7 @@ class _Solve(torch.autograd.Function):
         try:
             # `loss.backward(retain_graph=True)` announces another backward pass.
             again = torch._C._autograd._get_current_graph_task_keep_graph()
-            with parameters.bound(p.bindings):
+            with parameters.bound(p.bindings, p.params):
                 if ctx.sight:
                     ctx.sight.check(p)
                 grads = numbers.for_each(lambda g, again: ctx.engine.vjp(memory, g, again=again), g, again)

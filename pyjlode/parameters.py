@@ -312,18 +312,23 @@ def _rebindable(held: Held, params: tuple[Tensor, ...]) -> tuple[Binding, ...]:
 
 
 @contextlib.contextmanager
-def bound(bindings: Sequence[Binding]) -> Iterator[None]:
-    """Within this context f holds the tensors that it held when the bindings were made.
+def bound(bindings: Sequence[Binding], params: Sequence[Tensor]) -> Iterator[None]:
+    """Within this context f holds the tensors that it held when the bindings were made, and its parameters want grad.
 
     Between a solve and its backward pass they may have been exchanged: by `torch.func.functional_call`, or by setting
-    the attribute that the next solve is to use.
+    the attribute that the next solve is to use. And programs that train two networks in turn freeze the other one.
     """
+    frozen = [x for x in params if not x.requires_grad]
     moved = [(b, b.now()) for b in bindings if b.now() is not b.tensor]
     for b, _ in moved:
         b.put(b.tensor)
+    for x in frozen:
+        x.requires_grad_()
     try:
         yield
     finally:
+        for x in frozen:
+            x.requires_grad_(False)
         for b, now in moved:
             if now is None and isinstance(b.owner, dict):
                 b.owner.pop(b.key, None)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 from zoo import CONTINUOUS, F64, ZOO, Energy, Specimen
 
 import pyjlode
@@ -224,6 +225,44 @@ def test_a_backward_pass_twice(adjoint):
     first = torch.autograd.grad(ys.sum(), W, retain_graph=True)[0]
     second = torch.autograd.grad(ys.sum(), W)[0]
     assert torch.equal(first, second)
+
+
+@every_adjoint
+def test_freezing_in_between_takes_no_gradient_from_the_rest(adjoint):
+    """As programs do that train two networks in turn."""
+    x = ZOO["module"]()
+    loss, (frozen, *rest) = loss_of(x, adjoint=adjoint), x.leaves
+    frozen.requires_grad_(False)
+    loss.backward()
+    assert frozen.grad is None
+    found = torch.cat([q.grad.reshape(-1) for q in rest])
+    assert close(found, reference("module")[frozen.numel() :], 1e-5)
+
+
+@every_adjoint
+def test_checkpointing_the_solve_itself(adjoint):
+    x = ZOO["module"]()
+    ys = checkpoint(
+        lambda h: pyjlode.odeint(x.f, h, TIMES, adjoint=adjoint, **TIGHT), x.h0.requires_grad_(), use_reentrant=False
+    )
+    loss = (torch.linspace(1, 2, ys.numel(), dtype=F64) * ys.reshape(-1)).sum()
+    grads = torch.autograd.grad(loss, x.leaves)
+    assert close(torch.cat([g.reshape(-1) for g in grads]), reference("module"), 1e-5)
+
+
+@every_adjoint
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "rodas5p", "kvaerno5", "bdf"])
+def test_validation_under_inference_mode_comes_first(adjoint, method):
+    """As trainers do for a check of sanity."""
+    if adjoint == "backsolve" and pyjlode.METHODS[method].controlled:
+        return
+    x = ZOO["module"]()
+    t, kwargs = TIMES.clone().requires_grad_(), {"method": method, "rtol": 1e-5, "atol": 1e-6}
+    with torch.inference_mode():
+        pyjlode.odeint(x.f, x.h0, t, adjoint=adjoint, **kwargs)
+    pyjlode.odeint(x.f, x.h0, t, adjoint=adjoint, **kwargs).sum().backward()
+    assert t.grad is not None
+    assert all(q.grad is not None for q in x.leaves)
 
 
 @every_adjoint
