@@ -101,6 +101,7 @@ class Field:
     ) -> None:
         self.f, self.shape, self.source, self.parts = f, shape, source, parts or {}
         self.program: Any = None  # of the compiled functions, once it was looked for
+        self.seen: Any = None  # where it was called, for those functions to be compared there
         self.flat = shape is None or len(shape) == 1
         self.nfe = 0
         self.watched = False  # nothing is known to need a gradient, and f is to say if something does

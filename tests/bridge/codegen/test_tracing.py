@@ -101,7 +101,7 @@ def indexed(t, h):
         (number, "Python number or a branch"),
         (random, "random"),
         (writes, "writes into a tensor"),
-        (by_numpy, "not found"),
+        (by_numpy, "leaves PyTorch: numpy"),
         (complex_numbers, "complex"),
         (single, "float32"),
         (indexed, "no Julia for aten.|indexes by numbers"),
