@@ -248,8 +248,10 @@ def _solve(
     start = time.perf_counter()
     call, unusual = None, (event_fn, adjoint_params, *adjoint_given, *system[:2])
     transformed, own_t = numbers.transformed(), t
-    if julia_runtime.started() and not transformed and all(x is None for x in unusual):
-        said = (adjoint, method, rtol, atol, engine, system[2], os.environ.get(ENGINE_VARIABLE))
+    meant = os.environ.get(ENGINE_VARIABLE)
+    on_julia = engine != "torch" and (engine != "auto" or meant != "torch") and julia_runtime.started()
+    if on_julia and not transformed and all(x is None for x in unusual):
+        said = (adjoint, method, rtol, atol, engine, system[2], meant)
         call = plans.call(f, h0, t, said, options)
     if transformed and isinstance(t, Tensor) and numbers.hidden(t):
         f, t, options = transforms.shared_times(f, t, arguments.method_of(method, options), options, event_fn)

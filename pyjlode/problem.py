@@ -121,14 +121,14 @@ class Field:
         self.nfe += 1
         y = y if self.flat else y.reshape(self.shape)  # type: ignore[arg-type]
         if self.watched or self.differentiates:
-            k = self._with_graph(t, y)
+            k = self.with_graph(t, y)
         else:
             try:
                 k = self.f(t, y)
             except RuntimeError as error:
                 if not self.wants_graph(error, y):
                     raise
-                k = self._with_graph(t, y)
+                k = self.with_graph(t, y)
         if self.shape is not None and k.shape != self.shape:
             raise self.changed(numbers.read(t), k)
         return k
@@ -139,7 +139,8 @@ class Field:
         self.differentiates = not y.requires_grad and "does not require grad" in str(error)
         return self.differentiates
 
-    def _with_graph(self, t: Tensor, y: Tensor) -> Tensor:
+    def with_graph(self, t: Tensor, y: Tensor) -> Tensor:
+        """f(t, y), in its own shape, of a y that has a graph where f differentiates by it."""
         recorded = torch.is_grad_enabled()
         with torch.enable_grad():
             if self.differentiates and not y.requires_grad:

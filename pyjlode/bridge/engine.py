@@ -15,7 +15,7 @@ from .. import ends, forward
 from ..errors import BadOption, NonFiniteState, NotCompiled, NotConverged, SolveError, StepSizeTooSmall
 from ..gradients import Gradients, time_gradient
 from ..methods import Method, hairer
-from ..problem import NO_OPTIONS, AdjointSettings, ODEProblem, SolverOptions, like
+from ..problem import NO_OPTIONS, AdjointSettings, Field, ODEProblem, SolverOptions, like
 from ..solution import Stats
 from . import runtime
 from .calls import Calls, Held
@@ -217,7 +217,7 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
             request,
         )
     if not isinstance(rhs, RHS):
-        p.f.nfe += outcome.nf
+        count(p.f, outcome.nf)
     if not _succeeded(outcome):
         backward = like(p, method=settings.method, options=o, times=times[::-1], event_fn=None)
         raise _failure(outcome, backward, f"the backward solve of adjoint={memory.gradient!r}: ")
@@ -284,12 +284,19 @@ def _solve(
         else:
             rhs = _field(calls, p, gradient, stats, of)
             solution, outcome = _call(rhs, calls.solve, rhs.field, algorithm, request)
+            try:
+                known = len(p.times) if _succeeded(outcome) and p.event_fn is None else 1
+                rhs.look_back(p.times[:known], out.detach()[:known])
+            except NotCompiled:
+                if p.compile:
+                    raise
+                return _solve(p, stats, gradient, dense, of)
             if p.repeats is not None and not (rhs.functions or dense or gradient):
                 rhs.repeat(calls, algorithm, request)
     if isinstance(rhs, RHS):
         rhs.check_kept()
     else:
-        (of or p).f.nfe += outcome.nf
+        count((of or p).f, outcome.nf)
     _look_at(outcome, p, stats)
     event_t = outcome.event_time
     kept = DenseOutput(rhs, solution) if solution and dense else None
@@ -297,6 +304,15 @@ def _solve(
     if p.event_fn is not None and record.event_t is None:
         raise ends.no_event(p, outcome.t, outcome.dt)
     return record, rhs, solution
+
+
+def count(f: Field, calls: int) -> None:
+    """Note calls of a field that is not called back: for itself, and where the user's function counts its calls."""
+    f.nfe += calls
+    if f.program is not None:
+        program, source = f.program
+        for slot, step in zip(source.counters, program.trace.steps):
+            slot.set(slot.get() + calls * step)
 
 
 def _stepping(method: Method, o: SolverOptions) -> dict[str, float]:
@@ -336,7 +352,7 @@ def _again(p: ODEProblem, stats: Stats, name: str) -> Tensor | None:
     try:
         with torch.no_grad(), runtime.julia() as calls:
             out, outcome = repeated.solve(calls, p)
-        p.f.nfe += outcome.nf
+        count(p.f, outcome.nf)
         _look_at(outcome, p, stats)
     except BaseException:
         p.repeats.pop(name, None)
@@ -366,7 +382,7 @@ def _field(calls: Calls, p: ODEProblem, gradient: str | None, stats: Stats, of: 
     except NotCompiled as error:
         if p.compile:
             raise
-        stats.not_compiled = str(error)
+        stats.compiled, stats.not_compiled = "", str(error)
         log.info("f is called back: %s", error)
         return RHS(calls, p, gradient)
     stats.compiled = compiled.program.mode

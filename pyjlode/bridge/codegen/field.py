@@ -44,7 +44,7 @@ class Compiled(Callbacks):
     """
 
     def __init__(self, calls: Calls, p: ODEProblem, gradient: str | None, of: ODEProblem | None = None) -> None:
-        super().__init__(p)
+        super().__init__(calls, p)
         self.shared: Fields | None = None
         if of is not None and not _explicit(p.method):
             raise NotCompiled("the sensitivities of a method for stiff systems are not compiled")
@@ -210,9 +210,6 @@ class Compiled(Callbacks):
 
     def look_back(self, times: Sequence[float], states: Tensor) -> None:
         """After the first solve, if nothing was known of it before: compare the functions along it.
-
-        Args:
-            times, states: the output times, and the states there, shape (T, n).
 
         Raises:
             NotCompiled: they differ.

@@ -368,7 +368,8 @@ def _find(key: tuple[Any, ...]) -> Program | NotCompiled | None:
 
 def _make(field: Field, source: Held, like: Tensor) -> tuple[Program | NotCompiled, Held]:
     """A new program, or why there is none, which is remembered; and what the field holds by it."""
-    numbers, found, seen = Numbers(field.source), None, None
+    numbers, seen = Numbers(field.source), None
+    found: Program | NotCompiled | None = None
     while found is None:
         key = _key(source, like)
         seen = _met.pop(key, None) or seen

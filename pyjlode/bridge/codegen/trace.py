@@ -330,6 +330,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def _flat(field: Field, t: Tensor, h: Tensor) -> Tensor:
+    if field.differentiates and not h.requires_grad:
+        with torch.enable_grad():
+            return _flat(field, t, h.detach().requires_grad_())
     return field.f(t, h if field.flat else h.reshape(field.shape)).reshape(-1)  # type: ignore[arg-type]
 
 
