@@ -115,7 +115,6 @@ def test_steps_taken_again_are_the_same(kind, monkeypatch):
     assert close(found, reference(kind), 1e-9)
 
 
-
 @every_kind
 @pytest.mark.parametrize("adjoint", julia_engine.GRADIENTS)
 @pytest.mark.parametrize("compile", [False, None], ids=["called-back", "compiled"])
@@ -161,7 +160,9 @@ def train(adjoint, *, steps: int = 3, around=None, method: str = "dopri5") -> Te
     optimizer = torch.optim.SGD(net.parameters(), 0.05)
     for _ in range(steps):
         optimizer.zero_grad()
-        ys = pyjlode.odeint(lambda t, h: net(h**3), torch.tensor([2.0, 0.0], dtype=F64), TIMES, adjoint=adjoint, **TIGHT)
+        ys = pyjlode.odeint(
+            lambda t, h: net(h**3), torch.tensor([2.0, 0.0], dtype=F64), TIMES, adjoint=adjoint, **TIGHT
+        )
         ys.square().mean().backward()
         optimizer.step()
     return torch.cat([q.detach().reshape(-1) for q in net.parameters()])
@@ -283,7 +284,9 @@ def test_params_that_lie_behind_what_f_holds(adjoint):
     W = torch.tensor(0.3, dtype=F64, requires_grad=True)
     c = W.exp()
     d = c.sin()
-    ys = pyjlode.odeint(lambda t, h: -d * h, torch.ones(1, dtype=F64), TIMES, adjoint=adjoint, adjoint_params=(c,), **TIGHT)
+    ys = pyjlode.odeint(
+        lambda t, h: -d * h, torch.ones(1, dtype=F64), TIMES, adjoint=adjoint, adjoint_params=(c,), **TIGHT
+    )
     (g,) = torch.autograd.grad(ys[-1].sum(), W)
     right = -torch.exp(-d) * torch.cos(c) * c  # y(1) = exp(-d)
     assert float(g) == pytest.approx(float(right), rel=1e-6)

@@ -351,7 +351,12 @@ def encoding_used_later() -> Specimen:
     W = leaf(0.4, -0.6)
     code = W.exp()
     return Specimen(
-        lambda t, h: torch.sin(code * h) if t > 0.5 else -h, start(), [W], smooth=False, tolerance=1e-3, refused=CONTINUOUS
+        lambda t, h: torch.sin(code * h) if t > 0.5 else -h,
+        start(),
+        [W],
+        smooth=False,
+        tolerance=1e-3,
+        refused=CONTINUOUS,
     )
 
 
@@ -506,7 +511,9 @@ def dictionary_state() -> Specimen:
 @kind
 def complex_state() -> Specimen:
     H = leaf(0.9, 0.3)
-    return Specimen(lambda t, h: -1j * H * h + 0.1 * h.flip(0), torch.tensor([1 + 0.5j, 0.2j], dtype=torch.complex128), [H])
+    return Specimen(
+        lambda t, h: -1j * H * h + 0.1 * h.flip(0), torch.tensor([1 + 0.5j, 0.2j], dtype=torch.complex128), [H]
+    )
 
 
 @kind

@@ -8,14 +8,14 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ...errors import NotCompiled
 from ...problem import Field
@@ -80,7 +80,10 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if name in _READS and args and isinstance(args[0], Tensor):
-            self.look(args[0], name)
+            x = self.look(args[0], name)
+            if x is not None:
+                with _disable_current_modes():
+                    return func(x, *args[1:], **kwargs)
         elif name in _MAKES:
             # `as_tensor(x)` is x; in a list, or by `tensor(x)`, it is its numbers.
             made_of = args[1:] if name.startswith("new") else args
@@ -92,16 +95,18 @@ class Watch(TorchFunctionMode):
             args, kwargs = pytree.tree_map_only(Tensor, lambda x: self.parts.get(id(x), x), (args, kwargs))
         return func(*args, **kwargs)
 
-    def look(self, x: Tensor, name: str) -> None:
-        """A tensor is read by a function of that name."""
-        if constant(x) is not None or not (isinstance(x, FakeTensor) or x.is_floating_point() or x.is_complex()):
-            return
+    def look(self, x: Tensor, name: str) -> Tensor | None:
+        """A tensor is read by a function of that name: the numbers that it may read."""
+        if isinstance(x, FakeTensor) and x.constant is not None:
+            return x.constant
+        if not (isinstance(x, FakeTensor) or x.is_floating_point() or x.is_complex()):
+            return x
         whose = "of t or h, or of what it computes" if isinstance(x, FakeTensor) else "of a tensor that it holds"
         if name in ("numpy", "tolist", "data_ptr", "__array__", "__dlpack__") or name in _MAKES:
             self.escape(f"f leaves PyTorch: {name.strip('_')} reads the numbers {whose}")
-        self.escape(f"f makes a Python number or a branch {whose} ({name.strip('_')})")
+        return self.escape(f"f makes a Python number or a branch {whose} ({name.strip('_')})")
 
-    def escape(self, reason: str) -> None:
+    def escape(self, reason: str) -> NoReturn:
         self.reason = self.reason or reason
         raise Escaped(reason)
 
@@ -357,6 +362,8 @@ def _trace(
         text = str(error).strip().partition("\n")[0]
         if any(word in str(error) for word in _READING):
             text = "f leaves PyTorch: it reads the numbers of t or h, or of what it computes"
+        elif Counter.__name__ in text:
+            text = "f uses a number that it changes when it is called"
         raise NotCompiled(f"PyTorch does not trace it: {text or type(error).__name__}") from error
     finally:
         torch.set_rng_state(rng)
