@@ -92,6 +92,9 @@ class DenseOutput:
     def __init__(self, rhs: Callbacks, solve: Held) -> None:
         self.rhs, self.solve = rhs, solve
 
+    def __reduce__(self) -> Any:
+        return self.solve.__reduce__()  # says why not
+
     def __call__(self, times: Tensor) -> Tensor:
         """Times of shape (M,) -> states of shape (M, n)."""
         out = torch.empty(len(times), self.rhs.n, dtype=self.rhs.dtype)
@@ -203,9 +206,12 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     a, theta = torch.zeros_like(p.y0), torch.zeros(rhs.params.size, dtype=p.y0.dtype)
     o = settings.options
     request = AdjointRequest(first_step=o.first_step or 0.0, **_stepping(settings.method, o))
-    request.lend(du0=a, dp=theta, g=g.contiguous())
+    # The adjoint is linear in its cotangents: solved with the largest of them 1, it does not depend on their unit.
+    scale = float(g.abs().max())
+    scale = scale if 0.0 < scale < math.inf else 1.0
+    request.lend(du0=a, dp=theta, g=(g / scale).contiguous())
     request.lend_numbers(times=times, stops=o.step_t, jumps=o.jump_t)
-    request.lend_tolerances(settings.rtol, settings.atol)
+    request.lend_tolerances(settings.rtol, _adjoint_atol(settings, record.ys))
     with torch.no_grad(), runtime.julia() as calls:
         runtime.sensitivity()
         outcome = _call(
@@ -221,7 +227,20 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     if not _succeeded(outcome):
         backward = like(p, method=settings.method, options=o, times=times[::-1], event_fn=None)
         raise _failure(outcome, backward, f"the backward solve of adjoint={memory.gradient!r}: ")
+    a, theta = a * scale, theta * scale
     return Gradients(a + g[0], time_gradient(p, record, g, a, p.f), rhs.parameter_gradients(theta))
+
+
+def _adjoint_atol(settings: AdjointSettings, ys: Tensor) -> Tensor:
+    """The absolute tolerance of an adjoint whose largest cotangent is 1.
+
+    That of the settings has the state's unit: it says below which part of the state, `atol / rtol`, errors no longer
+    count in proportion. So it does for the adjoint; but more than a thousandth of its largest part always counts.
+    """
+    largest = float(ys.abs().max()) or 1.0
+    rtol, atol = (torch.as_tensor(x, dtype=torch.float64) for x in (settings.rtol, settings.atol))
+    part = (atol / (rtol * largest)).nan_to_num(1.0).clamp(1e-3, 1.0)
+    return torch.where(rtol > 0, rtol * part, atol)
 
 
 def prefers_forward(p: ODEProblem) -> bool:
@@ -313,6 +332,9 @@ def count(f: Field, calls: int) -> None:
         program, source = f.program
         for slot, step in zip(source.counters, program.trace.steps):
             slot.set(slot.get() + calls * step)
+        for i, step in program.trace.adds.items():
+            with torch.no_grad():
+                source.tensors[i].add_(calls * step)
 
 
 def _stepping(method: Method, o: SolverOptions) -> dict[str, float]:

@@ -151,24 +151,50 @@ def _walked(walk: _Walk, f: Any) -> Held:
         raise NotCompiled(f"what f holds cannot be looked through: {type(error).__name__}: {error}") from error
 
 
-class Numbers:
-    """The Python numbers that a callable holds by a name, to find out which of them its calls change."""
+class Snapshot:
+    """What lies in the containers that a callable can reach: to find out what a call changes, and to undo it.
+
+    Raises:
+        NotCompiled: as `held`.
+    """
 
     def __init__(self, f: Any) -> None:
         walk = _Noting()
         _walked(walk, f)
-        self.found = walk.numbers
+        self.numbers, self.contents, self.slots = walk.numbers, walk.contents, walk.slots
 
     def count_changed(self) -> bool:
-        """Have those that are other numbers now be counters from now on; whether there is a new one."""
+        """Have numbers that are others now be counters from now on; whether there is a new one."""
         new = set()
-        for entry, (slot, value) in self.found.items():
+        for entry, (slot, value) in self.numbers.items():
             now = slot.get()
             if type(now) is type(value) and now != value and entry not in _counted:
                 new.add(entry)
         _counted.update(new)
         _counted_names.update(name for _, name in new)
         return bool(new)
+
+    def restore(self) -> bool:
+        """Put back what lay there; whether something else did."""
+        changed = False
+        for x, before in self.contents:
+            now = list(x.items()) if isinstance(x, dict) else list(x)
+            flat = [y for pair in now for y in pair] if isinstance(x, dict) else now
+            was = [y for pair in before for y in pair] if isinstance(x, dict) else before
+            if len(flat) == len(was) and all(map(_same, flat, was)):
+                continue
+            changed = True
+            x.clear()
+            x.update(before) if isinstance(x, dict) else x.extend(before)
+        for slot, value in self.slots:
+            if not _same(slot.get(), value):
+                changed = True
+                slot.set(value)
+        return changed
+
+
+def _same(x: Any, y: Any) -> bool:
+    return x is y or (type(x) is type(y) and type(x) in (bool, int, float, str) and x == y)
 
 
 def held_by(field: Field) -> Held:
@@ -518,15 +544,48 @@ class _Walk:
 
 
 class _Noting(_Walk):
-    """Notes the numbers that it meets by a name."""
+    """Notes the numbers that it meets by a name, and what lies in each container.
+
+    Attributes:
+        slots: of closures and globals, with what lies in them.
+        contents: dictionaries, lists and deques, with their items.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.numbers: dict[tuple[Any, str], tuple[Slot, int | float]] = {}
+        self.slots: list[tuple[Slot, Any]] = []
+        self.contents: list[tuple[Any, list[Any]]] = []
 
     def named(self, of: Any, owner: Any, name: str, value: Any) -> None:
-        if type(value) in (int, float) and isinstance(owner, (dict, types.CellType)):
-            slot = Slot(owner, name)
-            if slot.get() is value:
+        slot = Slot(owner, name)
+        if isinstance(owner, types.CellType) or owner.get(name) is value:  # else it lies in a slot of an object
+            if type(value) in (int, float):
                 self.numbers[of, name] = slot, value
+            if isinstance(owner, types.CellType) or "__builtins__" in owner:
+                self.slots.append((slot, value))
         super().named(of, owner, name, value)
+
+    def note(self, x: Any) -> None:
+        if isinstance(x, dict):
+            self.contents.append((x, list(x.items())))
+        elif isinstance(x, (list, collections.deque)):
+            self.contents.append((x, list(x)))
+
+    def mapping(self, x: Any) -> None:
+        self.note(x)
+        super().mapping(x)
+
+    def sequence(self, x: Sequence[Any]) -> None:
+        self.note(x)
+        super().sequence(x)
+
+    def module(self, x: nn.Module) -> None:
+        self.note(vars(x))
+        for name in ("_parameters", "_buffers", "_modules"):
+            self.note(vars(x).get(name))
+        super().module(x)
+
+    def object(self, x: Any) -> None:
+        self.note(getattr(x, "__dict__", None))
+        super().object(x)

@@ -18,8 +18,8 @@ from ...problem import Field, Layout
 from .. import calls
 from ..calls import Calls
 from . import array, scalar
-from .capture import Held, Numbers, held_by
-from .trace import Trace
+from .capture import Held, Snapshot, held_by
+from .trace import Counts, Trace
 
 log = logging.getLogger("pyjlode")
 
@@ -344,7 +344,7 @@ def program_of(field: Field, like: Tensor, *, at_once: bool = True) -> tuple[Pro
     found = _find(key)
     if found is None and not at_once and key not in _met:
         _met[key] = Seen()
-        field.seen = _met[key], Numbers(field.source)
+        field.seen = _met[key], Snapshot(field.source)
         while len(_met) > _KEPT:
             _met.popitem(last=False)
         field.program = NotCompiled("it is solved for the first time; the next solve compiles it")
@@ -368,17 +368,16 @@ def _find(key: tuple[Any, ...]) -> Program | NotCompiled | None:
 
 def _make(field: Field, source: Held, like: Tensor) -> tuple[Program | NotCompiled, Held]:
     """A new program, or why there is none, which is remembered; and what the field holds by it."""
-    numbers, seen = Numbers(field.source), None
+    seen = None
     found: Program | NotCompiled | None = None
     while found is None:
         key = _key(source, like)
         seen = _met.pop(key, None) or seen
         try:
             found = Program(Trace(field, source, like), seen)
+        except Counts:  # such as `self.nfe += 1`, which is no part of the key from now on
+            source = held_by(field)
         except NotCompiled as error:
-            if numbers.count_changed():  # such as `self.nfe += 1`, which is then no part of the key
-                source = held_by(field)
-                continue
             found = NotCompiled(*error.args)  # without the frames of the trace, which hold tensors
         except Exception as error:
             log.debug("the compiler failed", exc_info=True)
@@ -397,9 +396,9 @@ def look_again(field: Field, times: Sequence[float], states: Tensor, like: Tenso
     """
     if field.seen is None:
         return
-    (seen, numbers), field.seen = field.seen, None
+    (seen, before), field.seen = field.seen, None
     seen.outputs(times, states)
-    if numbers.count_changed():
+    if before.count_changed():
         with contextlib.suppress(NotCompiled):
             _met.setdefault(_key(held_by(field), like), seen)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from ...errors import NotCompiled
 from ...problem import Field
-from .capture import Held, held_by
+from .capture import Held, Snapshot
 
 aten = torch.ops.aten
 
@@ -117,6 +117,18 @@ class _Numbers(TorchDispatchMode):
     def __init__(self, watch: Watch) -> None:
         super().__init__()
         self.watch = watch
+        self.written: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(self, x: Tensor) -> None:
+        """A tensor that f holds is about to be written to."""
+        if id(x) not in self.written:
+            with _disable_current_modes(), torch.no_grad():
+                self.written[id(x)] = x, x.detach().clone()
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for x, before in self.written.values():
+                x.copy_(before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         shaped = torch.Tag.dynamic_output_shape in func.tags and func.overloadpacket is not aten.index
@@ -124,12 +136,24 @@ class _Numbers(TorchDispatchMode):
             for x in pytree.tree_leaves((args, kwargs)):
                 if isinstance(x, Tensor):
                     self.watch.look(x, func._schema.name.rpartition("::")[2])
+        if func._schema.is_mutable:
+            for argument, x in zip(func._schema.arguments, args):
+                if (
+                    argument.alias_info is not None
+                    and argument.alias_info.is_write
+                    and type(x) in (Tensor, nn.Parameter)
+                ):
+                    self.keep(x)
         return func(*args, **(kwargs or {}))
 
 
 def constant(x: Any) -> Tensor | None:
     """The numbers of a tensor of a trace that depends on nothing."""
     return x.constant if isinstance(x, FakeTensor) else None
+
+
+class Counts(NotCompiled):
+    """f changes a number that was not known to be a counter."""
 
 
 class Counter:
@@ -173,6 +197,7 @@ class Trace:
         slots: for each lifted tensor its place in `Held.tensors`: those of θ, then the constants.
         trained: how many of them are θ.
         steps: what a call of f adds to each of `Held.counters`.
+        adds: what it adds to tensors that it holds and does not read, by their places in `Held.tensors`.
 
     Raises:
         NotCompiled: PyTorch cannot trace f, or f does something that a trace does not show.
@@ -185,8 +210,7 @@ class Trace:
                 module, self.steps = self._traced(
                     field, source, lambda t, h: _flat(field, t, h), self._inputs("t", "h")
                 )
-            if held_by(field).key != source.key:
-                raise NotCompiled("f changes what it holds when it is called")
+            self.adds = _drop_counters(module, source.tensors)
             self.slots, self.trained = _lift(module, source.tensors)
             self.tensors = [source.tensors[i].detach() for i in self.slots]
             self.module = self._functional(module, self._inputs("t", "h"))
@@ -215,18 +239,24 @@ class Trace:
                 watch.escape("f draws random numbers")
             return out
 
-        before = [slot.get() for slot in source.counters]
+        before = Snapshot(field.source)
+        values = [slot.get() for slot in source.counters]
         try:
             for slot in source.counters:
                 slot.set(Counter(slot.name, watch))
             module = _trace(watched, args, fake=True)
-            after = [slot.get() for slot in source.counters]
         finally:
-            for slot, value in zip(source.counters, before):
+            after = [slot.get() for slot in source.counters]
+            for slot, value in zip(source.counters, values):
                 slot.set(value)
+            watch.numbers.restore()
+            counts = before.count_changed()
+            changed = before.restore()  # no tensor without numbers may stay where f has put it
+        if counts:
+            raise Counts("f changes a number that it holds")
         if watch.reason:  # it was caught on its way
             raise NotCompiled(watch.reason)
-        if not all(isinstance(x, Counter) for x in after):
+        if changed or not all(isinstance(x, Counter) for x in after):
             raise NotCompiled("f changes what it holds when it is called")
         module.graph.eliminate_dead_code()
         for node in module.graph.nodes:
@@ -266,8 +296,7 @@ class Trace:
             return tuple(torch.zeros(x.shape, dtype=x.dtype) if g is None else g for x, g in zip(inputs, grads))
 
         module, _ = self._traced(field, source, product, self._inputs("t", "h", "v"), parts)
-        if held_by(field).key != source.key:
-            raise NotCompiled("f changes what it holds when it is differentiated")
+        _drop_counters(module, source.tensors)
         _lift(module, [parts.get(id(x), x) for x in source.tensors], self.slots)
         return Graph(self._functional(module, self._inputs("t", "h", "v")), ("t", "h", "v"))
 
@@ -424,6 +453,26 @@ def _lift(module: fx.GraphModule, tensors: list[Tensor], slots: list[int] | None
             module.graph.erase_node(node)
     module.recompile()
     return slots, sum(tensors[i].requires_grad for i in slots)
+
+
+def _drop_counters(module: fx.GraphModule, tensors: list[Tensor]) -> dict[int, float]:
+    """Leave out where f adds a number to a tensor that it holds, and makes nothing else of it: what is added, by the
+    place of the tensor."""
+    known, adds = {id(x): i for i, x in enumerate(tensors)}, {}
+    uses: dict[int, list[fx.Node]] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and id(getattr(module, node.target)) in known:
+            uses.setdefault(known[id(getattr(module, node.target))], []).extend(node.users)
+    for i, nodes in uses.items():
+        if all(n.target is aten.add_.Tensor and not n.users and isinstance(n.args[1], (int, float)) for n in nodes):
+            steps: list[Any] = [(n.args[1], n.kwargs.get("alpha", 1)) for n in nodes]
+            adds[i] = sum(float(x * alpha) for x, alpha in steps)
+            for node in nodes:
+                module.graph.erase_node(node)
+    if adds:
+        module.graph.eliminate_dead_code()
+        module.recompile()
+    return adds
 
 
 def _replace_copy(graph: fx.Graph, node: fx.Node) -> None:

@@ -361,6 +361,52 @@ def test_a_counter_stops_nothing(f, step):
     assert again is program
 
 
+class CountingInABuffer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("evaluations", torch.tensor(0.0))
+
+    def forward(self, t, h):
+        self.evaluations += 1
+        return -h
+
+
+def test_a_counter_may_be_a_buffer():
+    f = CountingInABuffer()
+    buffer = f.evaluations
+    program, source = program_of(Field(f, H.shape, (f, H.shape)), H)
+    assert [(source.tensors[i] is buffer, step) for i, step in program.trace.adds.items()] == [(True, 1.0)]
+    assert f.evaluations is buffer
+    assert float(buffer) == 0.0
+    assert program.trace.slots == []
+
+
+class KeepingAll(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(2, 2).double()
+        self.history, self.cache, self.last = [], {}, torch.zeros(2)
+
+    def forward(self, t, h):
+        self.last = self.net(h)
+        self.history.append(self.last)
+        self.cache["last"] = self.last
+        return self.last
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_f_keeps_is_refused_and_no_tensor_of_a_trace_stays_there(again):
+    f = KeepingAll()
+    if again:  # everything is there already, and looks as before
+        f(None, H)
+    last, length, cache = f.last, len(f.history), dict(f.cache)
+    with pytest.raises(NotCompiled, match="changes what it holds"):
+        program_of(Field(f, H.shape, (f, H.shape)), H)
+    assert f.last is last
+    assert len(f.history) == length
+    assert f.cache == cache
+
+
 class Ageing(Counting):
     """What it counts is a part of what it answers, sooner or later."""
 
