@@ -44,6 +44,7 @@ _LIBRARIES = (
     "typing",
     "collections",
     "pyjlode",
+    "_pytest",  # whose `assert` names it
 )
 _MODULE = frozenset(vars(nn.Module()))
 _SIMPLE = (
