@@ -20,7 +20,18 @@ from .bridge import plans
 from .bridge import runtime as julia_runtime
 from .bridge.function import JuliaFunction
 from .bridge.plans import Made
-from .errors import BadDtype, BadOption, BadShape, BadTime, EngineUnavailable, GradientUnavailable, NotCompiled
+from .errors import (
+    BadDtype,
+    BadOption,
+    BadShape,
+    BadTime,
+    EngineUnavailable,
+    EventNotFound,
+    GradientUnavailable,
+    MaxStepsReached,
+    NotCompiled,
+    SolveError,
+)
 from .native import engine as native
 from .notices import log_once, warn
 from .problem import AdjointSettings, Callback, Field, Layout, ODEProblem
@@ -252,17 +263,22 @@ def _solve(
     start = time.perf_counter()
     call, unusual = None, (event_fn, adjoint_params, *adjoint_given, *system[:2])
     transformed, own_t = numbers.transformed(), t
-    if julia_runtime.started() and not transformed and all(x is None for x in unusual):
-        said = (adjoint, method, rtol, atol, engine, system[2], os.environ.get(ENGINE_VARIABLE))
+    meant = os.environ.get(ENGINE_VARIABLE)
+    on_julia = engine != "torch" and (engine != "auto" or meant != "torch") and julia_runtime.started()
+    if on_julia and not transformed and all(x is None for x in unusual):
+        said = (adjoint, method, rtol, atol, engine, system[2], meant)
         call = plans.call(f, h0, t, said, options)
     if transformed and isinstance(t, Tensor) and numbers.hidden(t):
         f, t, options = transforms.shared_times(f, t, arguments.method_of(method), options, event_fn)
     made = call.made(h0, t) if call else None
     known = made is not None
-    if made is None:
-        made = _read(
+
+    def read(engine: str) -> Made:
+        return _read(
             f, h0, t, adjoint, method, rtol, atol, engine, options, event_fn, adjoint_given, adjoint_params, system
         )
+
+    made = made or read(engine)
     p, stats, layout = made.problem, made.stats, made.problem.layout
     assert layout is not None
     dense = dense and t is own_t
@@ -271,7 +287,17 @@ def _solve(
     bar = progress.shown(p) if p.options.progress else contextlib.nullcontext()
     autocast = torch.is_autocast_enabled(p.y0.device.type)
     with torch.autocast(p.y0.device.type, enabled=False) if autocast else contextlib.nullcontext(), bar:
-        record = gradients.solve(made.engine, p, stats, made.gradient, made.needed, dense)
+        try:
+            record = gradients.solve(made.engine, p, stats, made.gradient, made.needed, dense)
+        except SolveError as error:
+            if engine != "auto" or meant == "julia" or not _may_go_natively(made, error):
+                raise
+            made = read("torch")
+            p, stats = made.problem, made.stats
+            stats.reason = f"Julia's solver failed: {error}"
+            log_once(native.NAME, stats.reason, p.method.name, made.gradient or "through the solver")
+            steps = _watch(p) if dense else None
+            record = gradients.solve(made.engine, p, stats, made.gradient, made.needed, dense)
         event_t, ys, ts = None, record.ys, p.t if t is own_t else own_t
         if event_fn is not None:
             event_t, y_event = (record.event, ys[1]) if transformed else _through_event(p, record, made)
@@ -285,6 +311,18 @@ def _solve(
         call.keep(made)
     interpolant = _interpolant(record, p, layout, event_t, blind) if dense else None
     return Solution(ts, layout.unflatten(ys), stats, event_t, interpolant, steps)
+
+
+def _may_go_natively(made: Made, error: SolveError) -> bool:
+    """Whether the native engine may get past where Julia's solver failed: with a method for stiff systems, of which
+    each engine has its own."""
+    p = made.problem
+    return (
+        made.engine is julia
+        and p.method.controlled
+        and not (p.compile or isinstance(p.f.f, JuliaFunction))
+        and not isinstance(error, (MaxStepsReached, EventNotFound))
+    )
 
 
 def _watch(p: ODEProblem) -> Steps | None:

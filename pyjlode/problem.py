@@ -172,6 +172,7 @@ class Field:
     ) -> None:
         self.f, self.shape, self.source, self.parts = f, shape, source, parts or {}
         self.program: Any = None  # of the compiled functions, once it was looked for
+        self.seen: Any = None  # where it was called, for those functions to be compared there
         self.flat = shape is None or len(shape) == 1
         self.nfe = 0
         self.watched = False  # nothing is known to need a gradient, and f is to say if something does
@@ -193,14 +194,14 @@ class Field:
         given = y
         y = y if self.flat else y.reshape(self.shape)  # type: ignore[arg-type]
         if self.watched or self.differentiates:
-            k = self._with_graph(t, y, given)
+            k = self.with_graph(t, y, given)
         else:
             try:
                 k = self.f(t, y)
             except RuntimeError as error:
                 if not self.wants_graph(error, y):
                     raise
-                k = self._with_graph(t, y, given)
+                k = self.with_graph(t, y, given)
         if self.shape is not None and k.shape != self.shape:
             raise self.changed(numbers.read(t), k)
         if self.probed is not None:
@@ -213,7 +214,12 @@ class Field:
         self.differentiates = not y.requires_grad and "does not require grad" in str(error)
         return self.differentiates
 
-    def _with_graph(self, t: Tensor, y: Tensor, given: Tensor) -> Tensor:
+    def with_graph(self, t: Tensor, y: Tensor, given: Tensor | None = None) -> Tensor:
+        """f(t, y), in its own shape, of a y that has a graph where f differentiates by it.
+
+        Args:
+            given: the flat tensor that y is a view of, where it is one.
+        """
         recorded = torch.is_grad_enabled()
         with torch.enable_grad():
             if self.differentiates and not y.requires_grad:

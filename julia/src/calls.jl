@@ -140,9 +140,10 @@ end
 "Lets Julia collect its garbage, or not, from now on; returns whether it did until now."
 call_collect(on::Int64) = Int64(GC.enable(on != 0))
 
-"The addresses of the above, as text: `name=address`, one after the other."
+"The addresses of the above, and of [`DONE`](@ref), as text: `name=address`, one after the other."
 function addresses()
     functions = (;
+        done = Base.unsafe_convert(Ptr{Int64}, DONE),
         failure = @cfunction(call_failure, Ptr{UInt8}, ()),
         field = @cfunction(call_field, Int64, (Int64, Ptr{Functions})),
         compiled_field = @cfunction(call_compiled_field, Int64, (Int64, Ptr{CompiledFunctions})),

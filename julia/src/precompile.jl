@@ -5,28 +5,28 @@ for T in (Float32, Float64)
     @eval begin
         function c_field(du::Ptr{$T}, u::Ptr{$T}, t::Cdouble)
             unsafe_store!(du, -unsafe_load(u))
-            return Cint(0)
+            return done!()
         end
         function c_vjp(out::Ptr{$T}, v::Ptr{$T}, u::Ptr{$T}, t::Cdouble)
             unsafe_store!(out, -unsafe_load(v))
-            return Cint(0)
+            return done!()
         end
         function c_margin(margin::Ptr{Cdouble}, u::Ptr{$T}, t::Cdouble)
             unsafe_store!(margin, Cdouble(unsafe_load(u)) - 0.5)
-            return Cint(0)
+            return done!()
         end
-        c_jacobian(J::Ptr{$T}, u::Ptr{$T}, t::Cdouble) = (unsafe_store!(J, -one($T)); Cint(0))
-        c_zero(dT::Ptr{$T}, u::Ptr{$T}, t::Cdouble) = (unsafe_store!(dT, zero($T)); Cint(0))
+        c_jacobian(J::Ptr{$T}, u::Ptr{$T}, t::Cdouble) = (unsafe_store!(J, -one($T)); done!())
+        c_zero(dT::Ptr{$T}, u::Ptr{$T}, t::Cdouble) = (unsafe_store!(dT, zero($T)); done!())
         # The Jacobian of -u is -1, and what multiplies -1 by a vector does so at v = 1.
         function linear_field(::Type{$T}; event::Bool = false)
-            vjp = @cfunction(c_vjp, Cint, (Ptr{$T}, Ptr{$T}, Ptr{$T}, Cdouble))
+            vjp = @cfunction(c_vjp, Cvoid, (Ptr{$T}, Ptr{$T}, Ptr{$T}, Cdouble))
             return Functions(
                 1, 1,
-                @cfunction(c_field, Cint, (Ptr{$T}, Ptr{$T}, Cdouble)),
-                @cfunction(c_jacobian, Cint, (Ptr{$T}, Ptr{$T}, Cdouble)),
-                @cfunction(c_zero, Cint, (Ptr{$T}, Ptr{$T}, Cdouble)),
+                @cfunction(c_field, Cvoid, (Ptr{$T}, Ptr{$T}, Cdouble)),
+                @cfunction(c_jacobian, Cvoid, (Ptr{$T}, Ptr{$T}, Cdouble)),
+                @cfunction(c_zero, Cvoid, (Ptr{$T}, Ptr{$T}, Cdouble)),
                 vjp, vjp, vjp,
-                event ? @cfunction(c_margin, Cint, (Ptr{Cdouble}, Ptr{$T}, Cdouble)) : C_NULL,
+                event ? @cfunction(c_margin, Cvoid, (Ptr{Cdouble}, Ptr{$T}, Cdouble)) : C_NULL,
             )
         end
     end

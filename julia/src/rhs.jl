@@ -12,8 +12,8 @@ const PINNED = 32
 """
     Field{T}(n; f, jac, tgrad, jvp, vjp, vjp_p, event, parameters)
 
-A vector field over `n` numbers of type `T`, by the addresses of C functions (0 where there is none). All return 0, or
-another number to give the solve up:
+A vector field over `n` numbers of type `T`, by the addresses of C functions (0 where there is none), which return
+nothing. As their last act they set [`DONE`](@ref) to 1; one that does not gives the solve up:
 
     f(du, u, t)          jac(J, u, t)         tgrad(dT, u, t)        event(margin, u, t)
     jvp(out, v, u, t)    vjp(out, v, u, t)    vjp_p(out, v, u, t)
@@ -75,22 +75,30 @@ pin!(::Field, ::AbstractArray) = false
 "Numbers of `T`, contiguous: what C functions can be given. Dual numbers, for one, are not."
 const Plain{T} = StridedArray{T}
 
-check(status::Cint) = status == 0 ? nothing : throw(Abandoned())
+"""
+1 where the callback that was called last has come to its end, which it says itself (`done!`). What it returns would not
+tell: a caller whose language has exceptions may leave it by one before its first statement.
+"""
+const DONE = Ref{Int64}(0)
+done!() = (DONE[] = 1; nothing)
+check() = DONE[] == 1 ? nothing : throw(Abandoned())
 
 function call(f::Ptr{Cvoid}, out, u, t)
+    DONE[] = 0
     GC.@preserve out u begin
-        check(@ccall $f(pointer(out)::Ptr{Cvoid}, pointer(u)::Ptr{Cvoid}, t::Cdouble)::Cint)
+        @ccall $f(pointer(out)::Ptr{Cvoid}, pointer(u)::Ptr{Cvoid}, t::Cdouble)::Cvoid
     end
+    return check()
 end
 
 function call(f::Ptr{Cvoid}, out, v, u, t)
+    DONE[] = 0
     GC.@preserve out v u begin
-        check(
-            @ccall $f(
-                pointer(out)::Ptr{Cvoid}, pointer(v)::Ptr{Cvoid}, pointer(u)::Ptr{Cvoid}, t::Cdouble
-            )::Cint
-        )
+        @ccall $f(
+            pointer(out)::Ptr{Cvoid}, pointer(v)::Ptr{Cvoid}, pointer(u)::Ptr{Cvoid}, t::Cdouble
+        )::Cvoid
     end
+    return check()
 end
 
 struct RHS{T}

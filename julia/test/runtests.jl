@@ -14,53 +14,53 @@ function oscillator(du::Ptr{T}, u::Ptr{T}, t::Cdouble) where {T}
     x, v = unsafe_load(u, 1), unsafe_load(u, 2)
     unsafe_store!(du, v, 1)
     unsafe_store!(du, -x - T(FRICTION[]) * v, 2)
-    return Cint(0)
+    return PyJLODE.done!()
 end
 
 function jacobian(J::Ptr{T}, u::Ptr{T}, t::Cdouble) where {T}
     for (i, value) in enumerate((0, -1, 1, -FRICTION[]))  # column by column
         unsafe_store!(J, T(value), i)
     end
-    return Cint(0)
+    return PyJLODE.done!()
 end
 
-no_time(dT::Ptr{T}, u::Ptr{T}, t::Cdouble) where {T} = (unsafe_store!(dT, zero(T), 1); unsafe_store!(dT, zero(T), 2); Cint(0))
+no_time(dT::Ptr{T}, u::Ptr{T}, t::Cdouble) where {T} = (unsafe_store!(dT, zero(T), 1); unsafe_store!(dT, zero(T), 2); PyJLODE.done!())
 
 function product(out::Ptr{T}, v::Ptr{T}, u::Ptr{T}, t::Cdouble) where {T}
     a, b = unsafe_load(v, 1), unsafe_load(v, 2)
     unsafe_store!(out, -b, 1)
     unsafe_store!(out, a - T(FRICTION[]) * b, 2)
-    return Cint(0)
+    return PyJLODE.done!()
 end
 
 function parameter_product(out::Ptr{T}, v::Ptr{T}, u::Ptr{T}, t::Cdouble) where {T}
     unsafe_store!(out, -unsafe_load(v, 2) * unsafe_load(u, 2))
-    return Cint(0)
+    return PyJLODE.done!()
 end
 
 function height(margin::Ptr{Cdouble}, u::Ptr{T}, t::Cdouble) where {T}
     unsafe_store!(margin, Cdouble(unsafe_load(u, 1)))
-    return Cint(0)
+    return PyJLODE.done!()
 end
 
-failing(du::Ptr{T}, u::Ptr{T}, t::Cdouble) where {T} = Cint(t > 0.5)
+failing(du::Ptr{T}, u::Ptr{T}, t::Cdouble) where {T} = t > 0.5 ? nothing : PyJLODE.done!()
 
 "C function pointers of the above; each must be written out, since @cfunction wants its types literally."
 pointers(::Type{Float64}) = (
-    f = @cfunction(oscillator, Cint, (Ptr{Float64}, Ptr{Float64}, Cdouble)),
-    jac = @cfunction(jacobian, Cint, (Ptr{Float64}, Ptr{Float64}, Cdouble)),
-    tgrad = @cfunction(no_time, Cint, (Ptr{Float64}, Ptr{Float64}, Cdouble)),
-    vjp = @cfunction(product, Cint, (Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Cdouble)),
-    vjp_p = @cfunction(parameter_product, Cint, (Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Cdouble)),
-    event = @cfunction(height, Cint, (Ptr{Cdouble}, Ptr{Float64}, Cdouble)),
+    f = @cfunction(oscillator, Cvoid, (Ptr{Float64}, Ptr{Float64}, Cdouble)),
+    jac = @cfunction(jacobian, Cvoid, (Ptr{Float64}, Ptr{Float64}, Cdouble)),
+    tgrad = @cfunction(no_time, Cvoid, (Ptr{Float64}, Ptr{Float64}, Cdouble)),
+    vjp = @cfunction(product, Cvoid, (Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Cdouble)),
+    vjp_p = @cfunction(parameter_product, Cvoid, (Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Cdouble)),
+    event = @cfunction(height, Cvoid, (Ptr{Cdouble}, Ptr{Float64}, Cdouble)),
 )
 pointers(::Type{Float32}) = (
-    f = @cfunction(oscillator, Cint, (Ptr{Float32}, Ptr{Float32}, Cdouble)),
-    jac = @cfunction(jacobian, Cint, (Ptr{Float32}, Ptr{Float32}, Cdouble)),
-    tgrad = @cfunction(no_time, Cint, (Ptr{Float32}, Ptr{Float32}, Cdouble)),
-    vjp = @cfunction(product, Cint, (Ptr{Float32}, Ptr{Float32}, Ptr{Float32}, Cdouble)),
-    vjp_p = @cfunction(parameter_product, Cint, (Ptr{Float32}, Ptr{Float32}, Ptr{Float32}, Cdouble)),
-    event = @cfunction(height, Cint, (Ptr{Cdouble}, Ptr{Float32}, Cdouble)),
+    f = @cfunction(oscillator, Cvoid, (Ptr{Float32}, Ptr{Float32}, Cdouble)),
+    jac = @cfunction(jacobian, Cvoid, (Ptr{Float32}, Ptr{Float32}, Cdouble)),
+    tgrad = @cfunction(no_time, Cvoid, (Ptr{Float32}, Ptr{Float32}, Cdouble)),
+    vjp = @cfunction(product, Cvoid, (Ptr{Float32}, Ptr{Float32}, Ptr{Float32}, Cdouble)),
+    vjp_p = @cfunction(parameter_product, Cvoid, (Ptr{Float32}, Ptr{Float32}, Ptr{Float32}, Cdouble)),
+    event = @cfunction(height, Cvoid, (Ptr{Cdouble}, Ptr{Float32}, Cdouble)),
 )
 
 matrix() = [0 1; -1 -FRICTION[]]
@@ -180,7 +180,7 @@ end
     end
 
     @testset "a callback that gives up" begin
-        f = @cfunction(failing, Cint, (Ptr{Float64}, Ptr{Float64}, Cdouble))
+        f = @cfunction(failing, Cvoid, (Ptr{Float64}, Ptr{Float64}, Cdouble))
         field = Field{Float64}(2; f)
         @test_throws PyJLODE.Abandoned run(field, "Tsit5()", [0.0, 1.0])
         @test run(Float64, "Tsit5()", [0.0, 1.0]).code == "Success"

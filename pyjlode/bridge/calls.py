@@ -68,12 +68,16 @@ class Calls:
     Args:
         addresses: of each function, by name.
 
+    Attributes:
+        done: what a callback sets to 1 as its last act; else Julia takes it that it failed.
+
     Raises:
         JuliaError: of all methods, what Julia raised, by its text.
     """
 
     def __init__(self, addresses: dict[str, int]) -> None:
         self._c = {name: ctypes.PYFUNCTYPE(*types)(addresses[name]) for name, types in _SIGNATURES.items()}
+        self.done = _I.from_address(addresses["done"])
         self._dropped: list[int] = []
 
     def release_dropped(self) -> None:

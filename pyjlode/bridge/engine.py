@@ -15,7 +15,7 @@ from .. import ends, forward
 from ..errors import BadOption, NonFiniteState, NotCompiled, NotConverged, SolveError, StepSizeTooSmall
 from ..gradients import Gradients, time_gradient
 from ..methods import Method, hairer
-from ..problem import NO_OPTIONS, AdjointSettings, ODEProblem, SolverOptions, like
+from ..problem import NO_OPTIONS, AdjointSettings, Field, ODEProblem, SolverOptions, like
 from ..solution import Stats
 from . import runtime
 from .calls import Calls, Held
@@ -91,6 +91,9 @@ class DenseOutput:
 
     def __init__(self, rhs: Callbacks, solve: Held) -> None:
         self.rhs, self.solve = rhs, solve
+
+    def __reduce__(self) -> Any:
+        return self.solve.__reduce__()  # says why not
 
     def __call__(self, times: Tensor) -> Tensor:
         """Times of shape (M,) -> states of shape (M, n)."""
@@ -203,9 +206,12 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     a, theta = torch.zeros_like(p.y0), torch.zeros(rhs.params.size, dtype=p.y0.dtype)
     o = settings.options
     request = AdjointRequest(first_step=o.first_step or 0.0, **_stepping(settings.method, o))
-    request.lend(du0=a, dp=theta, g=g.contiguous())
+    # The adjoint is linear in its cotangents: solved with the largest of them 1, it does not depend on their unit.
+    scale = float(g.abs().max())
+    scale = scale if 0.0 < scale < math.inf else 1.0
+    request.lend(du0=a, dp=theta, g=(g / scale).contiguous())
     request.lend_numbers(times=times, stops=o.step_t, jumps=o.jump_t)
-    request.lend_tolerances(settings.rtol, settings.atol)
+    request.lend_tolerances(settings.rtol, _adjoint_atol(settings, record.ys))
     with torch.no_grad(), runtime.julia() as calls:
         runtime.sensitivity()
         outcome = _call(
@@ -217,11 +223,24 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
             request,
         )
     if not isinstance(rhs, RHS):
-        p.f.nfe += outcome.nf
+        count(p.f, outcome.nf)
     if not _succeeded(outcome):
         backward = like(p, method=settings.method, options=o, times=times[::-1], event_fn=None)
         raise _failure(outcome, backward, f"the backward solve of adjoint={memory.gradient!r}: ")
+    a, theta = a * scale, theta * scale
     return Gradients(a + g[0], time_gradient(p, record, g, a, p.f), rhs.parameter_gradients(theta))
+
+
+def _adjoint_atol(settings: AdjointSettings, ys: Tensor) -> Tensor:
+    """The absolute tolerance of an adjoint whose largest cotangent is 1.
+
+    That of the settings has the state's unit: it says below which part of the state, `atol / rtol`, errors no longer
+    count in proportion. So it does for the adjoint; but more than a thousandth of its largest part always counts.
+    """
+    largest = float(ys.abs().max()) or 1.0
+    rtol, atol = (torch.as_tensor(x, dtype=torch.float64) for x in (settings.rtol, settings.atol))
+    part = (atol / (rtol * largest)).nan_to_num(1.0).clamp(1e-3, 1.0)
+    return torch.where(rtol > 0, rtol * part, atol)
 
 
 def prefers_forward(p: ODEProblem) -> bool:
@@ -284,12 +303,19 @@ def _solve(
         else:
             rhs = _field(calls, p, gradient, stats, of)
             solution, outcome = _call(rhs, calls.solve, rhs.field, algorithm, request)
+            try:
+                known = len(p.times) if _succeeded(outcome) and p.event_fn is None else 1
+                rhs.look_back(p.times[:known], out.detach()[:known])
+            except NotCompiled:
+                if p.compile:
+                    raise
+                return _solve(p, stats, gradient, dense, of)
             if p.repeats is not None and not (rhs.functions or dense or gradient):
                 rhs.repeat(calls, algorithm, request)
     if isinstance(rhs, RHS):
         rhs.check_kept()
     else:
-        (of or p).f.nfe += outcome.nf
+        count((of or p).f, outcome.nf)
     _look_at(outcome, p, stats)
     event_t = outcome.event_time
     kept = DenseOutput(rhs, solution) if solution and dense else None
@@ -297,6 +323,18 @@ def _solve(
     if p.event_fn is not None and record.event_t is None:
         raise ends.no_event(p, outcome.t, outcome.dt)
     return record, rhs, solution
+
+
+def count(f: Field, calls: int) -> None:
+    """Note calls of a field that is not called back: for itself, and where the user's function counts its calls."""
+    f.nfe += calls
+    if f.program is not None:
+        program, source = f.program
+        for slot, step in zip(source.counters, program.trace.steps):
+            slot.set(slot.get() + calls * step)
+        for i, step in program.trace.adds.items():
+            with torch.no_grad():
+                source.tensors[i].add_(calls * step)
 
 
 def _stepping(method: Method, o: SolverOptions) -> dict[str, float]:
@@ -336,7 +374,7 @@ def _again(p: ODEProblem, stats: Stats, name: str) -> Tensor | None:
     try:
         with torch.no_grad(), runtime.julia() as calls:
             out, outcome = repeated.solve(calls, p)
-        p.f.nfe += outcome.nf
+        count(p.f, outcome.nf)
         _look_at(outcome, p, stats)
     except BaseException:
         p.repeats.pop(name, None)
@@ -366,7 +404,7 @@ def _field(calls: Calls, p: ODEProblem, gradient: str | None, stats: Stats, of: 
     except NotCompiled as error:
         if p.compile:
             raise
-        stats.not_compiled = str(error)
+        stats.compiled, stats.not_compiled = "", str(error)
         log.info("f is called back: %s", error)
         return RHS(calls, p, gradient)
     stats.compiled = compiled.program.mode

@@ -6,8 +6,9 @@ import contextlib
 import ctypes
 import functools
 import sys
+import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from .calls import Calls, Held
 from .function import JuliaFunction
 from .memory import Clock, Functions, Request, Views, look
 
-_PLAIN = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double)
-_PRODUCT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double)
+_PLAIN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double)
+_PRODUCT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double)
 
 # A margin of no sign yet: large, and finite for the root finder.
 _FAR = 1e300
@@ -32,22 +33,25 @@ _FAR = 1e300
 class Callbacks:
     """C functions of a problem that Julia calls.
 
-    An exception in one of them cannot pass through Julia's solver: it is kept in `error`, the function returns 1, on
-    which Julia abandons the solve, and `raise_error` raises it in Python. Ctrl-C while Julia computes is an exception
-    in the next function before its first statement, where nothing can catch it: it arrives in `lost`, by `listening`,
-    and the function after that one raises it.
+    An exception in one of them cannot pass through Julia's solver: it is kept in `error`, and `raise_error` raises it
+    in Python. Julia abandons the solve, since the function did not say as its last act that it is done. An exception
+    of a signal handler's (Ctrl-C, a time limit) can come before the first statement, where nothing can catch it: then
+    it arrives in `error` by `listening`.
+
+    Args:
+        calls: the functions of PyJLODE.jl.
     """
 
-    def __init__(self, p: ODEProblem) -> None:
-        self.p = p
+    def __init__(self, calls: Calls, p: ODEProblem) -> None:
+        self.p, self.done = p, calls.done
         self.n, self.dtype = p.y0.numel(), p.y0.dtype
         self.error: BaseException | None = None
-        self.lost: list[BaseException] = []
         self.functions: dict[str, Any] = {}
+        self.callables: list[Callable[..., None]] = []
         self.field: Held
         if p.event_fn is not None:
             self.margin = Margin(p)
-            self.functions["event"] = _PLAIN(self.guard("event"))
+            self.functions["event"] = self.function(_PLAIN, self.guard("event"))
 
     @functools.cached_property
     def params(self) -> Layout:
@@ -61,12 +65,13 @@ class Callbacks:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within this context: what ctypes would otherwise print, a KeyboardInterrupt that no function caught."""
-        before = sys.unraisablehook
+        """Within this context: what ctypes would otherwise print, an exception that no function caught."""
+        before, here = sys.unraisablehook, threading.get_ident()
 
         def hook(what: sys.UnraisableHookArgs) -> None:
-            if isinstance(what.exc_value, KeyboardInterrupt):
-                self.lost.append(what.exc_value)
+            ours = threading.get_ident() == here and (what.object in self.callables or "ctypes" in (what.err_msg or ""))
+            if ours and what.exc_value is not None:
+                self.error = self.error or what.exc_value
             else:
                 before(what)
 
@@ -75,8 +80,6 @@ class Callbacks:
             yield
         finally:
             sys.unraisablehook = before
-        if self.lost:
-            raise self.lost.pop()
 
     def raise_error(self) -> None:
         """Raise what a callback raised, if one did, with its own traceback."""
@@ -84,23 +87,30 @@ class Callbacks:
             error, self.error = self.error, None
             raise error
 
-    def guard(self, name: str) -> Callable[..., int]:
-        """The method of that name as a C function can have it. It does not hold this object, which holds it."""
-        ref = weakref.ref(self)
+    def function(self, kind: Any, f: Callable[..., None]) -> Any:
+        """A Python function as a C function."""
+        self.callables.append(f)
+        return kind(f)
 
-        def guarded(*args: Any) -> int:
-            this = ref()
-            assert this is not None
+    def guard(self, name: str) -> Callable[..., None]:
+        """The method of that name as a C function can have it. It does not hold this object, which holds it."""
+        ref, done = weakref.ref(self), self.done
+
+        def guarded(*args: Any) -> None:
             try:
-                if this.lost:
-                    raise this.lost.pop()
+                this = ref()
+                assert this is not None
                 getattr(this, name)(*args)
+                done.value = 1
             except BaseException as error:
-                this.error = error
-                return 1
-            return 0
+                done.value = 0
+                if (this := ref()) is not None:
+                    this.error = error
 
         return guarded
+
+    def look_back(self, times: Sequence[float], states: Tensor) -> None:
+        """After a solve, with the states at the output times, shape (T, n)."""
 
     def repeat(self, calls: Calls, algorithm: Held, request: Request) -> None:
         """Keep what makes the next such solve faster: nothing, where Python is called back."""
@@ -122,7 +132,7 @@ class Source(Callbacks):
     """A field that is Julia code: only its event function is called back."""
 
     def __init__(self, calls: Calls, p: ODEProblem, f: JuliaFunction) -> None:
-        super().__init__(p)
+        super().__init__(calls, p)
         theta = f.params.detach().to(self.dtype).contiguous()
         self.field = calls.source(self.dtype, self.n, f.handle, theta, self.pointers.get("event", 0))
 
@@ -136,17 +146,14 @@ class RHS(Callbacks):
     """
 
     def __init__(self, calls: Calls, p: ODEProblem, gradient: str | None) -> None:
-        super().__init__(p)
+        super().__init__(calls, p)
         self.joint = gradient in ("interpolating", "backsolve")  # both products are asked for, one after the other
         self.pending: list[Tensor | None] | None = None
-        self.views = Views(p.f.shape or torch.Size([self.n]), self.dtype)
+        self.views = Views(torch.Size([self.n]) if p.f.shape is None else p.f.shape, self.dtype)
         self.functions |= {
-            "f": _PLAIN(self.f()),
-            "jac": _PLAIN(self.guard("jac")),
-            "tgrad": _PLAIN(self.guard("tgrad")),
-            "jvp": _PRODUCT(self.guard("jvp")),
-            "vjp": _PRODUCT(self.guard("vjp")),
-            "vjp_p": _PRODUCT(self.guard("vjp_p")),
+            "f": self.function(_PLAIN, self.f()),
+            **{name: self.function(_PLAIN, self.guard(name)) for name in ("jac", "tgrad")},
+            **{name: self.function(_PRODUCT, self.guard(name)) for name in ("jvp", "vjp", "vjp_p")},
         }
         parameters = self.params.size if gradient else 0
         self.field = calls.field(self.dtype, Functions(n=self.n, parameters=parameters, **self.pointers))
@@ -161,30 +168,43 @@ class RHS(Callbacks):
                 "which is overwritten as the solve goes on: keep h.clone(). (This warning is shown once.)",
             )
 
-    def f(self) -> Callable[[int, int, float], int]:
+    def look_back(self, times: Sequence[float], states: Tensor) -> None:
+        if self.p.f.seen:
+            from .codegen.program import look_again  # half the cost of importing this package
+
+            look_again(self.p.f, times, states, self.p.y0)
+
+    def f(self) -> Callable[[int, int, float], None]:
         # The innermost call of all: one Python function, and every name that it uses a local one.
         views, field, dtype, clock = self.views, self.p.f, self.dtype, Clock(self.dtype)
-        f, shape, ref, lost = field.f, self.views.shape, weakref.ref(self), self.lost
+        f, shape, ref, done = field.f, self.views.shape, weakref.ref(self), self.done
+        note = field.seen[0].note if field.seen else None
 
-        def call(du: int, u: int, t: float) -> int:
-            nonlocal clock
+        def call(du: int, u: int, t: float) -> None:
+            nonlocal clock, f
             try:
-                if lost:
-                    raise lost.pop()
-                field.nfe += 1
+                nfe = field.nfe = field.nfe + 1
                 clock.cell.value = t
-                k = f(clock.tensor, views[u])
+                y = views[u]
+                try:
+                    k = f(clock.tensor, y)
+                except RuntimeError as error:
+                    if not field.wants_graph(error, y):
+                        raise
+                    f = field.with_graph
+                    k = f(clock.tensor, y)
                 if k.shape != shape:
                     raise field.changed(t, k)
+                if note and nfe & (nfe - 1) == 0:
+                    note(t, y.reshape(-1))
                 views[du].copy_(k)
                 if clock.kept():
                     clock = Clock(dtype)
+                done.value = 1
             except BaseException as error:
-                this = ref()
-                assert this is not None
-                this.error = error
-                return 1
-            return 0
+                done.value = 0
+                if (this := ref()) is not None:
+                    this.error = error
 
         return call
 

@@ -57,9 +57,24 @@ _runtime = Runtime()
 SETUP = "Run `pyjlode setup` once to install it (or set PYTHON_JULIACALL_EXE and PYTHON_JULIACALL_PROJECT)."
 
 
-@functools.cache
 def find() -> Found | str:
-    """Where Julia is set up for PyJLODE, or why it is not, in words. Starts nothing and installs nothing."""
+    """Where Julia is set up for PyJLODE, or why it is not to be had, in words. Starts nothing and installs nothing."""
+    return _FORKED if _is_fork() else _find()
+
+
+_FORKED = (
+    "Julia was started in the parent of this process and does not live on in a fork of it. Start the process by "
+    "'spawn' (DataLoader: multiprocessing_context='spawn'), or use engine='torch' here."
+)
+
+
+def _is_fork() -> bool:
+    """Whether this is a fork of the process that Julia was started in."""
+    return _runtime.pid != 0 and os.getpid() != _runtime.pid
+
+
+@functools.cache
+def _find() -> Found | str:
     executable, project = os.getenv("PYTHON_JULIACALL_EXE"), os.getenv("PYTHON_JULIACALL_PROJECT")
     if executable and project:
         for path in (executable, project):
@@ -97,7 +112,8 @@ def image(project: str) -> str | None:
 
 
 def started() -> bool:
-    return _runtime.calls is not None
+    """Whether Julia runs in this process."""
+    return _runtime.calls is not None and not _is_fork()
 
 
 def seconds() -> dict[str, float]:
@@ -112,16 +128,13 @@ def julia() -> Iterator[Calls]:
     Raises:
         EngineUnavailable: Julia is not set up or did not start, or this is a fork of the process that it started in.
     """
+    if _is_fork():  # where another thread of the parent may have held the lock, and nobody will give it back
+        raise EngineUnavailable(_FORKED)
     with _runtime.lock:
         if _runtime.calls is None:
             _start()
         calls = _runtime.calls
         assert calls is not None
-        if os.getpid() != _runtime.pid:
-            raise EngineUnavailable(
-                "Julia was started in the parent of this process and does not live on in a fork of it. Start the "
-                "process by 'spawn' (DataLoader: multiprocessing_context='spawn'), or use engine='torch' here."
-            )
         calls.release_dropped()
         if threading.get_ident() == _runtime.thread:
             yield calls
@@ -186,6 +199,7 @@ def _start() -> None:
     if built := image(found.project):
         os.environ.setdefault("PYTHON_JULIACALL_SYSIMAGE", built)
     start = time.perf_counter()
+    _runtime.pid, _runtime.thread = os.getpid(), threading.get_ident()
     try:
         with warnings.catch_warnings():
             # It warns whenever torch was imported first, which here is always; the crash that it speaks of came of
@@ -197,12 +211,12 @@ def _start() -> None:
         main.seval("import PyJLODE")
         addresses = dict(pair.split("=") for pair in main.seval("PyJLODE.addresses()").split())
     except Exception as error:
+        _runtime.pid = 0
         raise EngineUnavailable(
             f"Julia ({found.executable}, found by {found.source}) did not start: {error}. `pyjlode doctor` says more."
         ) from error
     _runtime.main = main
     _runtime.calls = Calls({name: int(address) for name, address in addresses.items()})
-    _runtime.pid, _runtime.thread = os.getpid(), threading.get_ident()
     _runtime.seconds.update(juliacall=loaded - start, solvers=time.perf_counter() - loaded)
     main.seval(f"PyJLODE.BLAS.set_num_threads({torch.get_num_threads()})")
     if blas := _torch_blas():

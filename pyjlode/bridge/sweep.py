@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -39,8 +40,9 @@ class _Parts(TorchFunctionMode):
 class Sweep:
     """Systems that lie in a batch.
 
-    A tensor that f holds and that has the batch's shape in front holds a part for each system, and so the field of one
-    system is f with these parts: f is called for a batch of one.
+    The field of one system is f, called for a batch of one, with that system's parts of the tensors that f holds. Which
+    of these lie there in parts, one for each system, shows f itself: where the parts of the other systems change, the
+    first system's slope does not.
 
     Args:
         p: with a `batch` of systems.
@@ -59,10 +61,19 @@ class Sweep:
         self.p = p
         shape, dims = p.layout.shapes[0], p.options.batch_dims
         batch, one = shape[:dims], (slice(0, 1),) * dims
-        tensors = held_by(p.f).tensors
-        self.held = [x.detach() for x in tensors]
-        self.varying = [x.shape[:dims] == batch for x in tensors]
-        parts = {id(x): y[one] if varying else y for x, y, varying in zip(tensors, self.held, self.varying)}
+        source = held_by(p.f)
+        self.known = (source.key, shape, dims, p.y0.dtype)
+        self.held = [x.detach() for x in source.tensors]
+        may_vary = [i for i, x in enumerate(source.tensors) if x.shape[:dims] == batch]
+        if self.known not in _apart:
+            if len(_apart) >= _KEPT:
+                _apart.clear()
+            _apart[self.known] = frozenset(i for i in may_vary if self._is_apart(source.tensors[i]))
+            self.proven = False
+        else:
+            self.proven = True
+        self.varying = [i in _apart[self.known] for i in range(len(self.held))]
+        parts = {id(x): y[one] if varying else y for x, y, varying in zip(source.tensors, self.held, self.varying)}
         f = p.f.f
 
         def of_one(t: Tensor, h: Tensor) -> Tensor:
@@ -79,6 +90,33 @@ class Sweep:
             layout=Layout(y0),
             batch=1,
         )
+
+    def _is_apart(self, x: Tensor) -> bool:
+        """Whether the first system has no part in the rest of a tensor, at some points of the solve."""
+        size = self.p.y0.numel() // self.p.batch
+        other = x.detach().clone(memory_format=torch.contiguous_format)
+        rest = other.view(self.p.batch, -1)[1:]
+        rest += (rest.abs() + 1) * torch.randn(rest.shape, generator=_random()).to(rest)
+        near = 64 * torch.finfo(self.p.y0.dtype).eps
+        for t, h in self._points():
+            want, got = self.p.f(t, h)[:size], self._with({id(x): other}, t, h)[:size]
+            if not torch.allclose(want, got, rtol=near, atol=0.0, equal_nan=True):
+                return False
+        return True
+
+    def _with(self, parts: dict[int, Tensor], t: Tensor, h: Tensor) -> Tensor:
+        with _Parts(parts):
+            return self.p.f(t, h)
+
+    def _points(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All over the times of the solve, with the states of all systems moved in every direction."""
+        p, random = self.p, _random()
+        y0 = p.y0.detach()
+        scale = y0.abs()
+        scale = torch.where(scale > 0, scale, float(scale.max()) or 1.0)
+        for part, far in ((0.35, 1.0), (0.9, 0.01)):
+            move = far * torch.randn(y0.shape, generator=random).to(y0)
+            yield p.time(p.times[0] + part * (p.times[-1] - p.times[0])), y0 + scale * move
 
     def solve(self, calls: Calls, compiled: Any, algorithm: Held, request: Request) -> Outcome:
         """Solve them all.
@@ -103,10 +141,36 @@ class Sweep:
         systems.lend(places=torch.cat(places), slopes=slopes)
         if values:
             systems.lend(values=torch.cat(values, dim=1))
+        if not self.proven:
+            try:
+                self._prove(compiled)
+            except NotCompiled:
+                _apart.pop(self.known, None)
+                raise
         outcome = calls.sweep(compiled.field, algorithm, request, systems)
         if p.f0 is not None:
             self._compare(compiled, slopes)
         return outcome
+
+    def _prove(self, compiled: Any) -> None:
+        """Compare some of the systems, each by itself, with f for all of them, away from the start."""
+        p, own = self.p, compiled.own
+        size = p.y0.numel() // p.batch
+        some = torch.linspace(0, p.batch - 1, min(p.batch, _PROVEN)).round().long().tolist()
+        slots = compiled.program.trace.slots
+        address = compiled.addresses["f"]
+        for t, h in self._points():
+            want = p.f(t, h)
+            for i in some:
+                for slot, part in zip(slots, own.parts):
+                    if self.varying[slot]:
+                        part.copy_(self.held[slot].reshape(p.batch, -1)[i].view(part.shape))
+                u = h[i * size : (i + 1) * size].contiguous()
+                got = compiled.call(address, torch.empty_like(u), float(t), u)
+                try:
+                    compiled.compare("f", got, want[i * size : (i + 1) * size], u)
+                except NotCompiled as error:
+                    raise _not_independent(i, error) from error
 
     def _compare(self, compiled: Any, slopes: Tensor) -> None:
         p, shape = self.p, (self.p.batch, -1)
@@ -116,7 +180,23 @@ class Sweep:
         except NotCompiled as error:
             differ = (slopes - p.f0.detach()).abs().view(shape).amax(1)
             worst = int(differ.nan_to_num(math.inf).argmax())
-            raise NotCompiled(
-                f"the systems are not each f with its own part of what f holds (see system {worst}): a tensor counts "
-                f"as one part for each system where its shape begins with the batch's. {error}"
-            ) from error
+            raise _not_independent(worst, error) from error
+
+
+def _not_independent(system: int, error: NotCompiled) -> NotCompiled:
+    return NotCompiled(
+        f"the systems are not each f with its own part of what f holds (see system {system}): a tensor counts as one "
+        f"part for each system where its shape begins with the batch's, and no system changes with another's part. "
+        f"{error}"
+    )
+
+
+def _random() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+# Of fields and batches, which of the tensors that they hold lie in parts, by their places.
+_apart: dict[tuple[Any, ...], frozenset[int]] = {}
+_KEPT = 64
+# Systems of a batch that are compared one by one.
+_PROVEN = 16

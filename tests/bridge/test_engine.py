@@ -470,3 +470,93 @@ def test_julia_function_for_a_look_and_its_mistakes():
         odeint(f, u, T, engine="torch")
     with torch.no_grad():
         assert solve(f, u, T).stats.nfe > 10
+
+
+def seir(beta, sigma, gamma):
+    def f(t, h):
+        S, E, I, _ = h.unbind()
+        new = beta * S * I / h.sum()
+        return torch.stack([-new, new - sigma * E, sigma * E - gamma * I, gamma * I])
+
+    return f
+
+
+@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("adjoint", ["gauss", "interpolating", "quadrature", "backsolve"])
+def test_an_adjoint_does_not_depend_on_units(adjoint, compile):
+    """Populations of millions, and a loss of their parts: the adjoint is small, and its error is in proportion."""
+    people = 14e6
+    p = torch.tensor([0.45, 0.2, 0.15], dtype=F64, requires_grad=True)
+    h0 = torch.tensor([people - 100, 60.0, 40.0, 0.0], dtype=F64)
+    t = torch.linspace(0, 120, 13, dtype=F64)
+
+    def gradient(unit=1.0, **kwargs):
+        h = odeint(seir(*p), h0, t, **{"rtol": 1e-6, "atol": 1e-6, **kwargs})
+        return torch.autograd.grad(unit * (h / people).square().sum(), p)[0] / unit
+
+    want = gradient(engine="torch", rtol=1e-10, atol=1e-10)
+    julia = {"engine": "julia", "method": "tsit5", "adjoint": adjoint, "compile": compile}
+    got = gradient(**julia)
+    assert torch.allclose(got, want, rtol=2e-3, atol=2e-3 * float(want.abs().max()))
+    assert torch.allclose(gradient(1e-9, **julia), got, rtol=1e-12)
+    assert torch.allclose(gradient(1e9, **julia), got, rtol=1e-12)
+
+
+@pytest.mark.parametrize("adjoint", [False, "gauss", "interpolating", "forward"])
+def test_real_and_complex_states_together(adjoint):
+    w = torch.tensor(0.7, dtype=F64, requires_grad=True)
+
+    def f(t, s):
+        x, z = s
+        return -w * x * z.abs(), 1j * w * z + x.sum()
+
+    def gradient(**kwargs):
+        x0 = torch.ones(2, dtype=F64, requires_grad=True)
+        z0 = torch.tensor([1 + 1j], requires_grad=True)  # of half the precision
+        x, z = odeint(f, (x0, z0), T[:4], **kwargs, **TOL)
+        loss = x[-1].sum() + (z[-1] * z[-1].conj()).real.sum()
+        return torch.autograd.grad(loss, [x0, z0, w])
+
+    want = gradient(engine="torch", adjoint=False)
+    kwargs = {"engine": "torch"} if adjoint is False else {"engine": "julia", "method": "tsit5"}
+    for a, b in zip(gradient(adjoint=adjoint, **kwargs), want):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_one_number_keeps_its_shape():
+    shapes = set()
+
+    def f(t, h):
+        shapes.add(tuple(h.shape))
+        return -h
+
+    h = odeint(f, torch.tensor(1.0, dtype=F64), T, engine="julia", compile=False, **TOL)
+    assert shapes == {()}
+    assert torch.allclose(h, torch.exp(-T), atol=1e-8)
+
+
+def test_where_julias_stiff_solver_fails_the_native_engine_tries(monkeypatch):
+    """As Julia's bdf and radau5 fail with some mass matrices."""
+    monkeypatch.delenv("PYJLODE_ENGINE")
+    f, h0 = (lambda t, h: -h), torch.ones(2, dtype=F64)
+    inner = pyjlode.bridge.engine.solve
+
+    def fails(p, stats, **kwargs):
+        inner(p, stats, **kwargs)
+        raise errors.StepSizeTooSmall("no step succeeds", t=0.1, dt=1e-9)
+
+    monkeypatch.setattr(pyjlode.bridge.engine, "solve", fails)
+    solution = solve(f, h0, T, method="radau5")
+    assert solution.stats.engine == "torch"
+    assert "Julia's solver failed: no step succeeds" in solution.stats.reason
+    assert torch.allclose(solution.h, torch.exp(-T)[:, None].expand(7, 2), atol=1e-6)
+    for kwargs in ({"engine": "julia", "method": "radau5"}, {"method": "tsit5"}, {"compile": True, "method": "radau5"}):
+        with pytest.raises(errors.StepSizeTooSmall):
+            odeint(f, h0, T, **kwargs)
+
+
+def test_forward_of_a_stiff_method_says_what_it_is_not():
+    p = torch.tensor(0.7, dtype=F64, requires_grad=True)
+    f = lambda t, h: -p * h  # noqa: E731
+    stats = [solve(f, H0, T, engine="julia", method="rodas5p", adjoint="forward").stats for _ in range(2)]
+    assert "sensitivities of a method for stiff systems" in stats[-1].not_compiled

@@ -55,6 +55,65 @@ print(solve().shape)
     assert done.stdout.split()[0] == "told"
 
 
+def test_in_a_fork_auto_goes_native_even_while_the_parent_is_in_julia():
+    code = """
+import os, threading, time, torch, pyjlode
+def slow(t, h):
+    time.sleep(0.005)
+    return -h
+solve()
+del os.environ["PYJLODE_ENGINE"]
+busy = threading.Thread(target=lambda: pyjlode.odeint(slow, h0, torch.linspace(0, 1, 200), engine="julia"))
+busy.start()
+time.sleep(0.1)
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        solution = pyjlode.solve(f, h0, t)
+        assert solution.stats.engine == "torch" and "fork" in solution.stats.reason
+        print("native", flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+busy.join()
+print(pyjlode.solve(f, h0, t).stats.engine)
+"""
+    env = {**os.environ, "PYJLODE_ENGINE": "auto"}
+    done = subprocess.run([sys.executable, "-c", SOLVE + code], capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["native", "native", "native", "julia"]
+
+
+def test_an_exception_of_a_signal_handler_is_never_lost():
+    """It may come before the first statement of a callback, where nothing in it can catch it."""
+    code = """
+import random, signal
+class Late(Exception):
+    pass
+def late(*args):
+    raise Late
+signal.signal(signal.SIGALRM, late)
+f = lambda t, h: torch.cos(20 * t) - h
+h0, t = torch.zeros(2, dtype=torch.float64), torch.linspace(0, 5, 11, dtype=torch.float64)
+solve = lambda: pyjlode.odeint(f, h0, t, engine="julia", compile=False, rtol=1e-6, atol=1e-8)
+want, raised, wrong = solve(), 0, 0
+for i in range(300):
+    signal.setitimer(signal.ITIMER_REAL, 1e-4 + 1e-2 * random.random())
+    try:
+        h = solve()
+        wrong += not torch.equal(h, want)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except Late:
+        raised += 1
+print(raised, wrong)
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert "ignored" not in done.stderr, done.stderr
+    raised, wrong = map(int, done.stdout.split())
+    assert wrong == 0
+    assert raised > 50
+
+
 def test_ctrl_c_in_a_solve():
     code = """
 import signal, time

@@ -571,6 +571,8 @@ class _Emission:
     def reduce(self, x: Any, dims: Any, keepdim: bool, op: str, start: str) -> Value:
         """`op` is of "{to}" and "{value}", and `start` what it starts from."""
         value = self.value(x)
+        if not value.shape:  # one number; PyTorch lets its dimension be named
+            value, dims, keepdim = self.viewed(aten.unsqueeze.default, value, (0,)), None, False
         rank = len(value.shape)
         dims = [dims] if isinstance(dims, int) else dims
         over = sorted(d % rank for d in dims) if dims else list(range(rank))

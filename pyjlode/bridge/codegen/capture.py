@@ -3,12 +3,25 @@ does. A trace of the callable is good for as long as the latter is the same."""
 
 from __future__ import annotations
 
+import array
+import collections
+import contextvars
+import datetime
+import decimal
+import dis
 import enum
 import functools
+import logging
+import re
+import sys
+import threading
 import types
+import uuid
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +44,7 @@ _LIBRARIES = (
     "typing",
     "collections",
     "pyjlode",
+    "_pytest",  # whose `assert` names it
 )
 _MODULE = frozenset(vars(nn.Module()))
 _SIMPLE = (
@@ -49,16 +63,72 @@ _SIMPLE = (
 )
 
 
+# Modules whose functions answer something else each time.
+_OUTSIDE = {"time", "datetime", "random", "_random", "secrets", "uuid"}
+# Builtins whose answer no walk through objects shows.
+_HIDING = {"globals", "eval", "exec", "open", "input", "__import__", "compile"}
+# What is the same for as long as it is the same object.
+_FIXED: tuple[type, ...] = (
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.MethodWrapperType,
+    types.ClassMethodDescriptorType,
+    types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+    types.CodeType,
+    types.NotImplementedType,
+    slice,
+    re.Pattern,
+    decimal.Decimal,
+    datetime.date,
+    datetime.time,
+    datetime.timedelta,
+    datetime.tzinfo,
+    uuid.UUID,
+    logging.Logger,
+    np.dtype,
+    type(threading.Lock()),
+    type(threading.RLock()),
+)
+# Of PyTorch's own, those that hold more than their name says.
+_SCRIPTED = (torch.jit.ScriptFunction, torch.ScriptObject, torch.UntypedStorage, torch.storage.TypedStorage)
+_TENSORS = (Tensor, nn.Parameter)
+
+
+class Slot(NamedTuple):
+    """Where a Python number lies: in a dictionary (of an object's attributes, or of globals), or in a closure."""
+
+    owner: Any
+    name: str
+
+    def get(self) -> Any:
+        return self.owner.cell_contents if isinstance(self.owner, types.CellType) else self.owner.get(self.name)
+
+    def set(self, value: Any) -> None:
+        if isinstance(self.owner, types.CellType):
+            self.owner.cell_contents = value
+        else:
+            self.owner[self.name] = value
+
+
 class Held(NamedTuple):
     """What a callable holds.
 
     Attributes:
         key: equal for two callables that do the same with tensors of the same shapes. Functions count by their code.
         tensors: the floating-point tensors, in the order of the walk: those of equal keys correspond.
+        counters: numbers that calls were seen to change, in the same order. Their values are not in the key: a trace
+            has to show that nothing depends on them.
     """
 
     key: tuple[Any, ...]
     tensors: list[Tensor]
+    counters: tuple[Slot, ...] = ()
+
+
+# Names of such numbers, each with what has it: the type of an object, the code of a function, the name of a module.
+_counted: set[tuple[Any, str]] = set()
+_counted_names: set[str] = set()
 
 
 def held(f: Any) -> Held:
@@ -67,9 +137,65 @@ def held(f: Any) -> Held:
     Raises:
         NotCompiled: it holds too much to look through at every solve, or what cannot be compared.
     """
-    walk = _Walk()
-    walk.visit(f)
-    return Held(tuple(walk.key), walk.tensors)
+    return _walked(_Walk(), f)
+
+
+def _walked(walk: _Walk, f: Any) -> Held:
+    try:
+        walk.visit(f)
+        if walk.modules:
+            walk.look_into_modules()
+        return Held(tuple(walk.key), walk.tensors, tuple(walk.counters))
+    except NotCompiled:
+        raise
+    except Exception as error:  # an object that does not let itself be looked at
+        raise NotCompiled(f"what f holds cannot be looked through: {type(error).__name__}: {error}") from error
+
+
+class Snapshot:
+    """What lies in the containers that a callable can reach: to find out what a call changes, and to undo it.
+
+    Raises:
+        NotCompiled: as `held`.
+    """
+
+    def __init__(self, f: Any) -> None:
+        walk = _Noting()
+        _walked(walk, f)
+        self.numbers, self.contents, self.slots = walk.numbers, walk.contents, walk.slots
+
+    def count_changed(self) -> bool:
+        """Have numbers that are others now be counters from now on; whether there is a new one."""
+        new = set()
+        for entry, (slot, value) in self.numbers.items():
+            now = slot.get()
+            if type(now) is type(value) and now != value and entry not in _counted:
+                new.add(entry)
+        _counted.update(new)
+        _counted_names.update(name for _, name in new)
+        return bool(new)
+
+    def restore(self) -> bool:
+        """Put back what lay there; whether something else did."""
+        changed = False
+        for x, before in self.contents:
+            now = list(x.items()) if isinstance(x, dict) else list(x)
+            flat = [y for pair in now for y in pair] if isinstance(x, dict) else now
+            was = [y for pair in before for y in pair] if isinstance(x, dict) else before
+            if len(flat) == len(was) and all(map(_same, flat, was)):
+                continue
+            changed = True
+            x.clear()
+            x.update(before) if isinstance(x, dict) else x.extend(before)
+        for slot, value in self.slots:
+            if not _same(slot.get(), value):
+                changed = True
+                slot.set(value)
+        return changed
+
+
+def _same(x: Any, y: Any) -> bool:
+    return x is y or (type(x) is type(y) and type(x) in (bool, int, float, str) and x == y)
 
 
 def held_by(field: Field) -> Held:
@@ -92,14 +218,35 @@ def _library(name: str | None) -> bool:
     return (name or "").partition(".")[0] in _LIBRARIES
 
 
+class _Names(NamedTuple):
+    """What a function's code, and the code of the functions that it defines, names.
+
+    Attributes:
+        loaded: global names. imported: modules. all: both, attributes, and words that may name an attribute.
+    """
+
+    loaded: tuple[str, ...]
+    imported: tuple[str, ...]
+    all: frozenset[str]
+
+
 @functools.lru_cache(maxsize=10_000)
-def _names(code: types.CodeType) -> tuple[str, ...]:
-    """Names of globals and attributes in a function's code and in the functions that it defines."""
-    names = dict.fromkeys(code.co_names)
+def _names(code: types.CodeType) -> _Names:
+    loaded: dict[str, None] = {}
+    imported: dict[str, None] = {}
+    words = {x for x in code.co_consts if isinstance(x, str) and x.isidentifier()} | set(code.co_names)
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
+            loaded[step.argval] = None
+        elif step.opname == "IMPORT_NAME":
+            imported[step.argval] = None
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            names |= dict.fromkeys(_names(constant))
-    return tuple(names)
+            inner = _names(constant)
+            loaded |= dict.fromkeys(inner.loaded)
+            imported |= dict.fromkeys(inner.imported)
+            words |= inner.all
+    return _Names(tuple(loaded), tuple(imported), frozenset(words))
 
 
 @functools.lru_cache(maxsize=1_000)
@@ -110,6 +257,8 @@ def _kind(x: Any) -> str:
             return kind
     if x.__module__ == "numpy":
         return "array"
+    if any(base.__module__ in ("_ctypes", "ctypes") for base in x.__mro__):
+        return "foreign"
     return "opaque" if _library(x.__module__) else "object"
 
 
@@ -121,9 +270,14 @@ _KINDS: dict[str, Any] = {
     "function": types.FunctionType,
     "method": types.MethodType,
     "partial": functools.partial,
-    "mapping": dict,
-    "sequence": (list, tuple),
+    "mapping": (dict, types.MappingProxyType),
+    "sequence": (list, tuple, collections.deque),
     "set": (set, frozenset),
+    "content": (bytearray, array.array),
+    "variable": contextvars.ContextVar,
+    "reference": weakref.ReferenceType,
+    "fixed": _FIXED,
+    "builtin": types.BuiltinFunctionType,
     "type": type,
     "accessor": property,
     "wrapper": (staticmethod, classmethod),
@@ -131,11 +285,25 @@ _KINDS: dict[str, Any] = {
 }
 
 
+# Of types that were made at run time, as those written in Python are.
+_HEAP = 1 << 9
+
+
+def _outside(x: Any) -> bool:
+    """Whether it answers something else each time it is asked."""
+    return (getattr(x, "__module__", None) or type(x).__module__) in _OUTSIDE and not isinstance(
+        x, (datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo, uuid.UUID)
+    )
+
+
 class _Walk:
     def __init__(self) -> None:
         self.key: list[Any] = []
         self.tensors: list[Tensor] = []
+        self.counters: list[Slot] = []
         self.seen: dict[int, int] = {}
+        self.modules: list[types.ModuleType] = []
+        self.names: set[frozenset[str]] = set()
 
     def visit(self, x: Any) -> None:
         of: Any = type(x)
@@ -156,6 +324,14 @@ class _Walk:
         seen[id(x)] = len(seen)
         getattr(self, kind)(x)
 
+    def named(self, of: Any, owner: Any, name: str, value: Any) -> None:
+        """What `owner` has by a name, which says what it is unless it is a counter."""
+        if name in _counted_names and (of, name) in _counted and type(value) in (int, float):
+            self.counters.append(Slot(owner, name))
+            self.key.append(Slot)
+        else:
+            self.visit(value)
+
     def method(self, x: types.MethodType) -> None:
         self.visit(x.__func__)
         self.visit(x.__self__)
@@ -165,16 +341,26 @@ class _Walk:
         for part in (x.func, x.args, x.keywords, x.__dict__):
             self.visit(part)
 
-    def mapping(self, x: dict) -> None:
+    def mapping(self, x: Any) -> None:
         self.key.append((type(x), len(x)))
         for name, value in x.items():
             self.visit(name)
             self.visit(value)
+        if type(x) is not dict:
+            self.rest(x)
 
     def sequence(self, x: Sequence[Any]) -> None:
         self.key.append((type(x), len(x)))
         for value in x:
             self.visit(value)
+        if type(x) is not list and type(x) is not tuple:
+            self.rest(x)
+
+    def rest(self, x: Any) -> None:
+        """Attributes of what is a list or a dictionary of a kind of its own."""
+        self.visit(type(x))
+        if attributes := getattr(x, "__dict__", None):
+            self.visit(attributes)
 
     def set(self, x: set | frozenset) -> None:
         if not all(isinstance(value, (*_SIMPLE, float)) for value in x):
@@ -188,19 +374,80 @@ class _Walk:
     def wrapper(self, x: staticmethod | classmethod) -> None:
         self.visit(x.__func__)
 
+    def content(self, x: bytearray | array.array) -> None:
+        if len(x) > _CONTENT:
+            raise NotCompiled(f"f holds a {type(x).__name__} of {len(x)} numbers; make it a tensor")
+        self.key.append((type(x), bytes(x)))
+
+    def variable(self, x: contextvars.ContextVar) -> None:
+        self.key.append(x)
+        self.visit(x.get(None))
+
+    def reference(self, x: weakref.ReferenceType) -> None:
+        self.key.append(weakref.ReferenceType)
+        self.visit(x())
+
     def library(self, x: types.ModuleType) -> None:
         self.key.append((types.ModuleType, x.__name__))
+        if not _library(x.__name__):
+            self.modules.append(x)
+
+    def look_into_modules(self) -> None:
+        """Of modules that are no libraries, what has a name that stands in some function that was met."""
+        done: set[tuple[str, str]] = set()
+        count = -1
+        while count != len(done):
+            count = len(done)
+            for module in list(self.modules):
+                here, words = vars(module), frozenset[str]().union(*self.names)
+                for name in sorted(words & here.keys()):
+                    if (module.__name__, name) not in done:
+                        done.add((module.__name__, name))
+                        self.key.append((module.__name__, name))
+                        self.named(module.__name__, here, name, here[name])
+
+    def foreign(self, x: Any) -> None:
+        raise NotCompiled(f"f holds an object of ctypes ({type(x).__name__}), whose code and memory are not PyTorch's")
+
+    def fixed(self, x: Any) -> None:
+        self.identity(x)
+
+    def builtin(self, x: types.BuiltinFunctionType) -> None:
+        """A function written in C, perhaps bound to an object."""
+        owner = x.__self__
+        if _outside(x) or _outside(owner):
+            whose = x.__module__ or type(owner).__module__
+            raise NotCompiled(f"f calls {x.__name__}() of {whose}, which differs each time")
+        if owner is None or isinstance(owner, (type, types.ModuleType)):
+            self.identity(x)
+        else:
+            self.key.append((types.BuiltinFunctionType, x.__name__))
+            self.visit(owner)
 
     def opaque(self, x: Any) -> None:
         if hasattr(x, "__dict__"):
             self.object(x)
-        else:
+        elif type(x).__module__.partition(".")[0] == "torch" and not isinstance(x, _SCRIPTED):
             self.identity(x)
+        else:
+            self.hidden(x)
+
+    def hidden(self, x: Any) -> None:
+        """What has no attributes: nothing is in it, if it is an object of Python's."""
+        of = type(x)
+        library, _, inner = of.__module__.partition(".")
+        pure = library in ("typing", "operator") or (library == "numpy" and callable(x) and "random" not in inner)
+        if not pure and not all(base is object or base.__flags__ & _HEAP for base in of.__mro__):
+            raise NotCompiled(f"f holds a {of.__module__}.{of.__qualname__}, of which no walk shows what is in it")
+        self.identity(x)
 
     def identity(self, x: Any) -> None:
         self.key.append(("id", id(x), x if x.__hash__ is not None else None))  # held by the key: no other gets its id
 
     def tensor(self, x: Tensor) -> None:
+        if type(x) not in _TENSORS or x.layout != torch.strided or x.is_quantized:
+            what = type(x).__name__ if type(x) not in _TENSORS else f"tensor of layout {x.layout}"
+            raise NotCompiled(f"f holds a {what}")
         if x.is_floating_point():
             self.key.append((Tensor, x.shape, x.dtype, x.requires_grad, x.device.type))
             self.tensors.append(x)
@@ -215,14 +462,16 @@ class _Walk:
 
     def array(self, x: Any) -> None:
         if not hasattr(x, "tobytes") or x.dtype == object:
-            self.identity(x)
-            return
-        if x.size > _CONTENT:
+            self.opaque(x)
+        elif x.size > _CONTENT:
             raise NotCompiled(f"f holds a NumPy array of {x.size} numbers; make it a tensor")
-        self.key.append((type(x), x.shape, str(x.dtype), x.tobytes()))
+        else:
+            self.key.append((type(x), x.shape, str(x.dtype), x.tobytes()))
 
     def module(self, x: nn.Module) -> None:
         state = vars(x)
+        if "_parameters" not in state or isinstance(x, torch.jit.ScriptModule):
+            raise NotCompiled("f is or holds a module of torch.jit, whose code is not Python's")
         groups = state["_parameters"], state["_buffers"], state["_modules"]
         self.key.append((x.training, *map(len, groups)))
         self.visit(type(x))
@@ -235,23 +484,29 @@ class _Walk:
             names += [name for name in HOOKS if state.get(name)]
         for name in names:
             self.key.append(name)
-            self.visit(state[name])
+            self.named(type(x), state, name, state[name])
 
     def object(self, x: Any) -> None:
-        self.visit(type(x))
-        slots = [name for cls in type(x).__mro__ for name in getattr(cls, "__slots__", ())]
-        values = {**{name: getattr(x, name) for name in slots if hasattr(x, name)}, **getattr(x, "__dict__", {})}
-        if not values and not isinstance(x, types.BuiltinFunctionType):
-            self.identity(x)
+        of = type(x)
+        if _outside(x):
+            raise NotCompiled(f"f holds a {of.__module__}.{of.__qualname__}, which differs each time")
+        self.visit(of)
+        slots = [name for cls in of.__mro__ for name in getattr(cls, "__slots__", ())]
+        attributes = getattr(x, "__dict__", {})
+        values = {**{name: getattr(x, name) for name in slots if hasattr(x, name)}, **attributes}
+        if not values:
+            self.hidden(x)
         for name, value in values.items():
             self.key.append(name)
-            self.visit(value)
+            self.named(of, attributes, name, value)
 
     def type(self, x: type) -> None:
         """A class counts as itself, with what its functions name and the values of its attributes."""
         self.key.append(x)
         if _library(x.__module__):
             return
+        if x.__module__ in _OUTSIDE and not issubclass(x, _FIXED):
+            raise NotCompiled(f"f holds {x.__module__}.{x.__qualname__}, which differs each time")
         for cls in x.__mro__:
             if _library(cls.__module__) or cls is object:
                 continue
@@ -263,24 +518,75 @@ class _Walk:
                     self.visit(value)
 
     def function(self, f: types.FunctionType) -> None:
-        self.key.append(f.__code__)
-        for cell in f.__closure__ or ():
+        code = f.__code__
+        self.key.append(code)
+        for name, cell in zip(code.co_freevars, f.__closure__ or ()):
             try:
-                self.visit(cell.cell_contents)
+                value = cell.cell_contents
             except ValueError:  # a name that is not bound yet
                 self.key.append(None)
+            else:
+                self.named(code, cell, name, value)
         self.visit(f.__defaults__)
         self.visit(f.__kwdefaults__)
         self.visit(f.__dict__)
         if _library(f.__module__):
             return
-        names = _names(f.__code__)
-        for name in names:
-            if name not in f.__globals__:
-                continue
-            value = f.__globals__[name]
-            self.visit(value)
-            if isinstance(value, types.ModuleType) and not _library(value.__name__):
-                for attribute in names:
-                    if attribute in vars(value):
-                        self.visit(vars(value)[attribute])
+        names, here = _names(code), f.__globals__
+        self.names.add(names.all)
+        for name in names.loaded:
+            if name in here:
+                self.named(f.__module__, here, name, here[name])
+            elif name in _HIDING:
+                raise NotCompiled(f"f calls {name}(), and no walk shows what it finds")
+        for name in names.imported:
+            if name in sys.modules:
+                self.visit(sys.modules[name])
+
+
+class _Noting(_Walk):
+    """Notes the numbers that it meets by a name, and what lies in each container.
+
+    Attributes:
+        slots: of closures and globals, with what lies in them.
+        contents: dictionaries, lists and deques, with their items.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: dict[tuple[Any, str], tuple[Slot, int | float]] = {}
+        self.slots: list[tuple[Slot, Any]] = []
+        self.contents: list[tuple[Any, list[Any]]] = []
+
+    def named(self, of: Any, owner: Any, name: str, value: Any) -> None:
+        slot = Slot(owner, name)
+        if isinstance(owner, types.CellType) or owner.get(name) is value:  # else it lies in a slot of an object
+            if type(value) in (int, float):
+                self.numbers[of, name] = slot, value
+            if isinstance(owner, types.CellType) or "__builtins__" in owner:
+                self.slots.append((slot, value))
+        super().named(of, owner, name, value)
+
+    def note(self, x: Any) -> None:
+        if isinstance(x, dict):
+            self.contents.append((x, list(x.items())))
+        elif isinstance(x, (list, collections.deque)):
+            self.contents.append((x, list(x)))
+
+    def mapping(self, x: Any) -> None:
+        self.note(x)
+        super().mapping(x)
+
+    def sequence(self, x: Sequence[Any]) -> None:
+        self.note(x)
+        super().sequence(x)
+
+    def module(self, x: nn.Module) -> None:
+        self.note(vars(x))
+        for name in ("_parameters", "_buffers", "_modules"):
+            self.note(vars(x).get(name))
+        super().module(x)
+
+    def object(self, x: Any) -> None:
+        self.note(getattr(x, "__dict__", None))
+        super().object(x)

@@ -24,7 +24,8 @@ _ADDRESS = ctypes.c_void_p
 _FUNCTION = ctypes.PYFUNCTYPE(None, *[_ADDRESS] * 6, ctypes.c_double)
 # What an order of summation may change, of a number and of the largest beside it.
 _TOLERANCE = {torch.float64: (1e-7, 1e-10), torch.float32: (2e-3, 2e-5)}
-_POINTS = 3
+# Points of comparison: of those where f was asked before, and beside them; with its products; with Jacobians.
+_SEEN, _POINTS, _PRODUCTS, _JACOBIANS = 10, 6, 6, 3
 # Numbers in a state up to which integrators are kept: each keeps some twenty states.
 _REPEATED = 10_000
 
@@ -43,8 +44,10 @@ class Compiled(Callbacks):
     """
 
     def __init__(self, calls: Calls, p: ODEProblem, gradient: str | None, of: ODEProblem | None = None) -> None:
-        super().__init__(p)
+        super().__init__(calls, p)
         self.shared: Fields | None = None
+        if of is not None and not _explicit(p.method):
+            raise NotCompiled("the sensitivities of a method for stiff systems are not compiled")
         if p.jac is not None and not _explicit(p.method):
             raise NotCompiled("jac was given, and a compiled f has its own")
         self.of = of or p
@@ -88,6 +91,7 @@ class Compiled(Callbacks):
             fill(own.parts, tensors)
         self.own, self.shared, self.field = own, shared, own.held
         self.value = names[0]
+        self.addresses = addresses
         self.verify(names, addresses)
 
     def __del__(self) -> None:
@@ -136,14 +140,16 @@ class Compiled(Callbacks):
         return out
 
     def verify(self, names: Sequence[str], addresses: dict[str, int]) -> None:
-        """Compare f at the start, and at first use each function at points around the start, with PyTorch's.
+        """Compare f at the start, and at first use each function at points all over the solve, with PyTorch's.
 
         Raises:
             NotCompiled: they differ; a warning shows by how much.
         """
-        p, n = self.p, self.n
-        f0, value = self.of.f0, names[0]
-        fresh = [name for name in names if name not in self.program.verified]
+        p, program, value = self.p, self.program, names[0]
+        f0 = self.of.f0
+        fresh = [name for name in names if name not in program.verified]
+        if not fresh and not self._is_covered():
+            fresh = [value]
         if not fresh and f0 is None:
             return
         y0 = p.y0.detach().contiguous()
@@ -152,17 +158,72 @@ class Compiled(Callbacks):
             self.compare(value, got[: len(f0)], f0, y0)
         if not fresh:
             return
-        generator = torch.Generator().manual_seed(0)
-        span = abs(p.times[-1] - p.times[0]) if p.event_fn is None else 1.0
-        nfe = p.f.nfe
-        for i in range(_POINTS):
-            noise = torch.randn(n, generator=generator, dtype=torch.float64).to(y0)
-            u = y0 + 0.1 * i * noise * (y0.abs() + 0.1 * y0.abs().max())
-            t = p.times[0] + p.direction * 0.1 * i * min(span, 1.0)
-            v = torch.randn(n, generator=generator, dtype=torch.float64).to(y0)
-            self._verify_at(fresh, addresses, float(p.time(t)), u, v)
+        nfe, generator = p.f.nfe, torch.Generator().manual_seed(0)
+        points = self._points(generator)
+        # A product costs several calls of f, and a Jacobian as many as the state has numbers.
+        products = range(0, len(points), max(len(points) // _PRODUCTS, 1))
+        jacobians = set(list(products)[:: max(_PRODUCTS // _JACOBIANS, 1)])
+        for i, (t, u) in enumerate(points):
+            kept = fresh if i in jacobians else [x for x in fresh if x not in ("jac", "jvp", "tgrad")]
+            kept = kept if i in products else [value] if value in kept else []
+            v = torch.randn(self.n, generator=generator, dtype=torch.float64).to(y0)
+            self._verify_at(kept, addresses, float(p.time(t)), u, v)
         p.f.nfe = nfe
-        self.program.verified.update(fresh)
+        program.verified.update(fresh)
+        times = [*(t for t, _ in points), *(program.covered or ())]
+        program.covered = min(times), max(times)
+
+    def _is_covered(self) -> bool:
+        """Whether functions were compared all over the times of this solve."""
+        if self.p.event_fn is not None or self.program.covered is None:
+            return True
+        low, high = self.program.covered
+        room = 1e-6 * (high - low)
+        return low - room <= min(self.p.times) and max(self.p.times) <= high + room
+
+    def _points(self, generator: torch.Generator) -> list[tuple[float, Tensor]]:
+        """Where functions are compared: the start, where f is known to have been asked, and all over the span beside
+        these, with the state moved in every direction. Each state is of shape (n,)."""
+        p, of = self.p, self.of
+        y0 = of.y0.detach().contiguous()
+        seen = self.program.seen.points
+        seen = [seen[i] for i in torch.linspace(0, len(seen) - 1, min(len(seen), _SEEN)).round().long().tolist()]
+        # The scale of each number; of one that is always zero that of all; and of a system at rest a unit.
+        scale = torch.stack([y0, *(h for _, h in seen)]).abs().amax(0)
+        largest = float(scale.max())
+        scale = torch.where(scale > 0, scale, largest if largest > 0 else 1.0)
+        span = p.times[-1] - p.times[0] if p.event_fn is None else p.direction
+        points = [(p.times[0], y0), *seen]
+        ends = [y0, *(h for _, h in seen)]
+        for i in range(_POINTS):
+            noise = torch.randn(len(y0), generator=generator, dtype=torch.float64).to(y0)
+            move = (0.1, 1.0)[i % 2] * scale * noise
+            points.append((p.times[0] + span * (i + 1) / _POINTS, ends[i % len(ends)] + move))
+        rest = p.y0.detach()[len(y0) :]  # of sensitivities
+        if len(rest) == 0:
+            return points
+
+        def beside() -> Tensor:
+            return rest + torch.randn(len(rest), generator=generator, dtype=torch.float64).to(rest)
+
+        return [(t, torch.cat([h, beside()])) for t, h in points]
+
+    def look_back(self, times: Sequence[float], states: Tensor) -> None:
+        """After the first solve, if nothing was known of it before: compare the functions along it.
+
+        Raises:
+            NotCompiled: they differ.
+        """
+        program = self.program
+        if program.seen.points or self.p is not self.of:
+            return
+        program.seen.outputs(times, states)
+        generator, nfe = torch.Generator().manual_seed(1), self.p.f.nfe
+        names = [name for name in ("f", "vjp", "vjp_p") if name in self.addresses]
+        for t, h in program.seen.points:
+            v = torch.randn(self.n, generator=generator, dtype=torch.float64).to(h)
+            self._verify_at(names, self.addresses, float(self.p.time(t)), h, v)
+        self.p.f.nfe = nfe
 
     def _verify_at(self, names: Sequence[str], addresses: dict[str, int], t: float, u: Tensor, v: Tensor) -> None:
         p, n, time = self.p, self.n, self.p.time(t)
@@ -215,7 +276,7 @@ class Compiled(Callbacks):
         i = int((~same).nonzero()[0])
         reason = f"what was compiled differs from PyTorch: {name}[{i}] is {float(got[i])!r}, not {float(want[i])!r}"
         warn(f"f is not compiled: {reason}. Please report this.")
-        refuse(self.of.f, self.of.y0, reason)
+        refuse(self.of.f, self.of.y0, name, reason)
         raise NotCompiled(reason)
 
 
@@ -254,6 +315,8 @@ def in_order(p: ODEProblem) -> ODEProblem | None:
         program, source = program_of(p.f, p.y0, at_once=bool(p.compile))
         program.text("sensitivities")
     except NotCompiled:
+        return None
+    if "sensitivities" in program.refused:
         return None
     trained = [source.tensors[i] for i in program.trace.slots[: program.trace.trained]]
     same = {id(x) for x in trained} == {id(x) for x in p.params}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,8 +18,10 @@ from ...problem import Field, Layout
 from .. import calls
 from ..calls import Calls
 from . import array, scalar
-from .capture import Held, held_by
-from .trace import Trace
+from .capture import Held, Snapshot, held_by
+from .trace import Counts, Trace
+
+log = logging.getLogger("pyjlode")
 
 FUNCTIONS = ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p")
 # A sparse Jacobian wins from about this size, and below this part of non-zeros.
@@ -83,15 +87,21 @@ class Program:
         fields: Julia's, by the names of their functions.
         params: how the trained tensors lie in Julia's vector of them, once it was asked for.
         plans: what the front door keeps of calls with such a field.
+        refused: functions that came out otherwise than PyTorch's, and how.
+        seen: where such a field was asked for its value, before it was compiled.
+        covered: the span of times in which functions were compared.
 
     Raises:
         NotCompiled: f is not to be had as Julia.
     """
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, seen: Seen | None = None) -> None:
+        self.seen = seen or Seen()
         self.trace, self.n, self.dtype = trace, trace.like.numel(), trace.like.dtype
         self.parameters = sum(x.numel() for x in trace.tensors[: trace.trained])
         self.verified: set[str] = set()
+        self.refused: dict[str, str] = {}
+        self.covered: tuple[float, float] | None = None
         self.fields: dict[tuple[str, ...], Fields] = {}
         self.params: Layout | None = None
         self.plans: dict[tuple[Any, ...], Any] = {}
@@ -122,7 +132,13 @@ class Program:
         return self._texts[name]
 
     def address(self, calls: Calls, name: str) -> int:
-        """Of the function in machine code."""
+        """Of the function in machine code.
+
+        Raises:
+            NotCompiled: there is none.
+        """
+        if name in self.refused:
+            raise NotCompiled(self.refused[name])
         if name not in self._addresses:
             text, key = self.text(name), (self.dtype, self.text(name))
             if key not in _compiled:
@@ -277,7 +293,32 @@ end"""
 
 _compiled: dict[tuple[torch.dtype, str], int] = {}
 _programs: collections.OrderedDict[tuple, Program | NotCompiled] = collections.OrderedDict()
-_met: collections.OrderedDict[tuple, None] = collections.OrderedDict()
+
+
+class Seen:
+    """Where a field was asked for its value while it was called back: its compiled functions are compared there.
+
+    Attributes:
+        points: `(t, h)`, h of shape (n,).
+    """
+
+    def __init__(self) -> None:
+        self.points: list[tuple[float, Tensor]] = []
+
+    def note(self, t: float, h: Tensor) -> None:
+        if h.numel() <= _NOTED:
+            self.points.append((t, h.detach().clone()))
+
+    def outputs(self, times: Sequence[float], states: Tensor) -> None:
+        """The states at the output times, shape (T, n): some of them, evenly."""
+        for i in torch.linspace(0, len(states) - 1, min(len(states), _OUTPUTS)).round().long().tolist():
+            if bool(torch.isfinite(states[i]).all()):
+                self.note(times[i], states[i])
+
+
+# Numbers of a state up to which points are kept, and how many of the outputs are.
+_NOTED, _OUTPUTS = 100_000, 6
+_met: collections.OrderedDict[tuple, Seen] = collections.OrderedDict()
 
 
 def _key(source: Held, like: Tensor) -> tuple[Any, ...]:
@@ -300,21 +341,16 @@ def program_of(field: Field, like: Tensor, *, at_once: bool = True) -> tuple[Pro
         return field.program
     source = held_by(field)
     key = _key(source, like)
-    found = _programs.get(key)
+    found = _find(key)
     if found is None and not at_once and key not in _met:
-        _met[key] = None
+        _met[key] = Seen()
+        field.seen = _met[key], Snapshot(field.source)
         while len(_met) > _KEPT:
             _met.popitem(last=False)
         field.program = NotCompiled("it is solved for the first time; the next solve compiles it")
         raise NotCompiled(*field.program.args)
     if found is None:
-        try:
-            found = Program(Trace(field, source, like))
-        except NotCompiled as error:
-            found = NotCompiled(*error.args)  # without the frames of the trace, which hold tensors
-        _programs[key] = found
-        while len(_programs) > _KEPT:
-            _programs.popitem(last=False)
+        found, source = _make(field, source, like)
     else:
         _programs.move_to_end(key)
     if isinstance(found, NotCompiled):
@@ -323,14 +359,58 @@ def program_of(field: Field, like: Tensor, *, at_once: bool = True) -> tuple[Pro
     return field.program
 
 
+def _find(key: tuple[Any, ...]) -> Program | NotCompiled | None:
+    try:
+        return _programs.get(key)
+    except Exception as error:  # some object of the user's does not let itself be compared
+        raise NotCompiled(f"what f holds cannot be compared: {type(error).__name__}: {error}") from error
+
+
+def _make(field: Field, source: Held, like: Tensor) -> tuple[Program | NotCompiled, Held]:
+    """A new program, or why there is none, which is remembered; and what the field holds by it."""
+    seen = None
+    found: Program | NotCompiled | None = None
+    while found is None:
+        key = _key(source, like)
+        seen = _met.pop(key, None) or seen
+        try:
+            found = Program(Trace(field, source, like), seen)
+        except Counts:  # such as `self.nfe += 1`, which is no part of the key from now on
+            source = held_by(field)
+        except NotCompiled as error:
+            found = NotCompiled(*error.args)  # without the frames of the trace, which hold tensors
+        except Exception as error:
+            log.debug("the compiler failed", exc_info=True)
+            found = NotCompiled(f"the compiler does not know what to do with it: {type(error).__name__}: {error}")
+    _programs[key] = found
+    while len(_programs) > _KEPT:
+        _programs.popitem(last=False)
+    return found, source
+
+
+def look_again(field: Field, times: Sequence[float], states: Tensor, like: Tensor) -> None:
+    """After the first solve of a field: what it counts with is no part of its key from now on.
+
+    Args:
+        times, states: the output times, and the states there, shape (T, n).
+    """
+    if field.seen is None:
+        return
+    (seen, before), field.seen = field.seen, None
+    seen.outputs(times, states)
+    if before.count_changed():
+        with contextlib.suppress(NotCompiled):
+            _met.setdefault(_key(held_by(field), like), seen)
+
+
 def known(field: Field, like: Tensor) -> Program | None:
     """The program for a vector field, which then knows it, if it was made already."""
     try:
         source = held_by(field)
+        key = _key(source, like)
+        found = _find(key)
     except NotCompiled:
         return None
-    key = _key(source, like)
-    found = _programs.get(key)
     if not isinstance(found, Program):
         return None
     _programs.move_to_end(key)
@@ -338,10 +418,15 @@ def known(field: Field, like: Tensor) -> Program | None:
     return found
 
 
-def refuse(field: Field, like: Tensor, reason: str) -> None:
-    """Have the program for such a field not be used again."""
-    field.program = None
-    _programs[_key(held_by(field), like)] = NotCompiled(reason)
+def refuse(field: Field, like: Tensor, name: str, reason: str) -> None:
+    """Have a function of the program for such a field not be used again; without its value there is no program."""
+    if name == "f":
+        field.program = None
+        _programs[_key(held_by(field), like)] = NotCompiled(reason)
+    else:
+        program, _ = field.program
+        program.refused[name] = reason
+        program.plans.clear()
 
 
 def text_of(program: Program) -> str:

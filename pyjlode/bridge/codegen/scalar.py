@@ -248,6 +248,8 @@ class _Evaluation:
 
     def _reduce(self, x: Any, dims: Any, keepdim: bool, f: Callable[[list[int]], int]) -> Sym:
         places = self.symbolic(x).places
+        if places.dim() == 0:  # of one number; PyTorch lets its dimension be named
+            return Sym(torch.tensor(f([self.code.number(int(places))])))
         if isinstance(dims, int):
             dims = [dims]
         dims = sorted(d % places.dim() for d in dims) if dims else list(range(places.dim()))

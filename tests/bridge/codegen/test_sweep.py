@@ -107,6 +107,31 @@ def test_a_network_is_shared_and_its_input_is_not():
     assert torch.allclose(again, want_again, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_from_rest_a_shared_tensor_as_long_as_the_batch_is_shared(n):
+    b, net, h0 = torch.tensor([1.0, 2.0, 3.0], dtype=F64)[:n], nn.Linear(n, n).double(), torch.zeros(n, n, dtype=F64)
+    for f in (
+        lambda t, h: torch.sin(t) - b * h,
+        lambda t, h: torch.sin(t) - b[:, None] * h,
+        lambda t, h: torch.sin(t) - b * h * b[:, None],
+        lambda t, h: torch.tanh(net(h)) + torch.sin(t),
+        lambda t, h: torch.sin(t) - b.mean() * h,
+    ):
+        with torch.no_grad():
+            for _ in range(2):
+                got = odeint(f, h0, T, **TOL, **JULIA)
+                assert torch.allclose(got, odeint(f, h0, T, engine="torch", **TOL), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:f is not compiled")
+def test_systems_that_are_not_independent_are_found_out_from_rest():
+    def f(t, h):
+        return torch.sin(t) + h.mean(0) - 2 * h  # at rest all are alike
+
+    with pytest.raises(NotCompiled, match="not each f with its own part"):
+        odeint(f, torch.zeros(4, 3, dtype=F64), T, **JULIA)
+
+
 @pytest.mark.filterwarnings("ignore:f is not compiled")
 def test_systems_that_are_not_independent_are_found_out():
     def f(t, h):
