@@ -253,7 +253,7 @@ def batch_dims(value: Any, layout: Layout) -> int:
             f"options['batch_dims'] must be an integer from 0 to {max(dims, 1) - 1}, which leaves each system a "
             f"dimension of the state's shape {tuple(layout.shapes[0])}; got {value!r}."
         )
-    return value
+    return value if layout.size else 0  # no systems, or systems of nothing: there is nothing to keep apart
 
 
 def systems(o: SolverOptions, layout: Layout) -> int:

@@ -52,7 +52,7 @@ def time_gradient(
         for i in range(1, len(p.times) if record.event_t is None else 1):
             values[i] = float(g[i] @ slope(p.time(p.times[i]), record.ys[i]))
         values[0] = -float(a @ slope(p.time(p.times[0]), p.y0)) if len(p.times) > 1 else 0.0
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 class Engine(Protocol):

@@ -151,7 +151,7 @@ class Solution:
             ax = plot.figure(7, 4).add_subplot()
         t, h = self.t.detach(), self.h
         if self._interpolant is not None and len(t) > 1:
-            t = torch.linspace(float(t[0]), float(t[-1]), 400, dtype=torch.float64)
+            t = torch.linspace(float(t[0]), float(t[-1]), 400, dtype=torch.float64, device="cpu")
             with torch.no_grad():
                 h = self.interpolate(t)
         leaves = pytree.tree_leaves(h)

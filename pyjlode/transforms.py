@@ -62,6 +62,6 @@ def shared_times(
         return pytree.tree_map(lambda x: x * width.to(x.real.dtype) if isinstance(x, Tensor) else x, out)
 
     if len(t) == 1:
-        return f, torch.zeros(1, dtype=torch.float64), options or {}
+        return f, torch.zeros(1, dtype=torch.float64, device="cpu"), options or {}
     jumps: dict[str, Any] = {"jump_t": list(range(1, len(t) - 1))} if method.adaptive else {"perturb": True}
-    return field, torch.arange(len(t), dtype=torch.float64), {**(options or {}), **jumps}
+    return field, torch.arange(len(t), dtype=torch.float64, device="cpu"), {**(options or {}), **jumps}

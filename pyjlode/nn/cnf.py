@@ -61,7 +61,7 @@ class CNF(nn.Module):
         base: the base distribution.
 
     Raises:
-        BadOption: an unknown `trace` or `noise`, or less than one probe.
+        BadOption: an unknown `trace` or `noise`, or less than one probe, here or when they are set later.
         BadShape: `base` is not one of vectors.
         TypeError: `solver_options` has a name that `pyjlode.solve` does not know.
 
@@ -85,12 +85,6 @@ class CNF(nn.Module):
         **solver_options: Any,
     ) -> None:
         super().__init__()
-        if trace not in divergence.TRACES:
-            raise BadOption(f"trace must be one of {', '.join(divergence.TRACES)}; got {trace!r}.")
-        if noise not in divergence.NOISES:
-            raise BadOption(f"noise must be one of {', '.join(divergence.NOISES)}; got {noise!r}.")
-        if probes < 1:
-            raise BadOption(f"probes must be at least 1; got {probes}.")
         inspect.signature(solve).bind(f, None, None, dense=False, **solver_options)
         self.f = f
         self.t = (float(t[0]), float(t[1]))
@@ -99,6 +93,16 @@ class CNF(nn.Module):
         self.solver_options: dict[str, Any] = {"adjoint": True, "rtol": 1e-5, "atol": 1e-5, **solver_options}
         self.stats: Stats | None = None
         self._base = VectorDistribution(base)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Settings are meant to be changed, and a misspelt one would be another flow.
+        if name == "trace" and value not in divergence.TRACES:
+            raise BadOption(f"trace must be one of {', '.join(divergence.TRACES)}; got {value!r}.")
+        if name == "noise" and value not in divergence.NOISES:
+            raise BadOption(f"noise must be one of {', '.join(divergence.NOISES)}; got {value!r}.")
+        if name == "probes" and value < 1:
+            raise BadOption(f"probes must be at least 1; got {value}.")
+        super().__setattr__(name, value)
 
     @property
     def base(self) -> Distribution:
@@ -145,10 +149,19 @@ class CNF(nn.Module):
             What `forward` raises.
         """
         flow = self.integrate(x, self.t[1] if t is None else t, self.t[0])
-        return self.base.log_prob(flow.h) + flow.log_det
+        return self._base_log_prob(flow.h) + flow.log_det
+
+    def _base_log_prob(self, z: Tensor) -> Tensor:
+        return self.base.log_prob(z) if z.numel() else z.sum(-1)  # PyTorch's distributions take no empty batch
 
     def loss(self, x: Tensor) -> Tensor:
-        """0-d: the mean of -log p over `x` of shape (..., D), with the weighted regularisers."""
+        """0-d: the mean of -log p over `x` of shape (..., D), with the weighted regularisers.
+
+        Raises:
+            BadShape: `x` is empty, and its mean is none; and what `forward` raises.
+        """
+        if x.numel() == 0:
+            raise BadShape(f"the loss of an empty batch is the mean of nothing; x has shape {tuple(x.shape)}.")
         want = {"kinetic_energy": self.kinetic_energy != 0, "jacobian_norm": self.jacobian_norm != 0}
         flow = self.integrate(x, self.t[1], self.t[0], **want)
         loss = -(self.base.log_prob(flow.h) + flow.log_det).mean()

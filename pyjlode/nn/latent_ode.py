@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
-from ..errors import BadOption, BadTime
+from ..errors import BadOption, BadShape, BadTime
 from .likelihoods import GaussianLikelihood, PoissonProcess
 from .neural_ode import NeuralODE
 from .series import check_times, series, union_of_times
@@ -112,6 +112,8 @@ class LatentODE(nn.Module):
         Raises:
             BadShape, BadTime: a series is not as it should be; and what `pyjlode.solve` raises.
         """
+        if len(x) == 0:
+            raise BadShape(f"the batch holds no series: x has shape {tuple(x.shape)}.")
         q = self.recognition(x, t, mask, self.t0)
         z0 = q.rsample(torch.Size((samples,)))
         told = series(*((x, t, mask) if target is None else target), self.t0)
@@ -166,7 +168,7 @@ class LatentODE(nn.Module):
             BadTime: times decrease or come before `t0`, or `until` comes before one; and what `pyjlode.solve` raises.
         """
         check_times(t, self.t0)
-        end = t[..., -1] if until is None else torch.as_tensor(until).to(t)
+        end = t[..., -1] if until is None else torch.as_tensor(until, device=t.device).to(t)
         if until is not None and float(t.max()) > float(end):
             raise BadTime(f"until={until:g} comes before the last time, {float(t.max()):g}.")
         union, (_, index, last) = union_of_times(t.new_tensor(self.t0), t, end)

@@ -27,7 +27,9 @@ def exact(dh: Tensor, h: Tensor, *, create_graph: bool) -> Divergence:
         dh: shape (..., D), with its graph from `h`. No element of the batch may depend on another.
         create_graph: whether the result is to be differentiated.
     """
-    rows = [_vjp(dh, h, v.expand_as(dh), create_graph) for v in torch.eye(h.shape[-1]).to(dh)]
+    rows = [
+        _vjp(dh, h, v.expand_as(dh), create_graph) for v in torch.eye(h.shape[-1], dtype=dh.dtype, device=dh.device)
+    ]
     J = torch.stack(rows, -2)
     return Divergence(J.diagonal(dim1=-2, dim2=-1).sum(-1), J.square().sum((-2, -1)))
 
