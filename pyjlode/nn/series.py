@@ -59,7 +59,7 @@ def series(x: Tensor, t: Tensor, mask: Tensor | None, t0: float) -> Series:
 
 
 def check_times(t: Tensor, t0: float) -> None:
-    """Raise BadTime unless there are times (..., T), which do not decrease or come before `t0`, and have no gradient."""
+    """Raise BadTime unless there are times (..., T) that do not decrease or come before `t0`, and have no gradient."""
     if t.dim() == 0 or t.shape[-1] == 0:
         raise BadTime(f"there must be at least one time; t has shape {tuple(t.shape)}.")
     if t.requires_grad:
