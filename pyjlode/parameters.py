@@ -194,6 +194,9 @@ def settled(f: Callable[[Tensor, Any], Any], state: Sequence[Tensor]) -> Callabl
     return at_rest
 
 
+_UNKNOWN = -1
+
+
 class GraphMeter:
     """Within this context: what autograd keeps for its backward pass."""
 
@@ -203,8 +206,11 @@ class GraphMeter:
 
         def pack(x: Tensor) -> Tensor:
             if x.layout == torch.strided:
-                storage = x.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
+                try:
+                    storage = x.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+                except RuntimeError:  # within a transform of f's own, where tensors have no memory to look at
+                    storages[-1] = _UNKNOWN
             else:  # sparse: values and indices
                 storages[id(x)] = 3 * x._nnz() * x.element_size()
             return x.detach()  # x itself would hold the node that holds it
@@ -219,8 +225,10 @@ class GraphMeter:
     def __exit__(self, *error: object) -> None:
         self.hooks.__exit__(*error)
 
-    def bytes_beside(self, tensors: Sequence[Tensor]) -> int:
-        """Bytes kept that are not those of `tensors`."""
+    def bytes_beside(self, tensors: Sequence[Tensor]) -> int | None:
+        """Bytes kept that are not those of `tensors`; None where that cannot be known."""
+        if self.storages.get(-1) == _UNKNOWN:
+            return None
         for x in tensors:
             self.storages.pop(x.untyped_storage().data_ptr(), None)
         return sum(self.storages.values())
