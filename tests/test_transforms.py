@@ -87,7 +87,7 @@ class TestEveryMethod:
         direction = (PS[1], H0S[1], torch.tensor([0.1, -0.2, 0.3], dtype=F64))
         expected = sum((g * d).sum() for g, d in zip(autograd(f, P, H0, T), direction))
         value, tangent = jvp(f, (P, H0, T), direction)
-        close(value, f(P, H0, T), 1e-12)
+        close(value, f(P, H0, T), 1e-8)
         close(tangent, expected)
         with forward_ad.dual_level():
             out = f(*(forward_ad.make_dual(x, d) for x, d in zip((P, H0, T), direction)))
@@ -104,7 +104,8 @@ class TestEveryMethod:
             return loss(p, h0, T, method)
 
         expected = torch.stack([autograd(f, p, h0)[0] for p, h0 in zip(PS, H0S)])
-        close(vmap(grad(f))(PS, H0S), expected)
+        # Common steps are others than those of a sample alone, which is seen at order 2.
+        close(vmap(grad(f))(PS, H0S), expected, 5e-4 if method == "rosenbrock23" else 1e-5)
 
     def test_jacobians(self, method):
         def f(p):
