@@ -83,7 +83,7 @@ def check_graph(p: ODEProblem, outputs: Sequence[Tensor], inputs: Sequence[Tenso
     Raises:
         Discovered: it reaches tensors that require grad and are neither among `inputs` nor the problem's parameters.
     """
-    known = {id(x) for x in (*inputs, *p.params)}
+    known = {id(x) for x in (*inputs, *p.params)} | p.own.keys()
     found, outside = strangers(outputs, known, p.cuts, mark)
     if found and not p.named:
         lost = found if not p.makes_leaves else [x for x in found if id(x) in p.strange]
@@ -148,12 +148,14 @@ def directional_by_reverse(p: ODEProblem, t: Tensor, y: Tensor, dt: Tensor | Non
     if p.transformed:
         return nested(p, t, y, dt, dy)
     recorded = torch.is_grad_enabled()
+    t, y = p.leaf(t), p.leaf(y)
     with torch.enable_grad():
-        t, y = (x if x.requires_grad else x.detach().requires_grad_() for x in (t, y))
         k = p.f(t, y)
         if not k.requires_grad:
             return torch.zeros_like(k)
         v = torch.zeros_like(k, requires_grad=True)
+        if recorded:
+            p.own[id(v)] = v
         pairs = [(x, dx.to(x)) for x, dx in ((t, dt), (y, dy)) if dx is not None]
         back = torch.autograd.grad(k, [x for x, _ in pairs], v, create_graph=True, allow_unused=True)
         terms = [(g * dx).sum() for g, (_, dx) in zip(back, pairs) if g is not None and g.requires_grad]

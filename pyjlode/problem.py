@@ -408,6 +408,7 @@ class ODEProblem:
         reached: `id` of each leaf that f used at the start.
         bindings: where f holds tensors that it may use in its next call.
         makes_leaves: f makes leaves of its own in each call; `strange` are those that were seen so far.
+        own: leaves that the solver itself made in a step that autograd records.
         graph_bytes: what autograd keeps for one call of f; None where it was not looked at.
         layout: how the user's state lies in `y0`.
         batch: number B of independent systems, which lie in `y0` one after the other.
@@ -441,6 +442,7 @@ class ODEProblem:
     bindings: tuple[Any, ...] = ()
     makes_leaves: bool = False
     strange: dict[int, Tensor] = field(default_factory=dict)
+    own: dict[int, Tensor] = field(default_factory=dict)
     graph_bytes: int | None = None
     layout: Layout | None = None
     batch: int = 1
@@ -452,6 +454,15 @@ class ODEProblem:
     compile: bool | None = None
     transformed: bool = False
     repeats: dict[str, Any] | None = None
+
+    def leaf(self, x: Tensor) -> Tensor:
+        """A leaf for the solver's own derivatives, where x is not one already that requires grad."""
+        if x.requires_grad:
+            return x
+        x = x.detach().requires_grad_()
+        if torch.is_grad_enabled():
+            self.own[id(x)] = x
+        return x
 
     @property
     def direction(self) -> float:

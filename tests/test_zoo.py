@@ -23,7 +23,11 @@ from pyjlode.native import sensitivity
 TIMES = torch.tensor([0.0, 0.35, 0.7, 1.0], dtype=F64)
 TIGHT = {"rtol": 1e-8, "atol": 1e-10}
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # in PyTorch, by torch.func.jvp
+# PyTorch's own: by torch.func.jvp, and by batched backward passes.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
+]
 
 every_kind = pytest.mark.parametrize("kind", ZOO)
 
@@ -136,13 +140,15 @@ def test_the_law_over_methods_and_directions(kind, adjoint, method, backward):
     kwargs: dict = {"method": method, "rtol": 1e-6, "atol": 1e-8, "t": TIMES.flip(0) if backward else TIMES}
     if method == "rk4":
         kwargs["options"] = {"step_size": 0.02}
-    if adjoint == "backsolve" and pyjlode.METHODS[method].controlled:
+    stiff = pyjlode.METHODS[method].controlled
+    # Of a checkpoint PyTorch takes no second derivative, which the Jacobian of a recorded stiff step needs.
+    if stiff and (adjoint == "backsolve" or kind == "checkpointed"):
         return
     right = gradient_of(kind, adjoint=False, **kwargs)
     try:
         found = gradient_of(kind, adjoint=adjoint, **kwargs)
     except GradientUnavailable:
-        assert adjoint in x.refused or x.refused
+        assert x.refused
         return
     assert close(found, right, max(1e-3, 3 * x.tolerance))
 

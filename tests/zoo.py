@@ -241,7 +241,7 @@ def memoised_by_time() -> Specimen:
     def weights(t: float) -> Tensor:
         return W * math.sin(t)
 
-    return Specimen(lambda t, h: -weights(float(t)) * h, start(), [W], refused=CONTINUOUS)
+    return Specimen(lambda t, h: -weights(float(t.detach())) * h, start(), [W], refused=CONTINUOUS)
 
 
 @kind

@@ -111,7 +111,9 @@ class Call:
         if len(self.plans) >= _KEPT:
             self.plans.clear()
         nothing: Any = None
-        bare = replace(p, f=nothing, y0=nothing, t=nothing, times=[], f0=None, params=(), bindings=(), strange={})
+        bare = replace(
+            p, f=nothing, y0=nothing, t=nothing, times=[], f0=None, params=(), bindings=(), strange={}, own={}
+        )
         stats = Stats(made.stats.engine, made.stats.reason, made.stats.method)
         plan = Plan(replace(made, problem=bare, stats=stats), tuple(places[id(x)] for x in p.params), (p.times, {}))
         if before is not None:

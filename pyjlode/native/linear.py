@@ -156,9 +156,13 @@ class Linear:
             if rate and self.B > 1:  # the pulled one is a sum over the systems
                 slope = directional(self.p, t, y, torch.ones_like(t), torch.zeros_like(y))
             return k, products.reshape(self.d, self.B, self.d).transpose(0, 1), slope if rate else None
+        # Aliases: what f knows of y and t in another way is not a part of df/dy.
+        at, point = (
+            (x.view_as(x) if x.requires_grad else self.p.leaf(x) for x in (t, y))
+            if recorded
+            else (x.detach().requires_grad_() for x in (t, y))
+        )
         with torch.enable_grad():
-            # Aliases: what f knows of y and t in another way is not a part of df/dy.
-            at, point = (x.view_as(x) if recorded and x.requires_grad else x.detach().requires_grad_() for x in (t, y))
             k = self.p.f(at, point)
         if not k.requires_grad:
             raise RuntimeError("its result has no graph")

@@ -121,6 +121,7 @@ class _Replay:
     def pull(self, kept: Kept, a: Tensor, times: list[float] | Tensor, g: Tensor, params: Sum) -> Tensor:
         """Cotangents a (n,) of the end and g (M, n) of outputs within -> (n,) that of the start; adds to `params`."""
         p, interval, past, mark = self.p, kept.interval, kept.past, graph_mark()
+        p.own.clear()
         y = kept.y.detach().requires_grad_()
         moving: list[Tensor] = []  # originals of the time-like inputs
         slopes: list[Tensor] = list(past.slopes) if past else []
