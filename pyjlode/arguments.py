@@ -4,7 +4,6 @@ starts."""
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -236,7 +235,7 @@ def options(given: Any, method: Method, h0: Any, f: Any, layout: Layout) -> Solv
         make = read["grid_constructor"]
         if not callable(make):
             raise BadOption(f"options['grid_constructor'] must be a function of (f, h0, t); got {make!r:.80}.")
-        read["grid_constructor"] = Grid(make, f, h0)
+        read["grid_constructor"] = lambda t: _grid(make(f, h0, t))
     if isinstance(read.get("solver"), str) and read["solver"] not in SCIPY:
         raise BadOption(methods.unknown(read["solver"], "solver of scipy.integrate.solve_ivp", list(SCIPY)))
     if "norm" in read:
@@ -336,26 +335,6 @@ def _times(name: str, value: Any) -> tuple[float, ...]:
         return tuple(torch.as_tensor(value, device="cpu").reshape(-1).to(torch.float64).tolist())
     except (RuntimeError, TypeError, ValueError) as error:
         raise BadOption(f"options[{name!r}] must be a tensor or a sequence of times; got {value!r:.80}.") from error
-
-
-class Grid:
-    """The user's `grid_constructor`. It keeps the times that it made, for the solves that go back over them."""
-
-    def __init__(self, make: Callable[[Any, Any, Tensor], Tensor], f: Any, h0: Any) -> None:
-        self.make, self.f, self.h0 = make, f, h0
-        self.ascending: list[float] = []
-
-    def __call__(self, t: Tensor) -> Tensor:
-        grid = _grid(self.make(self.f, self.h0, t))
-        self.ascending = sorted(grid.tolist())
-        return grid
-
-    def backward(self, t: Tensor) -> Tensor:
-        """The same times where they lie between `t[0]` and `t[1]`, from the one to the other."""
-        start, end = t.tolist()
-        low, high = min(start, end), max(start, end)
-        inside = self.ascending[bisect_right(self.ascending, low) : bisect_left(self.ascending, high)]
-        return on_host([start, *(inside if start == low else reversed(inside)), end])
 
 
 def _grid(made: Any) -> Tensor:

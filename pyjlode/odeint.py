@@ -96,8 +96,11 @@ def odeint(
         jac: `jac(t, h) -> df/dh`, shape (*h.shape, *h.shape), or (*batch, d, d) with `options["batch_dims"]`, for the
             adaptive stiff methods. By default it is computed by autograd, else by finite differences.
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: for the backward solve of the continuous adjoints;
-            by default those of the forward one. `adjoint_options={"norm": "seminorm"}` leaves the parameters out of
-            the error norm (Kidger, Chen & Lyons 2021).
+            by default those of the forward one, of which the native engine takes `atol` in proportion to the cotangent:
+            the gradient of a scaled loss is the scaled gradient. `adjoint_atol` is absolute, in the units of dL/dh and
+            dL/dtheta. A backward solve over fixed steps takes the grid of the forward one.
+            `adjoint_options={"norm": "seminorm"}` leaves the parameters out of the error norm (Kidger, Chen & Lyons
+            2021).
         adjoint_params: the tensors besides `h0` and `t` to differentiate by; by default all that `f` is found to use.
         compile: for the Julia engine, which can translate `f` to Julia, so that no Python runs in the solve (nor what
             else `f` does in Python). None does so from the second solve of the same `f` on, where it can be done, and
@@ -605,7 +608,6 @@ def _adjoint(
     if not continuous:
         return None
     adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options = given
-    grid = None
     row = p.method if adjoint_method is None else arguments.method_of(adjoint_method)
     if row is not p.method and options and adjoint_options is None:
         raise BadOption(
@@ -614,8 +616,8 @@ def _adjoint(
     if p.mass is not None and not row.mass:
         raise BadOption(f"adjoint_method={row.name!r} does not take the mass_matrix that the adjoint has too.")
     if adjoint_options is None:
+        # The backward solve goes over the grid that was made for the forward one; it makes none of its own.
         adjoint_options = {k: v for k, v in (options or {}).items() if k not in ("norm", "grid_constructor")}
-        grid = p.options.grid_constructor
     adjoint_options = dict(adjoint_options)
     norm = adjoint_options.pop("norm", None)
     if norm is not None and norm != "seminorm" and not callable(norm):
@@ -623,14 +625,12 @@ def _adjoint(
     rel, absolute = arguments.tolerances(
         rtol if adjoint_rtol is None else adjoint_rtol, atol if adjoint_atol is None else adjoint_atol, layout, row
     )
-    opts = arguments.options(adjoint_options, row, h0, f, layout)
-    if isinstance(grid, arguments.Grid):  # backward over the forward solve's own steps
-        opts = replace(opts, grid_constructor=grid.backward)
     return AdjointSettings(
         method=row,
         rtol=rel,
         atol=absolute,
-        options=opts,
+        options=arguments.options(adjoint_options, row, h0, f, layout),
+        absolute=adjoint_atol is not None,
         seminorm=norm == "seminorm",
         norm=norm if callable(norm) else None,
         callbacks=arguments.callbacks(f, row, layout, p.y0, "_adjoint"),
