@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ends, forward
-from ..errors import BadOption, NonFiniteState, NotCompiled, NotConverged, SolveError, StepSizeTooSmall
+from ..errors import BadOption, JuliaError, NonFiniteState, NotCompiled, NotConverged, SolveError, StepSizeTooSmall
 from ..gradients import Gradients, time_gradient
 from ..methods import Method, hairer
 from ..problem import NO_OPTIONS, AdjointSettings, Field, ODEProblem, SolverOptions, like
@@ -295,7 +295,7 @@ def _solve(
         )
     with torch.no_grad(), runtime.julia() as calls:
         algorithm = _algorithm(calls, p.method, gradient)
-        solution = None
+        solution, known = None, 1
         if p.batch > 1:
             systems = Sweep(p)
             rhs = _field(calls, systems.first, gradient, stats)
@@ -314,6 +314,7 @@ def _solve(
                 rhs.repeat(calls, algorithm, request)
     if isinstance(rhs, RHS):
         rhs.check_kept()
+        _remember(of or p, p.times[:known], out.detach()[:known])
     else:
         count((of or p).f, outcome.nf)
     _look_at(outcome, p, stats)
@@ -323,6 +324,18 @@ def _solve(
     if p.event_fn is not None and record.event_t is None:
         raise ends.no_event(p, outcome.t, outcome.dt)
     return record, rhs, solution
+
+
+def _remember(p: ODEProblem, times: list[float], states: Tensor) -> None:
+    """Note of a first solve, which was called back, what is of use where the next is compiled.
+
+    Args:
+        states: at these times, shape (T, n), perhaps with sensitivities.
+    """
+    if p.f.seen:
+        from .codegen.program import look_again  # half the cost of importing this package
+
+        look_again(p.f, times, states[:, : p.y0.numel()], p.y0)
 
 
 def count(f: Field, calls: int) -> None:
@@ -418,8 +431,10 @@ def _call(rhs: Callbacks, function: Any, *args: Any) -> Any:
     try:
         with rhs.listening():
             return function(*args)
-    except Exception:
+    except Exception as error:
         rhs.raise_error()
+        if not str(error):
+            raise JuliaError("a function that was called back did not come to its end.") from error
         raise
 
 

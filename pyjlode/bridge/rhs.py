@@ -168,12 +168,6 @@ class RHS(Callbacks):
                 "which is overwritten as the solve goes on: keep h.clone(). (This warning is shown once.)",
             )
 
-    def look_back(self, times: Sequence[float], states: Tensor) -> None:
-        if self.p.f.seen:
-            from .codegen.program import look_again  # half the cost of importing this package
-
-            look_again(self.p.f, times, states, self.p.y0)
-
     def f(self) -> Callable[[int, int, float], None]:
         # The innermost call of all: one Python function, and every name that it uses a local one.
         views, field, dtype, clock = self.views, self.p.f, self.dtype, Clock(self.dtype)

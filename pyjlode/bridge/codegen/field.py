@@ -18,7 +18,7 @@ from ...problem import FEW, Layout, ODEProblem, like
 from ..calls import Calls, Held
 from ..memory import CompiledFunctions, Outcome, Request
 from ..rhs import Callbacks
-from .program import Fields, JuliaField, program_of, refuse
+from .program import Fields, JuliaField, program_of, refuse, some_outputs
 
 _ADDRESS = ctypes.c_void_p
 _FUNCTION = ctypes.PYFUNCTYPE(None, *[_ADDRESS] * 6, ctypes.c_double)
@@ -214,15 +214,16 @@ class Compiled(Callbacks):
         Raises:
             NotCompiled: they differ.
         """
-        program = self.program
-        if program.seen.points or self.p is not self.of:
+        seen = self.program.seen
+        if seen.solved or self.p is not self.of:
             return
-        program.seen.outputs(times, states)
         generator, nfe = torch.Generator().manual_seed(1), self.p.f.nfe
         names = [name for name in ("f", "vjp", "vjp_p") if name in self.addresses]
-        for t, h in program.seen.points:
+        for t, h in some_outputs(times, states):
             v = torch.randn(self.n, generator=generator, dtype=torch.float64).to(h)
-            self._verify_at(names, self.addresses, float(self.p.time(t)), h, v)
+            self._verify_at(names, self.addresses, float(self.p.time(t)), h.contiguous(), v)
+            seen.note(t, h)
+        seen.solved = True
         self.p.f.nfe = nfe
 
     def _verify_at(self, names: Sequence[str], addresses: dict[str, int], t: float, u: Tensor, v: Tensor) -> None:

@@ -300,24 +300,26 @@ class Seen:
 
     Attributes:
         points: `(t, h)`, h of shape (n,).
+        solved: a solve is known.
     """
 
     def __init__(self) -> None:
         self.points: list[tuple[float, Tensor]] = []
+        self.solved = False
 
     def note(self, t: float, h: Tensor) -> None:
-        if h.numel() <= _NOTED:
+        if h.numel() * (len(self.points) + 1) <= _NOTED:
             self.points.append((t, h.detach().clone()))
 
-    def outputs(self, times: Sequence[float], states: Tensor) -> None:
-        """The states at the output times, shape (T, n): some of them, evenly."""
-        for i in torch.linspace(0, len(states) - 1, min(len(states), _OUTPUTS)).round().long().tolist():
-            if bool(torch.isfinite(states[i]).all()):
-                self.note(times[i], states[i])
+
+def some_outputs(times: Sequence[float], states: Tensor) -> list[tuple[float, Tensor]]:
+    """Of the states at the output times, shape (T, n), some that are finite, evenly."""
+    places = torch.linspace(0, len(states) - 1, min(len(states), _OUTPUTS)).round().long().tolist()
+    return [(times[i], states[i]) for i in places if bool(torch.isfinite(states[i]).all())]
 
 
-# Numbers of a state up to which points are kept, and how many of the outputs are.
-_NOTED, _OUTPUTS = 100_000, 6
+# Numbers of states that are kept of a solve, and how many of the outputs.
+_NOTED, _OUTPUTS = 200_000, 6
 _met: collections.OrderedDict[tuple, Seen] = collections.OrderedDict()
 
 
@@ -397,7 +399,9 @@ def look_again(field: Field, times: Sequence[float], states: Tensor, like: Tenso
     if field.seen is None:
         return
     (seen, before), field.seen = field.seen, None
-    seen.outputs(times, states)
+    for t, h in some_outputs(times, states):
+        seen.note(t, h)
+    seen.solved = True
     if before.count_changed():
         with contextlib.suppress(NotCompiled):
             _met.setdefault(_key(held_by(field), like), seen)
