@@ -58,7 +58,9 @@ def state(h0: Any) -> tuple[Layout, Tensor]:
             raise BadShape(f"the tensors of h0 lie on different devices, {leaves[0].device} and {leaf.device}.")
     layout = Layout(h0)
     # Engines read the memory itself, of which such a view is the negative: `z.conj().imag`.
-    return layout, finite(layout.flatten(h0).resolve_neg())
+    y0 = finite(layout.flatten(h0).resolve_neg())
+    # A view, made while nothing is recorded, of a tensor that requires grad says that it does, and has no graph.
+    return layout, y0.detach() if y0.requires_grad and not torch.is_grad_enabled() else y0
 
 
 def finite(y0: Tensor) -> Tensor:

@@ -74,6 +74,8 @@ def grad(
     """
     kept = p.retain_graph if mark is None else check_graph(p, outputs, (*inputs, *point), mark)
     kwargs["retain_graph"] = kwargs.get("retain_graph", False) or kept
+    if not inputs:
+        return []
     return list(torch.autograd.grad(outputs, inputs, bars, allow_unused=True, **kwargs))
 
 

@@ -122,6 +122,8 @@ def call_of_f(f: Any, t: Tensor, h: Any, fits: Callable[[Any], None], error: Exc
             f"f is called as f(t, h), and {name} takes one argument. If that is h, write lambda t, h: net(h), or use "
             "pyjlode.nn.TimeMLP, a network of t and h; pyjlode.nn.NeuralODE makes a layer of it."
         ) from error
+    if isinstance(error, OSError):  # a time limit, a file: nothing that other arguments would mend
+        return
     if isinstance(h, Tensor) and h.ndim == 0:  # which of the two is the time does not show
         return
     try:

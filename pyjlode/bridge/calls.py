@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 }
 
 
+class _Ref(weakref.ref):
+    """Says when a `Held` is gone, without a line of Python: an exception of a signal handler's that came there would be
+    lost, and the object kept for ever."""
+
+    __slots__ = ("number",)
+    number: int
+
+
 class Held:
     """A Julia object, which Julia keeps for as long as this lives.
 
@@ -41,13 +50,12 @@ class Held:
         kept: what must live as long as the object, such as memory that it looks at.
     """
 
-    def __init__(self, number: int, dropped: list[int], kept: object = None) -> None:
+    def __init__(self, number: int, refs: set[_Ref], dropped: list[_Ref], kept: object = None) -> None:
         self.number, self.kept = number, kept
-        self._dropped = dropped
-
-    def __del__(self) -> None:
-        # On whatever thread this is, and perhaps within a solve: Julia hears of it at the next call.
-        self._dropped.append(self.number)
+        # On whatever thread it goes, and perhaps within a solve: Julia hears of it at the next call.
+        ref = _Ref(self, dropped.append)
+        ref.number = number
+        refs.add(ref)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Held:
         return self
@@ -78,13 +86,15 @@ class Calls:
     def __init__(self, addresses: dict[str, int]) -> None:
         self._c = {name: ctypes.PYFUNCTYPE(*types)(addresses[name]) for name, types in _SIGNATURES.items()}
         self.done = _I.from_address(addresses["done"])
-        self._dropped: list[int] = []
+        self._refs: set[_Ref] = set()
+        self._dropped: list[_Ref] = []
 
     def release_dropped(self) -> None:
         """Let Julia let go of the objects whose `Held` is gone."""
         if dropped := self._dropped[:]:
             del self._dropped[: len(dropped)]
-            self._c["release"]((_I * len(dropped))(*dropped), len(dropped))
+            self._refs.difference_update(dropped)
+            self._c["release"]((_I * len(dropped))(*[ref.number for ref in dropped]), len(dropped))
 
     def field(self, dtype: torch.dtype, functions: Functions) -> Held:
         """A field behind C functions, which the caller keeps for as long as it is called."""
@@ -165,7 +175,7 @@ class Calls:
 
     def _held(self, number: int, kept: object = None) -> Held:
         self._check(number)
-        return Held(number, self._dropped, kept)
+        return Held(number, self._refs, self._dropped, kept)
 
     def _check(self, result: int) -> None:
         if result == 0:

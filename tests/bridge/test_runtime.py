@@ -87,7 +87,7 @@ def test_an_exception_of_a_signal_handler_is_never_lost():
     """It may come before the first statement of a callback, where nothing in it can catch it."""
     code = """
 import random, signal
-class Late(Exception):
+class Late(TimeoutError):
     pass
 def late(*args):
     raise Late

@@ -616,13 +616,13 @@ def anew(monkeypatch):
 @pytest.mark.parametrize("name", ZOO)
 def test_values(name, rest, julia, recwarn):
     made = ZOO[name]()
-    for _ in range(5):
+    for i in range(6):
         with torch.no_grad():
             h0 = begin(made, rest)
             want = odeint(made.f, h0, T, engine="torch", method="dopri8", rtol=1e-10, atol=1e-12)
             got = solve(made.f, h0, T, engine="julia", method="tsit5", dense=False, **TOL)
             assert torch.allclose(states(got.h), states(want), rtol=1e-5, atol=1e-6), got.stats
-            if made.change:
+            if made.change and i % 2:
                 made.change()
     assert bool(got.stats.compiled) == made.compiled, got.stats.not_compiled
     if not made.compiled:
@@ -653,14 +653,14 @@ def test_gradients(name, rest, adjoint, julia, recwarn):
         except pyjlode.errors.GradientUnavailable as error:
             return error, None
 
-    for _ in range(3):
+    for i in range(4):
         _, want = attempt(engine="torch", method="dopri8", adjoint=False, rtol=1e-10, atol=1e-12)
         stats, got = attempt(engine="julia", method="tsit5", adjoint=adjoint, **TOL)
         if got is not None and want is not None:
             assert torch.allclose(got, want, rtol=1e-4, atol=1e-5 * (1 + float(want.abs().max()))), stats
         else:
             assert got is None or not got.any() or made.why
-        if made.change:
+        if made.change and i % 2:
             made.change()
     if made.leaves and got is not None and not isinstance(stats, Exception):
         assert bool(stats.compiled) == (made.compiled and made.derived), stats.not_compiled
