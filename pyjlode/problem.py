@@ -193,15 +193,18 @@ class Field:
         self.nfe += 1
         given = y
         y = y if self.flat else y.reshape(self.shape)  # type: ignore[arg-type]
-        if self.watched or self.differentiates:
-            k = self.with_graph(t, y, given)
+        watched = self.watched and not y.requires_grad
+        if self.differentiates:
+            k = self.with_graph(t, y)
         else:
             try:
                 k = self.f(t, y)
             except RuntimeError as error:
                 if not self.wants_graph(error, y):
                     raise
-                k = self.with_graph(t, y, given)
+                k = self.with_graph(t, y)
+            if watched and k.requires_grad:
+                self.look(k, t, y, given)
         if self.shape is not None and k.shape != self.shape:
             raise self.changed(numbers.read(t), k)
         if self.probed is not None:
@@ -214,23 +217,30 @@ class Field:
         self.differentiates = not y.requires_grad and "does not require grad" in str(error)
         return self.differentiates
 
-    def with_graph(self, t: Tensor, y: Tensor, given: Tensor | None = None) -> Tensor:
-        """f(t, y), in its own shape, of a y that has a graph where f differentiates by it.
-
-        Args:
-            given: the flat tensor that y is a view of, where it is one.
-        """
+    def with_graph(self, t: Tensor, y: Tensor) -> Tensor:
+        """f(t, y), in its own shape, of a y that has a graph where f differentiates by it."""
         recorded = torch.is_grad_enabled()
         with torch.enable_grad():
             if self.differentiates and not y.requires_grad:
                 y = y.detach().requires_grad_()
             k = self.f(t, y)
-        if self.watched and k.requires_grad:
-            from .parameters import strangers
-
-            if found := strangers([k], {id(y), id(given), id(t)}, frozenset(), 0)[0]:
-                raise Discovered(found)
+        if self.watched:
+            self.look(k, t, y)
+            return k.detach()
         return k if recorded else k.detach()
+
+    def look(self, k: Tensor, *point: Tensor) -> None:
+        """
+        Args:
+            point: what f was called with: it may have asked for gradients by that.
+
+        Raises:
+            Discovered: the graph of k reaches something else that requires grad.
+        """
+        from .parameters import strangers
+
+        if found := strangers([k], {id(x) for x in point}, frozenset(), 0)[0]:
+            raise Discovered(found)
 
     def own(self, k: Tensor) -> Tensor:
         """What f returned, in memory that f does not write to again: f may return one buffer at every call."""

@@ -293,7 +293,8 @@ def _solve(
         raise BadOption(
             "the systems of a batch keep no dense output on the Julia engine: call solve(..., dense=False)."
         )
-    with torch.no_grad(), runtime.julia() as calls:
+    # An f that is watched is called with gradients on, to see whether something in it needs one.
+    with torch.set_grad_enabled(p.f.watched), runtime.julia() as calls:
         algorithm = _algorithm(calls, p.method, gradient)
         solution, known = None, 1
         if p.batch > 1:

@@ -173,6 +173,7 @@ class RHS(Callbacks):
         views, field, dtype, clock = self.views, self.p.f, self.dtype, Clock(self.dtype)
         f, shape, ref, done = field.f, self.views.shape, weakref.ref(self), self.done
         note = field.seen[0].note if field.seen else None
+        watched = field.watched
 
         def call(du: int, u: int, t: float) -> None:
             nonlocal clock, f
@@ -187,6 +188,8 @@ class RHS(Callbacks):
                         raise
                     f = field.with_graph
                     k = f(clock.tensor, y)
+                if watched and k.requires_grad:
+                    field.look(k, clock.tensor, y)
                 if k.shape != shape:
                     raise field.changed(t, k)
                 if note and nfe & (nfe - 1) == 0:
@@ -217,7 +220,7 @@ class RHS(Callbacks):
         look(out, self.n, self.dtype).copy_(product)
 
     def vjp(self, out: int, v: int, u: int, t: float) -> None:
-        wrt = self.p.params if self.joint else ()
+        wrt = None if self.joint else ()
         _, (y_bar, *rest) = vjp(self.p, self.p.time(t), self.state(u), self.state(v), wrt)
         target = look(out, self.n, self.dtype)
         target.zero_() if y_bar is None else target.copy_(y_bar)

@@ -110,7 +110,9 @@ def solve(
     """
     if p.transformed:
         recorded = math.inf
-    with contextlib.nullcontext() if p.transformed else torch.set_grad_enabled(recorded > 0):
+    # An f that is watched is called with gradients on, to see whether something in it needs one.
+    on = recorded > 0 or p.f.watched
+    with contextlib.nullcontext() if p.transformed else torch.set_grad_enabled(on):
         record = _solve(p, stats, recorded, steps, dense, on_step)
     if not is_finite(record.ys.detach()):
         raise _non_finite_output(p, record.ys)

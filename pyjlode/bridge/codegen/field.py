@@ -115,9 +115,10 @@ class Compiled(Callbacks):
             return
         if p.retain_graph or p.suspects:
             raise NotCompiled("f uses results of earlier operations, whose graph a compiled f is no part of")
-        ids = {id(x) for x in trained}
-        lost = [x for x in p.params if id(x) not in ids and x.is_floating_point() and not x.is_leaf]
-        if lost:
+        # What the program has as parameters, and what f was seen to use, must be the same tensors.
+        ids, wanted = {id(x) for x in trained}, {id(x) for x in p.params}
+        lost = any(id(x) not in ids and (id(x) in p.reached or not x.is_leaf) for x in p.params)
+        if lost or not (p.named or ids <= wanted):
             raise NotCompiled("f uses results of earlier operations, whose graph a compiled f is no part of")
 
     @property
