@@ -332,7 +332,7 @@ def _count(name: str, value: Any) -> int:
 
 def _times(name: str, value: Any) -> tuple[float, ...]:
     try:
-        return tuple(torch.as_tensor(value, device="cpu").reshape(-1).to(torch.float64).tolist())
+        return tuple(on_host(value).reshape(-1).tolist())
     except (RuntimeError, TypeError, ValueError) as error:
         raise BadOption(f"options[{name!r}] must be a tensor or a sequence of times; got {value!r:.80}.") from error
 

@@ -198,11 +198,10 @@ def find(name: str | None) -> Method:
 
 def elsewhere(name: str) -> str | None:
     """The row for what other libraries call `name`."""
+    julia = {row.julia: row.name for row in reversed(METHODS.values()) if row.julia}
     key = name.strip().removesuffix("()").lower()
-    if key in METHODS:
-        return key
-    julia = {row.julia.removesuffix("()").lower(): row.name for row in reversed(METHODS.values()) if row.julia}
-    return ELSEWHERE.get(key) or julia.get(key)
+    others = {expression.removesuffix("()").lower(): row for expression, row in julia.items()}
+    return julia.get(name) or (key if key in METHODS else ELSEWHERE.get(key) or others.get(key))
 
 
 def julia_method(expression: str) -> Method:
