@@ -96,8 +96,11 @@ def odeint(
         jac: `jac(t, h) -> df/dh`, shape (*h.shape, *h.shape), or (*batch, d, d) with `options["batch_dims"]`, for the
             adaptive stiff methods. By default it is computed by autograd, else by finite differences.
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: for the backward solve of the continuous adjoints;
-            by default those of the forward one. `adjoint_options={"norm": "seminorm"}` leaves the parameters out of
-            the error norm (Kidger, Chen & Lyons 2021).
+            by default those of the forward one, of which the native engine takes `atol` in proportion to the cotangent:
+            the gradient of a scaled loss is the scaled gradient. `adjoint_atol` is absolute, in the units of dL/dh and
+            dL/dtheta. A backward solve over fixed steps takes the grid of the forward one.
+            `adjoint_options={"norm": "seminorm"}` leaves the parameters out of the error norm (Kidger, Chen & Lyons
+            2021).
         adjoint_params: the tensors besides `h0` and `t` to differentiate by; by default all that `f` is found to use.
         compile: for the Julia engine, which can translate `f` to Julia, so that no Python runs in the solve (nor what
             else `f` does in Python). None does so from the second solve of the same `f` on, where it can be done, and
@@ -631,6 +634,7 @@ def _adjoint(
         rtol=rel,
         atol=absolute,
         options=opts,
+        absolute=adjoint_atol is not None,
         seminorm=norm == "seminorm",
         norm=norm if callable(norm) else None,
         callbacks=arguments.callbacks(f, row, layout, p.y0, "_adjoint"),

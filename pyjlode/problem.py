@@ -373,6 +373,8 @@ class AdjointSettings:
     """How the backward solve of a continuous adjoint runs.
 
     Attributes:
+        absolute: `atol` was given for the adjoint: it is in the adjoint's own units. The forward one is in those of the
+            state, and a native solve makes one of it that goes with the size of the cotangent.
         seminorm: leave the parameters' part out of the error norm (Kidger, Chen & Lyons 2021).
         norm: on `(t, y, adj_y, *adj_params)`; the user's own.
     """
@@ -381,6 +383,7 @@ class AdjointSettings:
     rtol: float | Tensor
     atol: float | Tensor
     options: SolverOptions
+    absolute: bool = False
     seminorm: bool = False
     norm: Callable[[tuple[Tensor, ...]], Any] | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
@@ -412,6 +415,7 @@ class ODEProblem:
         layout: how the user's state lies in `y0`.
         batch: number B of independent systems, which lie in `y0` one after the other.
         mass: (n / B, n / B), M of `M y' = f(t, y)`, the same for each system; None is the identity.
+        blind_to_time: f is known to read t as a number.
         products: `v -> J v` and `v -> Jᵀ v` at a time t, `(t: 0-d, v: (n,)) -> (n,)`, for a large linear f.
         jac: `(t: 0-d, y: (n,)) -> (B, n / B, n / B)` or what reshapes to it, the user's df/dy.
         compile: whether the Julia engine must (True), may (None) or must not (False) compile f.
@@ -446,6 +450,7 @@ class ODEProblem:
     batch: int = 1
     mass: Tensor | None = None
     jac: Callable[[Tensor, Tensor], Tensor] | None = None
+    blind_to_time: bool = False
     products: tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]] | None = None
     adjoint: AdjointSettings | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)

@@ -62,9 +62,12 @@ class Linear:
         self.d = p.y0.numel() // max(p.batch, 1)
         self.free = self.d > DENSE_LIMIT and p.jac is None
         self.difference = False  # finite differences: autograd could not differentiate f
-        self.blind_to_time = False  # f reads t as a number, which no derivative sees ...
+        self.point: tuple[Tensor, ...] = ()  # t and y that f was last called with for a Jacobian
         self.compiled = False  # f runs through what `torch.compile` made
-        self.time_checked = False  # ... and this was looked at
+        self.blind_to_time = p.blind_to_time  # f reads t as a number, which no derivative sees ...
+        self.rates = 0  # ... and how often it looked as if f did not depend on t
+        # The time in which f changes, as far as a difference in time minds it: the size of a step, where that is known.
+        self.reach = min((abs(b - a) for a, b in zip(p.times, p.times[1:])), default=1.0)
         self.mass = None if p.mass is None else p.mass.to(p.y0)
         rtol = p.rtol.min().item() if isinstance(p.rtol, Tensor) and p.rtol.numel() else float(p.rtol)
         self.krylov_tol = max(1e-2 * min(rtol, 1e-2), 50 * torch.finfo(p.y0.dtype).eps)
@@ -160,6 +163,7 @@ class Linear:
             # Aliases: what f knows of y and t in another way is not a part of df/dy.
             at, point = (x.view_as(x) if recorded and x.requires_grad else x.detach().requires_grad_() for x in (t, y))
             k = self.p.f(at, point)
+        self.point = (at, point)
         if not k.requires_grad:
             raise RuntimeError("its result has no graph")
         if compiled(k):  # under `torch.func` PyTorch runs such a function as it was written
@@ -198,9 +202,13 @@ class Linear:
         return self.as_blocks(torch.stack(columns))
 
     def typical(self, y: Tensor) -> Tensor:
-        """Size of an element below which it counts as zero."""
-        rtol = torch.as_tensor(self.p.rtol, dtype=y.dtype).clamp_min(torch.finfo(y.dtype).eps ** 0.5)
-        return (torch.as_tensor(self.p.atol, dtype=y.dtype) / rtol.to(y.device)).clamp(1e-8, 1.0)
+        """Size of an element below which it counts as zero, (n,): atol over rtol, within the size of its system."""
+        rtol = torch.as_tensor(self.p.rtol).to(y).clamp_min(torch.finfo(y.dtype).eps ** 0.5)
+        size = (torch.as_tensor(self.p.atol).to(y) / rtol).expand_as(y)
+        rows = y.abs().view(self.B, self.d)
+        whole = rows.amax(1, keepdim=True).expand_as(rows).reshape(-1)
+        size = torch.where(whole > 0, torch.minimum(torch.maximum(size, 1e-6 * whole), whole), size)
+        return torch.where(size > 1e3 * torch.finfo(y.dtype).tiny, size, 1.0)
 
     def time_derivative(self, t: Tensor, y: Tensor) -> Tensor:
         """df/dt, (n,). By the reverse mode twice: nothing is left to do where f does not depend on t."""
@@ -209,19 +217,30 @@ class Linear:
         return self.seen(t, y, directional_by_reverse(self.p, t, y, torch.ones_like(t), None))
 
     def time_difference(self, t: Tensor, y: Tensor) -> Tensor:
-        step = torch.finfo(y.dtype).eps ** (1 / 3) * max(abs(read(t.detach())), 1e-3)
-        return (self.p.f(t + step, y) - self.p.f(t - step, y)) / (2 * step)
+        before, after, step = self.in_time(t, y)
+        return (after - before) / step
+
+    def in_time(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
+        """f a little before and after t, and the time between."""
+        eps, at = torch.finfo(y.dtype).eps, read(t.detach())
+        step = max(eps ** (1 / 3) * self.reach, 64 * eps * abs(at))
+        first, last = self.p.time(at - step), self.p.time(at + step)
+        return self.p.f(first, y), self.p.f(last, y), float(last.double() - first.double())
 
     def seen(self, t: Tensor, y: Tensor, slope: Tensor | None) -> Tensor:
-        """df/dt; where it is nothing at all, a difference tells (once a solve) whether f reads t as a number."""
+        """df/dt; where it is nothing at all, a difference tells whether f reads t as a number. It is asked the first,
+        second, fourth ... time: f may depend on t at some times and states only."""
         if slope is None or self.blind_to_time:
             return self.time_difference(t, y)
-        if self.time_checked or anywhere(slope):
+        if anywhere(slope):
             return slope
-        self.time_checked = True
-        difference = self.time_difference(t, y)
-        self.blind_to_time = anywhere(difference.abs() > 1e-6 * (1 + self.p.f(t, y).abs()))
-        return difference if self.blind_to_time else slope
+        self.rates += 1
+        if self.rates & (self.rates - 1):
+            return slope
+        before, after, step = self.in_time(t, y)
+        change, size = (after - before).abs(), torch.maximum(before.abs(), after.abs())
+        self.blind_to_time = anywhere(change > 1e3 * torch.finfo(y.dtype).eps * size)
+        return (after - before) / step if self.blind_to_time else slope
 
     # --- Systems ------------------------------------------------------------------------------------------------------
 

@@ -72,6 +72,7 @@ class Record:
         dense: the dense output, (M,) times -> (M, n), where it was to be kept.
         event_t: time of the event.
         event: the same as a 0-d tensor with its derivatives, under a transform; then each sample has its own.
+        size: (n,) the largest value of each element at the ends of steps, where the solve has a continuous adjoint.
         next_dt: size of the step that would come next (adaptive methods).
         last: the step that the event lies in.
     """
@@ -82,6 +83,7 @@ class Record:
     dense: Any = None
     event_t: float | None = None
     event: Tensor | None = None
+    size: Tensor | None = None
     next_dt: float | None = None
     last: Step | None = None
 
@@ -123,6 +125,8 @@ def _solve(
     finder = EventFinder(p) if p.event_fn is not None else None
     record = Record(p.y0, [])
     steps = make_steps(p, stats, record, recorded, tracked, keep_dense, sign * math.inf if finder else times[-1])
+    if p.adjoint:
+        record.size = p.y0.detach().abs()
     blocks, dense = [p.y0[None]], []
     i, n = 1, 0  # next output, number of the step
     step = None
@@ -135,6 +139,8 @@ def _solve(
             record.kept.append(kept(step))
         if on_step:
             on_step(step)
+        if record.size is not None:
+            record.size = torch.maximum(record.size, step.y1.detach().abs())
 
         if finder:
             record.event_t = finder.look(step)

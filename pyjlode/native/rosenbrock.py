@@ -63,6 +63,7 @@ class Rosenbrock:
         if interval.after_jump or self.f0 is None:
             self.f0 = self.p.f(t[0], y)
         if interval.after_jump or self.J is None:
+            self.linear.reach = abs(interval.t1 - interval.t0)
             self.J = self.linear.jacobian(t[0], y, rate=True)
         W = self.linear.system(self.J, 1 / (self.tab.gamma * (interval.t1 - interval.t0)))
         if not W.ok:
@@ -110,6 +111,7 @@ class Rosenbrock:
         tab, c = self.tab, self.c
         t = stage_times(interval, tab.alpha, y)
         dt = interval.dt.to(y) if isinstance(interval.dt, Tensor) else interval.dt
+        self.linear.reach = abs(interval.t1 - interval.t0)
         solve = self.recorded_system(t[0], y, dt) or self.polished_system(t[0], y, dt, interval, polish)
         U: list[Tensor] = []
         for i in range(tab.stages):
@@ -123,7 +125,7 @@ class Rosenbrock:
         # between a state and the slope of another grows from step to step.
         self.f0 = k.detach() if c.fsal else None
         stacked = torch.stack(U)
-        return RosenbrockStep(self, interval, y, y + stacked.T @ c.m, stacked)
+        return RosenbrockStep(self, interval, y, y + stacked.T @ c.m, stacked, self.linear.point)
 
     def recorded_system(self, t: Tensor, y: Tensor, dt: float | Tensor) -> Solve | None:
         """(rhs, weight of df/dt) -> u with a Jacobian that has a graph: for small systems."""
@@ -165,7 +167,16 @@ class RosenbrockStep:
 
     data = ()  # the step can be taken again from y alone
 
-    def __init__(self, rk: Rosenbrock, interval: Interval, y: Tensor, y1: Tensor, U: Tensor) -> None:
+    def __init__(
+        self,
+        rk: Rosenbrock,
+        interval: Interval,
+        y: Tensor,
+        y1: Tensor,
+        U: Tensor,
+        point: tuple[Tensor, ...] = (),
+    ) -> None:
+        self.point = point  # leaves that the graph of a recorded step has for its Jacobian
         self.rk, self.interval, self.y, self.y1, self.U = rk, interval, y, y1, U
 
     def interpolate(self, times: list[float] | Tensor) -> Tensor:

@@ -7,9 +7,10 @@ Bettencourt & Duvenaud 2018, appendix B; Pontryagin et al. 1962).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from .. import forward
 from ..derivatives import grad, pull_back, vjp
 from ..gradients import Gradients, other_function, time_gradient
 from ..parameters import graph_mark
-from ..problem import Callbacks, Field, Layout, Norm, ODEProblem, max_rms_norm, not_negative, rms_norm
+from ..problem import Callbacks, Field, Layout, Norm, ODEProblem, max_rms_norm, not_negative
 from ..solution import Stats
 from . import dae, interpolation, loop, scipy_ivp
 from .linear import Jacobian, Linear
@@ -154,7 +155,8 @@ class _Replay:
                 bars.append(self.history.pop(id(kept.slope)))
         pairs = [(o, b) for o, b in zip(outputs, bars) if o.requires_grad]
         self.compare(step)
-        grads = grad(p, [o for o, _ in pairs], [y, *p.params, *inputs, *old], [b for _, b in pairs], mark)
+        point = getattr(step, "point", ())
+        grads = grad(p, [o for o, _ in pairs], [y, *p.params, *inputs, *old], [b for _, b in pairs], mark, point)
         y_bar, rest = grads[0], grads[1:]
         params.add(rest[: len(p.params)])
         for tensor, bar in zip(moving, rest[len(p.params) :]):
@@ -229,7 +231,8 @@ def continuous(p: ODEProblem, record: Record, g: Tensor, name: str) -> Gradients
     `backsolve` solves y backward beside it: no memory of the forward solve (Chen et al. 2018).
     `interpolating` reads y off the forward solve's dense output, the integral over theta being part of the solve.
     `quadrature` integrates a df/dtheta by adaptive Gauss-Kronrod quadrature within each step.
-    `gauss` integrates it by Gauss-Legendre quadrature within each step of a as that step is made.
+    `gauss` integrates it by a Gauss-Kronrod pair of few points within each step of a as that step is made; where the
+    two do not agree, as at a kink of f, as `quadrature` does.
     A stiff method takes the integral of the first two within its steps too: states of the size of theta would only
     make its linear systems larger.
     The last three are those of Ma, Dixit, Innes, Guo & Rackauckas, A comparison of automatic differentiation and
@@ -262,7 +265,9 @@ class _Backward:
         self.linear = Linear(p, Stats("", "", "")) if stiff else None
         self.algebra = dae.Algebra(p) if p.mass is not None else None
         self.first_step = self.settings.options.first_step
-        self.nodes = gauss_legendre(self.settings.method.order // 2 + 1)
+        self.pair = gauss_kronrod(max(1, (self.settings.method.order + 1) // 2))
+        known = record.size if record.size is not None else record.ys.detach().abs().amax(0)
+        self.size = known.clamp_min(torch.finfo(known.dtype).tiny)
 
     def rhs(self, t: Tensor, z: Tensor) -> Tensor:
         """z = (y?, a, theta?) -> dz/dt."""
@@ -287,6 +292,7 @@ class _Backward:
             a, mu = self.algebra.adjoint_start(p.time(t1), y, a)
             self.total -= self.flat(vjp(p, p.time(t1), y, mu)[1][1:])
         z = torch.cat([*([y] if self.with_y else []), a, *([self.total] if self.with_params else [])])
+        rate = self.rhs(p.time(t1), z) if self.linear is None else None
         problem = ODEProblem(
             f=Field(self.rhs),
             y0=z,
@@ -294,10 +300,12 @@ class _Backward:
             times=[t1, t0],
             method=s.method,
             rtol=self.extend(s.rtol),
-            atol=self.extend(s.atol),
+            atol=self.extend(s.atol) if s.absolute else self.scaled(a, rate, t1 - t0),
             options=replace(s.options, first_step=self.first_step),
             norm=self.norm(),
+            f0=rate,
             callbacks=self.callbacks(),
+            blind_to_time=True,
             **self.implicit(),
         )
         inline = self.integrate if self.layout.size and not self.with_params else None
@@ -312,6 +320,52 @@ class _Backward:
         if self.with_params:
             self.total = z[n:]
         return z[:n] if self.linear is None else self.linear.times_mass_transposed(z[:n])
+
+    def scaled(self, a: Tensor, rate: Tensor | None, span: float) -> Tensor:
+        """Absolute tolerances of an adjoint that starts as `a`, in proportion to it.
+
+        The adjoint is linear in its cotangents, and its elements have the units of the loss over those of the state:
+        one per element of the state that is small. `atol` is taken for what it is of the state, a part of its size, but
+        not above rtol, which would leave the adjoint without any control, and not so far below that an element which
+        passes zero is all that steps are made for. This part of |a|, at most of what the largest |a y| comes to in the
+        element's own unit, is its tolerance.
+
+        Args:
+            rate: slope of the whole state at its start, where it has parameters.
+            span: signed length of the solve.
+        """
+        s, n = self.settings, self.n
+        tiny, part = torch.finfo(a.dtype).tiny, self.part()
+        of_a = a.abs()
+        if n:
+            rows = of_a.view(self.p.batch, -1)
+            largest = rows.amax(1, keepdim=True).expand_as(rows).reshape(-1)
+            if self.p.mass is None:
+                sizes = self.size.view_as(rows)
+                weight = (rows * sizes).amax(1, keepdim=True) / sizes
+                largest = torch.minimum(largest, weight.reshape(-1))
+            of_a = (part * largest).clamp_min(tiny)
+        parts = [torch.as_tensor(s.atol, dtype=a.dtype, device=a.device).expand(n), of_a] if self.with_y else [of_a]
+        if self.with_params and self.layout.size:
+            assert rate is not None
+            of_theta = torch.maximum(self.total.abs(), rate[-self.layout.size :].abs() * abs(span))
+            parts.append((self.part().amin() * self.filled(of_theta)).clamp_min(tiny))
+        return torch.cat(parts)
+
+    def part(self) -> Tensor:
+        """atol as a part of the state's size, (n,), see `scaled`."""
+        eps = torch.finfo(self.size.dtype).eps
+        rtol, atol = (
+            torch.as_tensor(x).to(self.size).expand_as(self.size) for x in (self.settings.rtol, self.settings.atol)
+        )
+        limit = torch.where(rtol > 0, rtol, torch.inf)
+        return torch.minimum(torch.maximum(atol / self.size, 1e-3 * rtol), limit).clamp_min(eps)
+
+    def filled(self, sizes: Tensor) -> Tensor:
+        """Sizes of the parameters' gradients, (|theta|,): no element counts as smaller than 1/1000 of its tensor's."""
+        parts = sizes.split(self.layout.sizes)
+        floors = torch._foreach_norm([x for x in parts if x.numel()], torch.inf)
+        return torch.cat([torch.maximum(x, 1e-3 * floor) for x, floor in zip([x for x in parts if x.numel()], floors)])
 
     def implicit(self) -> dict[str, Any]:
         """What a stiff method needs to know of the adjoint equation: Mᵀ λ' = -Jᵀ λ, and its Jacobian."""
@@ -355,39 +409,50 @@ class _Backward:
     def integrate(self, step: Step) -> None:
         """Add the integral of a df/dtheta over one step of a."""
         t0, t1 = step.interval.t0, step.interval.t1
-        if self.name == "quadrature":
-            self.total += self.kronrod(step, t0, t1)
-        else:
-            self.total += self.rule(step, t0, t1, *self.nodes)
+        if self.name != "quadrature":
+            fine, enough = self.agree(step, t0, t1, self.pair)
+            if enough:
+                self.total += fine
+                return
+        self.total += self.kronrod(step, t0, t1)
 
-    def rule(self, step: Step, t0: float, t1: float, nodes: np.ndarray, weights: np.ndarray) -> Tensor:
-        """Quadrature over [t1, t0] (backward in time, so that the sign is that of the forward integral): (|theta|,)."""
-        return self.samples(step, (t0 + (t1 - t0) * nodes).tolist(), (weights * (t0 - t1))[None])[0]
+    def agree(self, step: Step, t0: float, t1: float, pair: Pair) -> tuple[Tensor, bool]:
+        """The integral over [t1, t0] (backward in time, so that the sign is that of the forward integral), (|theta|,),
+        and whether the two rules of the pair agree on it to the adjoint's tolerances."""
+        fine, coarse, size = self.samples(step, t0, t1, pair)
+        x = (self.total + fine).abs()
+        rtol, atol = (torch.as_tensor(x).min() for x in (self.settings.rtol, self.settings.atol))
+        # What rounding leaves of a sum is not to be refined.
+        tol = rtol.to(x) * x + 50 * torch.finfo(x.dtype).eps * size
+        tol += atol.to(x) if self.settings.absolute else self.part().amin() * self.filled(x)
+        wrong = (fine - coarse) / tol.clamp_min(torch.finfo(x.dtype).tiny)
+        return fine, max_rms_norm(wrong.split(self.layout.sizes)) <= 1
 
-    def samples(self, step: Step, times: list[float], weights: np.ndarray) -> Tensor:
-        """Weighted sums of a df/dtheta at `times`: weights (r, M) -> (r, |theta|)."""
+    def samples(self, step: Step, t0: float, t1: float, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+        """The integral of a df/dtheta by both rules, and that of its absolute value: (|theta|,) each."""
         p = self.p
+        times = (t0 + (t1 - t0) * pair.nodes).tolist()
         with torch.no_grad():
             z = step.interpolate(times)
             a = z[:, -self.n :]
             y = z[:, : self.n] if self.with_y else self.record.dense(torch.tensor(times, dtype=torch.float64))
-        total = self.total.new_zeros(len(weights), self.layout.size)
+        fine, coarse, size = self.total.new_zeros(3, self.layout.size)
+        weights = (pair.weights * (t0 - t1)).tolist(), (pair.embedded * (t0 - t1)).tolist()
         for i, t in enumerate(times):
             mark, point = graph_mark(), (p.time(t), y[i].detach().requires_grad_())
             with torch.enable_grad():
                 k = p.f(*point)
             value = self.flat(pull_back(p, k, p.params, a[i], mark, point))
-            for row, weight in zip(total, weights[:, i].tolist()):
-                row.add_(value, alpha=weight)
-        return total
+            fine.add_(value, alpha=weights[0][i])
+            if weights[1][i]:
+                coarse.add_(value, alpha=weights[1][i])
+            size.add_(value.abs_(), alpha=abs(weights[0][i]))
+        return fine, coarse, size
 
     def kronrod(self, step: Step, t0: float, t1: float, depth: int = 0) -> Tensor:
         """Adaptive 15-point Gauss-Kronrod quadrature (Piessens et al., QUADPACK, 1983) to the adjoint's tolerances."""
-        nodes, weights, embedded = GAUSS_KRONROD
-        pair = np.stack([weights, embedded]) * (t0 - t1)
-        fine, coarse = self.samples(step, (t0 + (t1 - t0) * nodes).tolist(), pair)
-        rtol, atol = (float(torch.as_tensor(x).min()) for x in (self.settings.rtol, self.settings.atol))
-        if depth == 10 or rms_norm((fine - coarse) / (atol + rtol * (self.total + fine).abs())) <= 1:
+        fine, enough = self.agree(step, t0, t1, gauss_kronrod(7))
+        if depth == 10 or enough:
             return fine
         middle = t0 + (t1 - t0) / 2
         return self.kronrod(step, t0, middle, depth + 1) + self.kronrod(step, middle, t1, depth + 1)
@@ -432,28 +497,33 @@ class _Backward:
         return [g.to(q.device) for g, q in zip(self.layout.leaves(self.total), self.p.params)]
 
 
-def gauss_legendre(m: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights on [0, 1]."""
-    nodes, weights = np.polynomial.legendre.leggauss(m)
-    return (nodes + 1) / 2, weights / 2
+class Pair(NamedTuple):
+    """Nodes on [0, 1], weights of a Kronrod rule, and of the Gauss rule within it (0 where that has no node)."""
+
+    nodes: np.ndarray
+    weights: np.ndarray
+    embedded: np.ndarray
 
 
-def _gauss_kronrod() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Nodes on [0, 1], weights of the 15-point rule, and of the embedded 7-point Gauss rule (QUADPACK, dqk15)."""
-    outer = [0.991455371120812639206854697526329, 0.864864423359769072789712788640926]
-    outer += [0.586087235467691130294144691693529, 0.207784955007898467600689403773245]
-    kronrod_outer = [0.022935322010529224963732008058970, 0.104790010322250183839876322541518]
-    kronrod_outer += [0.169004726639267902826583426598550, 0.204432940075298892414161999234649]
-    kronrod_inner = [0.063092092629978553290700663189204, 0.140653259715525918745189590510238]
-    kronrod_inner += [0.190350578064785409913256402421014, 0.209482141084727828012999174891714]
-    inner, gauss = np.polynomial.legendre.leggauss(7)
-    nodes = np.concatenate([inner, outer, np.negative(outer)])
-    weights = np.concatenate([[*kronrod_inner[:3], *kronrod_inner[::-1]], kronrod_outer, kronrod_outer])
-    embedded = np.concatenate([gauss, np.zeros(8)])
-    return (nodes + 1) / 2, weights / 2, embedded / 2
+@functools.cache
+def gauss_kronrod(m: int) -> Pair:
+    """The Gauss rule of m points and its extension to 2 m + 1, of degree 3 m + 1 (Kronrod 1965; Piessens et al.,
+    QUADPACK, 1983).
 
-
-GAUSS_KRONROD = _gauss_kronrod()
+    The m + 1 nodes that are added are the zeros of Stieltjes's polynomial: E of degree m + 1 with P_m E orthogonal to
+    all polynomials up to degree m, for Legendre's polynomial P_m.
+    """
+    legendre = np.polynomial.legendre
+    x, w = legendre.leggauss(2 * m + 2)  # exact for all products here
+    P = legendre.legvander(x, m + 1)
+    products = np.einsum("q,q,qk,qj->kj", w, P[:, m], P[:, : m + 1], P)
+    E = np.append(np.linalg.lstsq(products[:, : m + 1], -products[:, m + 1], rcond=None)[0], 1.0)
+    gauss, of_gauss = legendre.leggauss(m)
+    nodes = np.concatenate([gauss, legendre.legroots(E).real])
+    moments = np.zeros(2 * m + 1)
+    moments[0] = 2
+    weights = np.linalg.solve(legendre.legvander(nodes, 2 * m).T, moments)
+    return Pair((nodes + 1) / 2, weights / 2, np.append(of_gauss, np.zeros(m + 1)) / 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
