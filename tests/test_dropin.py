@@ -238,7 +238,7 @@ class Out:
 @pytest.mark.parametrize("kind", ["out", "view", "numpy", "copy_"])
 @pytest.mark.parametrize("method", pyjlode.METHODS)
 def test_one_buffer_for_every_result(method, kind, dense):
-    tol = 1e-2 if method == "implicit_adams" else 1e-6  # its corrector is to settle
+    tol = 1e-2 if method == "implicit_adams" else 1e-4  # its corrector is to settle
     given = {"method": method, "dense": dense, "rtol": tol, "atol": tol}
     right = solve(lambda t, h: A @ h, H0, T, **given)
     try:
