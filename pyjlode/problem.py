@@ -198,7 +198,11 @@ class Field:
             k = self.with_graph(t, y)
         else:
             try:
-                k = self.f(t, y)
+                if watched and not torch.is_grad_enabled():
+                    with torch.enable_grad():
+                        k = self.f(t, y)
+                else:
+                    k = self.f(t, y)
             except RuntimeError as error:
                 if not self.wants_graph(error, y):
                     raise

@@ -52,7 +52,9 @@ class Algebra:
     def pivot(self, J: Tensor, t: Tensor) -> Tensor:
         """Nᵀ J V, (B, m, m)."""
         G = self.N.T @ J @ self.V
-        sizes = torch.linalg.svdvals(G / torch.linalg.matrix_norm(J).clamp_min(1e-300)[:, None, None])
+        sizes = torch.linalg.svdvals(
+            G / torch.linalg.matrix_norm(J).clamp_min(torch.finfo(G.dtype).tiny)[:, None, None]
+        )
         if anywhere(sizes[:, -1] <= 100 * len(self.N) * torch.finfo(G.dtype).eps):
             raise HighIndex(
                 f"the system M h' = f(t, h) is not of index 1 at t={float(t):.6g}: its algebraic equations do not "
@@ -160,9 +162,9 @@ def solved(algebra: Algebra, t: Tensor, y: Tensor, change: Tensor) -> Tensor:
         while factor > 1e-6 and not residual(y + factor * change) <= at:
             factor /= 2
         y = y + factor * change
-        scale = torch.finfo(y.dtype).eps * (1 + read(y.abs().max()))
+        scale = 8 * torch.finfo(y.dtype).eps * y.abs().max() + 1e-6 * torch.as_tensor(p.atol).to(y)
         at = residual(y)
-        if at == 0 or read((factor * change).abs().max()) <= 8 * scale:
+        if at == 0 or not anywhere((factor * change).abs() > scale):
             return y
         change = algebra.correction(t, y)
     raise NotConverged(

@@ -190,7 +190,7 @@ class ExplicitStep:
             return errors[0]
         # DOP853: the fifth-order error damped by the third-order one (Hairer, Nørsett & Wanner II.10).
         fifth, third = errors
-        return fifth * fifth / math.sqrt(fifth * fifth + 0.01 * third * third) if fifth else fifth
+        return fifth * (fifth / math.hypot(fifth, 0.1 * third)) if fifth else fifth
 
     def complete(self) -> None:
         """Evaluate what dense output needs beyond the step's own stages."""

@@ -86,7 +86,7 @@ def stiff_steps(p: ODEProblem, stats: Stats, record: Any, recorded: bool, tracke
         if p.callbacks.step:
             p.callbacks.step(t, shown, reach)
         interval = Interval(t, t1, t, reach, after_jump, t1 in jumps)
-        with torch.set_grad_enabled(p.f.watched):
+        with torch.no_grad():
             step, err, why = make.attempt(interval, y.detach())
         if step is not None and (err <= 1 or (abs(reach) <= o.min_step and math.isfinite(err))):
             stats.naccept += 1
