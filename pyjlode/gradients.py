@@ -152,6 +152,8 @@ class Sight(NamedTuple):
         """
         end = p.times[-1] if record.event_t is None else record.event_t
         t, y = p.time(end), record.ys[-1].detach()
+        if p.options.perturb:  # f is asked beside the points of the grid, and not there
+            t = torch.nextafter(t, p.time(p.times[0]))
         k, reached = _look(p, t, y)
         if p.makes_leaves:  # what recurs in a second call is none of these
             _look(p, t, y)

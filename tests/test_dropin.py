@@ -247,9 +247,9 @@ def test_one_buffer_for_every_result(method, kind, dense):
         assert kind != "copy_"
         assert pyjlode.METHODS[method].kind == "implicit"
         return
-    assert torch.allclose(found.h, right.h, atol=1e-5)
+    assert torch.allclose(found.h, right.h, atol=10 * tol)
     if dense and method != "scipy_solver":
-        assert torch.allclose(found.interpolate(0.37), right.interpolate(0.37), atol=1e-5)
+        assert torch.allclose(found.interpolate(0.37), right.interpolate(0.37), atol=10 * tol)
 
 
 @pytest.mark.parametrize("adjoint", [False, True, "backsolve", "gauss"])
