@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -106,14 +105,6 @@ def times(t: Any, *, name: str = "t") -> tuple[Tensor, list[float]]:
 def on_host(values: Any) -> Tensor:
     """Numbers that are no tensor as one: float64, on the CPU whatever torch.set_default_device says."""
     return torch.as_tensor(values, dtype=torch.float64, device="cpu")
-
-
-def first_time(values: list[float], method: Method, o: SolverOptions, layout: Layout) -> float:
-    """The time that the solver first asks f for: with `perturb` just after the start."""
-    if not o.perturb or len(values) < 2:
-        return values[0]
-    dtype = np.float32 if layout.dtype == torch.float32 else np.float64
-    return float(np.nextafter(dtype(values[0]), dtype(values[1])))
 
 
 def method_of(method: Any) -> Method:

@@ -151,9 +151,7 @@ class Sight(NamedTuple):
             Discovered: f uses tensors there that it was not known to use.
         """
         end = p.times[-1] if record.event_t is None else record.event_t
-        t, y = p.time(end), record.ys[-1].detach()
-        if p.options.perturb:  # f is asked beside the points of the grid, and not there
-            t = torch.nextafter(t, p.time(p.times[0]))
+        t, y = p.asked(end, p.times[0]), record.ys[-1].detach()
         k, reached = _look(p, t, y)
         if p.makes_leaves:  # what recurs in a second call is none of these
             _look(p, t, y)
@@ -191,7 +189,7 @@ def _look(p: ODEProblem, t: Tensor, y: Tensor) -> tuple[Tensor, set[int]]:
         y = y.detach().requires_grad_()
         k = p.f(t, y)
     check_graph(p, [k], (t, y), mark)
-    reached = parameters.strangers([k], {id(t), id(y)}, frozenset(), mark)[0]
+    reached = parameters.strangers([k], {id(t), id(y)}, {}, mark)[0]
     return k.detach().clone(), {id(x) for x in reached}
 
 

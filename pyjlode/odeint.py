@@ -473,8 +473,7 @@ def _read(
     mark = parameters.graph_mark() if grad else 0
     probe = y0.detach().requires_grad_(grad) if gradient else y0
     meter = parameters.GraphMeter() if grad and gradient == "discrete" else None
-    start = arguments.first_time(times, row, opts, layout)
-    first = partial(_first, p=p, probe=probe, start=start, autocast=autocast)
+    first = partial(_first, p=p, probe=probe, autocast=autocast)
     with contextlib.nullcontext() if p.transformed else torch.set_grad_enabled(grad):
         try:
             with meter or contextlib.nullcontext():
@@ -497,7 +496,7 @@ def _read(
             with torch.enable_grad():
                 found = parameters.dependencies(held, f0, probe, mark, partial(first, f), explicit)
             p.params, p.retain_graph, p.suspects, p.makes_leaves, p.bindings, p.reached = found
-            p.cuts = frozenset(parameters.cut(p.params))
+            p.cuts = parameters.cut(p.params)
             if held.wanted and not f0.requires_grad and explicit is None:
                 warn(
                     "autograd sees no way from what f returns at t[0] to h or to the tensors that f holds: it is a "
@@ -534,14 +533,13 @@ def _read(
     return Made(p, stats, chosen, gradient, needed)
 
 
-def _first(f: Any, p: ODEProblem, probe: Tensor, start: float, autocast: bool) -> Tensor:
-    """f(t, y0), checked: shape (n,).
+def _first(f: Any, p: ODEProblem, probe: Tensor, autocast: bool) -> Tensor:
+    """f(t, y0) at the time that a solver first asks for, checked: shape (n,).
 
     Args:
         probe: stands for y0.
-        start: the time that a solver first asks for.
     """
-    t, layout = p.time(start), p.layout
+    t, layout = p.asked(p.times[0], p.times[-1]), p.layout
     version = None if p.transformed or probe.is_inference() else probe._version
     assert layout is not None
     p.f.nfe += 1

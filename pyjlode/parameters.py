@@ -7,7 +7,7 @@ import contextlib
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -234,6 +234,10 @@ class GraphMeter:
         return sum(self.storages.values())
 
 
+# Places in a graph, and the tensors that stand there.
+Cuts = Mapping[tuple[Any, int], Tensor]
+
+
 def graph_mark() -> int:
     """A number that autograd nodes made from now on (in this thread) are not below."""
     return torch.autograd._get_sequence_nr()
@@ -279,11 +283,11 @@ def dependencies(
         named: the tensors that the user wants to differentiate by; None for all.
     """
     if named is not None:
-        outside = _walk([_edge(output)], {_edge(x): x for x in named if not x.is_leaf}, mark)[2]
+        outside = _walk([_edge(output)], cut(named), mark)[2]
         return Dependencies(named, outside, bindings=_rebindable(held, named))
     # An intermediate tensor counts only if f was seen to use it: one that merely lies near (the loss of the last
     # iteration, kept in an attribute) must not tie this solve to its graph.
-    cuts = {_edge(x): x for x in held.wanted if not x.is_leaf}
+    cuts = cut(held.wanted)
     used, leaves, outside = _walk([_edge(output)], cuts, mark)
     suspects = tuple(weakref.ref(x) for x in held.wanted if not x.is_leaf and all(x is not y for y in used))
     leaves.pop(id(probe), None)
@@ -296,7 +300,7 @@ def dependencies(
         leaves = {i: x for i, x in leaves.items() if i in other or i in known}
     reached = frozenset(leaves)
     behind = [edge for x in used if x.grad_fn for edge in x.grad_fn.next_functions]
-    nested, upstream, _ = _walk(behind, {_edge(x): x for x in used}, mark)
+    nested, upstream, _ = _walk(behind, cut(used), mark)
     if nested or leaves.keys() & upstream.keys():
         # Something is reached both directly and through an intermediate: by leaves alone, or it counts twice.
         upstream = _walk(behind, {}, mark)[1]
@@ -351,40 +355,20 @@ def _leaf_node() -> type:
         return type(torch.zeros((), device="cpu", requires_grad=True).view(()).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
 
 
-def strangers(outputs: Iterable[Tensor], known: Set[int], cuts: Set[Any], mark: int) -> tuple[list[Tensor], bool]:
+def strangers(outputs: Iterable[Tensor], known: Set[int], cuts: Cuts, mark: int) -> tuple[list[Tensor], bool]:
     """Leaves that a graph reaches and that are not known; and whether it goes through nodes from before `mark`.
 
     Args:
         known: the `id` of each leaf that is.
-        cuts: edges that the walk does not pass, of `cut`.
+        cuts: where the walk ends.
     """
-    # Every call of f in a backward pass is looked at in this way: nothing here may cost much.
-    leaf: Any = _leaf_node()
-    outside = False
-    found: list[Tensor] = []
-    todo: list[Any] = [x.grad_fn for x in outputs if x.grad_fn is not None and _edge(x) not in cuts]
-    node: Any
-    seen = set(todo)
-    while todo:
-        node = todo.pop()
-        if type(node) is leaf:
-            x = node.variable
-            if id(x) not in known:
-                found.append(x)
-            continue
-        if not outside and node._sequence_nr() < mark:
-            outside = True
-        for edge in node.next_functions:
-            then = edge[0]
-            if then is not None and then not in seen and (not cuts or edge not in cuts):
-                seen.add(then)
-                todo.append(then)
-    return found, outside
+    _, leaves, outside = _walk(map(_edge, outputs), cuts, mark)
+    return [x for i, x in leaves.items() if i not in known], outside
 
 
-def cut(tensors: Iterable[Tensor]) -> set[Any]:
-    """The edges of those among the tensors that are results."""
-    return {_edge(x) for x in tensors if x.grad_fn is not None}
+def cut(tensors: Iterable[Tensor]) -> Cuts:
+    """Those among the tensors that are results, by where they stand in the graph."""
+    return {_edge(x): x for x in tensors if x.grad_fn is not None}
 
 
 def _edge(x: Tensor) -> tuple[Any, int]:
@@ -392,27 +376,32 @@ def _edge(x: Tensor) -> tuple[Any, int]:
     return x.grad_fn, x.output_nr
 
 
-def _walk(
-    roots: Sequence[tuple[Any, int]], cuts: dict[Any, Tensor], mark: int
-) -> tuple[list[Tensor], dict[int, Tensor], bool]:
+def _walk(roots: Iterable[tuple[Any, int]], cuts: Cuts, mark: int) -> tuple[list[Tensor], dict[int, Tensor], bool]:
     """Walk back through a graph, not past `cuts`: the cuts met, the leaves met, and whether nodes older than `mark`
     are."""
+    # Every call of f in a backward pass is looked at in this way: nothing here may cost much.
+    leaf: Any = _leaf_node()
     used: list[Tensor] = []
     leaves: dict[int, Tensor] = {}
     outside = False
-    todo, seen = list(roots), set()
+    todo = list(roots)
+    seen = set(todo)
     while todo:
         edge = todo.pop()
         node = edge[0]
-        if node is None or edge in seen:
+        if node is None:
             continue
-        seen.add(edge)
-        if edge in cuts:
+        if cuts and edge in cuts:
             used.append(cuts[edge])
             continue
-        if hasattr(node, "variable"):
-            leaves[id(node.variable)] = node.variable
+        if type(node) is leaf:
+            x = node.variable
+            leaves[id(x)] = x
             continue
-        outside = outside or node._sequence_nr() < mark
-        todo.extend(node.next_functions)
+        if not outside and node._sequence_nr() < mark:
+            outside = True
+        for then in node.next_functions:
+            if then not in seen:
+                seen.add(then)
+                todo.append(then)
     return used, leaves, outside

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -243,7 +243,7 @@ class Field:
         """
         from .parameters import strangers
 
-        if found := strangers([k], {id(x) for x in point}, frozenset(), 0)[0]:
+        if found := strangers([k], {id(x) for x in point}, {}, 0)[0]:
             raise Discovered(found)
 
     def own(self, k: Tensor) -> Tensor:
@@ -454,7 +454,7 @@ class ODEProblem:
     params: tuple[Tensor, ...] = ()
     suspects: tuple[weakref.ref[Tensor], ...] = ()
     named: bool = False
-    cuts: frozenset[Any] = frozenset()
+    cuts: Mapping[Any, Tensor] = field(default_factory=dict)
     retain_graph: bool = False
     reached: frozenset[int] = frozenset()
     bindings: tuple[Any, ...] = ()
@@ -473,6 +473,12 @@ class ODEProblem:
     compile: bool | None = None
     transformed: bool = False
     repeats: dict[str, Any] | None = None
+
+    def asked(self, t: float, toward: float) -> Tensor:
+        """`t`, an end of the solve or of a step, as f sees it: with `perturb` one rounding unit on the way `toward`
+        another time."""
+        at = self.time(t)
+        return torch.nextafter(at, self.time(toward)) if self.options.perturb else at
 
     def leaf(self, x: Tensor) -> Tensor:
         """A leaf for the solver's own derivatives, where x is not one already that requires grad."""

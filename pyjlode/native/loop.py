@@ -112,7 +112,7 @@ def solve(
         recorded = math.inf
     # An f that is watched is called with gradients on, to see whether something in it needs one: as all else is here,
     # where nothing else in a step would be recorded for that.
-    on = recorded > 0 or (p.f.watched and p.method.tableau is not None and not p.method.controlled)
+    on = recorded > 0 or (p.f.watched and not p.method.controlled)
     with contextlib.nullcontext() if p.transformed else torch.set_grad_enabled(on):
         record = _solve(p, stats, recorded, steps, dense, on_step)
     if not is_finite(record.ys.detach()):

@@ -21,7 +21,7 @@ from .. import forward
 from ..derivatives import grad, pull_back, vjp
 from ..gradients import Gradients, other_function, time_gradient
 from ..parameters import graph_mark
-from ..problem import Callbacks, Field, Layout, Norm, ODEProblem, max_rms_norm, not_negative
+from ..problem import Callbacks, Field, Layout, Norm, ODEProblem, like, max_rms_norm, not_negative
 from ..solution import Stats
 from . import dae, interpolation, loop, scipy_ivp
 from .linear import Jacobian, Linear
@@ -294,7 +294,8 @@ class _Backward:
             a, mu = self.algebra.adjoint_start(p.time(t1), y, a)
             self.total -= self.flat(vjp(p, p.time(t1), y, mu)[1][1:])
         z = torch.cat([*([y] if self.with_y else []), a, *([self.total] if self.with_params else [])])
-        rate = self.rhs(p.time(t1), z) if self.linear is None else None
+        start = like(p, options=s.options).asked(t1, t0)
+        rate = self.rhs(start, z) if self.linear is None else None
         problem = ODEProblem(
             f=Field(self.rhs),
             y0=z,

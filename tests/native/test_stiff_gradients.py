@@ -82,7 +82,7 @@ def robertson_reference():
 # (rtol of all adjoints but the continuous ones; rtol of these, which go along the dense output, whose order is lower).
 # The methods of order 2 need thousands of steps.
 TOLERANCES = {
-    "rosenbrock23": (2e-7, 1e-7),
+    "rosenbrock23": (2e-7, 1.5e-8),
     "trbdf2_adaptive": (3e-9, 1e-7),
     "kencarp4": (1e-8, 2e-9),
     "kvaerno5": (2e-10, 2e-10),
@@ -96,14 +96,14 @@ TOLERANCES = {
 @adjoints
 @pytest.mark.parametrize("method", STIFF)
 def test_robertsons_rate_constants(method, adjoint):
-    """To 1e-6 relative; the continuous adjoints of the methods of order 2 to 5e-5, which is seconds there: their
+    """To 1e-6 relative; the continuous adjoints of the methods of order 2 to 1e-5, which is nine seconds there: their
     error falls with rtol to the power 2/3, so that 1e-6 takes four to eight times as long."""
     logs = torch.zeros(3, dtype=F64, requires_grad=True)
     h0, t = tensor(1.0, 0.0, 0.0), tensor(0.0, 1.0, 40.0)
     tol = TOLERANCES[method][adjoint in CONTINUOUS]
     value = loss(robertson, logs, h0, RATES, t, method, adjoint, tol, tol * 1e-4, WEIGHTS)
     (grad,) = torch.autograd.grad(value, logs)
-    accuracy = 5e-5 if METHODS[method].order == 2 and adjoint in CONTINUOUS else 1e-6
+    accuracy = 1e-5 if METHODS[method].order == 2 and adjoint in CONTINUOUS else 1e-6
     assert float(((grad - robertson_reference()) / robertson_reference()).abs().max()) < accuracy
 
 
