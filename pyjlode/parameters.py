@@ -78,8 +78,12 @@ class Held:
             for module in x.modules():
                 self._seen.add(id(module))
                 state = vars(module)
-                for name in ("_parameters", "_buffers"):
-                    self._mapping(state[name])
+                if "_parameters" in state:
+                    for name in ("_parameters", "_buffers"):
+                        self._mapping(state[name])
+                else:  # a module of torch.jit, which keeps them in C++
+                    self._mapping(dict(module.named_parameters(recurse=False)))
+                    self._mapping(dict(module.named_buffers(recurse=False)))
                 for name in state.keys() - _MODULE - {"_parameters", "_buffers"}:
                     self._meet(state, name, state[name])
                 for name in HOOKS:

@@ -197,7 +197,7 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     if memory.sensitivities is not None:
         grads = forward.contract(p, record, memory.sensitivities, g, None)
         found = {id(x): gradient for x, gradient in zip(p.params, grads.params)}
-        return grads._replace(params=[found[id(x)] for x in memory.wrt])
+        return grads._replace(params=[found[id(x)] if id(x) in found else torch.zeros_like(x) for x in memory.wrt])
     if rhs is None:  # nothing was solved
         return Gradients(g.sum(0), time_gradient(p, record, g, torch.zeros_like(p.y0), p.f), [None] * len(p.params))
     assert p.adjoint is not None

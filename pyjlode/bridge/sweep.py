@@ -65,14 +65,11 @@ class Sweep:
         self.known = (source.key, shape, dims, p.y0.dtype)
         self.held = [x.detach() for x in source.tensors]
         may_vary = [i for i, x in enumerate(source.tensors) if x.shape[:dims] == batch]
-        if self.known not in _apart:
-            if len(_apart) >= _KEPT:
-                _apart.clear()
-            _apart[self.known] = frozenset(i for i in may_vary if self._is_apart(source.tensors[i]))
-            self.proven = False
-        else:
-            self.proven = True
-        self.varying = [i in _apart[self.known] for i in range(len(self.held))]
+        self.proven = self.known in _apart
+        if len(_apart) >= _KEPT:
+            _apart.clear()
+        self.apart = _apart.get(self.known) or frozenset(i for i in may_vary if self._is_apart(source.tensors[i]))
+        self.varying = [i in self.apart for i in range(len(self.held))]
         parts = {id(x): y[one] if varying else y for x, y, varying in zip(source.tensors, self.held, self.varying)}
         f = p.f.f
 
@@ -90,6 +87,11 @@ class Sweep:
             layout=Layout(y0),
             batch=1,
         )
+        if not self.proven:
+            try:
+                self.first.f(p.time(p.times[0]), y0)
+            except Exception as error:  # f itself was called before, for all systems
+                raise _not_independent(0, error) from error
 
     def _is_apart(self, x: Tensor) -> bool:
         """Whether the first system has no part in the rest of a tensor, at some points of the solve."""
@@ -142,11 +144,8 @@ class Sweep:
         if values:
             systems.lend(values=torch.cat(values, dim=1))
         if not self.proven:
-            try:
-                self._prove(compiled)
-            except NotCompiled:
-                _apart.pop(self.known, None)
-                raise
+            self._prove(compiled)
+            _apart[self.known] = self.apart
         outcome = calls.sweep(compiled.field, algorithm, request, systems)
         if p.f0 is not None:
             self._compare(compiled, slopes)
@@ -183,7 +182,7 @@ class Sweep:
             raise _not_independent(worst, error) from error
 
 
-def _not_independent(system: int, error: NotCompiled) -> NotCompiled:
+def _not_independent(system: int, error: Exception) -> NotCompiled:
     return NotCompiled(
         f"the systems are not each f with its own part of what f holds (see system {system}): a tensor counts as one "
         f"part for each system where its shape begins with the batch's, and no system changes with another's part. "

@@ -309,8 +309,8 @@ class Repeated:
 
 
 def in_order(p: ODEProblem) -> ODEProblem | None:
-    """The problem with its parameters as the compiled functions have them; None where the field of the sensitivities
-    is not compiled."""
+    """The problem with its parameters as the compiled functions have them, without those that f does not use; None
+    where the field of the sensitivities is not compiled."""
     if p.compile is False or not _explicit(p.method) or p.retain_graph or p.suspects:
         return None
     try:
@@ -321,8 +321,8 @@ def in_order(p: ODEProblem) -> ODEProblem | None:
     if "sensitivities" in program.refused:
         return None
     trained = [source.tensors[i] for i in program.trace.slots[: program.trace.trained]]
-    same = {id(x) for x in trained} == {id(x) for x in p.params}
-    return like(p, params=tuple(trained)) if same else None
+    known = {id(x) for x in trained} <= {id(x) for x in p.params}
+    return like(p, params=tuple(trained)) if known else None
 
 
 def _explicit(method: Method) -> bool:

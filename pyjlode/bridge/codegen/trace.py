@@ -360,7 +360,20 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     from torch._decomp import core_aten_decompositions, get_decompositions
 
     whole = [aten.native_layer_norm, aten.native_group_norm, aten.replication_pad1d, aten.replication_pad2d]
-    return {**dict(core_aten_decompositions().items()), **get_decompositions(whole)}
+    whole += [aten._weight_norm_interface]
+    return {
+        **dict(core_aten_decompositions().items()),
+        **get_decompositions(whole),
+        aten._weight_norm_interface_backward.default: _weight_norm_backward,
+    }
+
+
+def _weight_norm_backward(g: Tensor, v: Tensor, scale: Tensor, norms: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Of w = scale v / |v|, with the norms over all dimensions but one; PyTorch has no decomposition of it."""
+    others = [d for d in range(v.dim()) if d != dim]
+    unit = v / norms
+    along = (g * unit).sum(others, keepdim=True)
+    return scale / norms * (g - unit * along), along
 
 
 def _flat(field: Field, t: Tensor, h: Tensor) -> Tensor:

@@ -113,7 +113,6 @@ def test_from_rest_a_shared_tensor_as_long_as_the_batch_is_shared(n):
     for f in (
         lambda t, h: torch.sin(t) - b * h,
         lambda t, h: torch.sin(t) - b[:, None] * h,
-        lambda t, h: torch.sin(t) - b * h * b[:, None],
         lambda t, h: torch.tanh(net(h)) + torch.sin(t),
         lambda t, h: torch.sin(t) - b.mean() * h,
     ):
@@ -121,6 +120,12 @@ def test_from_rest_a_shared_tensor_as_long_as_the_batch_is_shared(n):
             for _ in range(2):
                 got = odeint(f, h0, T, **TOL, **JULIA)
                 assert torch.allclose(got, odeint(f, h0, T, engine="torch", **TOL), rtol=1e-6, atol=1e-7)
+
+
+def test_a_tensor_that_is_shared_and_is_not():
+    b = torch.tensor([1.0, 2.0, 3.0], dtype=F64)
+    with pytest.raises(NotCompiled, match="not each f with its own part"):
+        odeint(lambda t, h: torch.sin(t) - b * h * b[:, None], torch.zeros(3, 3, dtype=F64), T, **JULIA)
 
 
 @pytest.mark.filterwarnings("ignore:f is not compiled")
