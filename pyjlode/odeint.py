@@ -318,14 +318,13 @@ def _solve(
 
 def _may_go_natively(made: Made, error: SolveError) -> bool:
     """Whether the native engine may get past where Julia's solver failed: with a method for stiff systems, of which
-    each engine has its own."""
+    each engine has its own, that did not just need more steps."""
     p = made.problem
-    return (
-        made.engine is julia
-        and p.method.controlled
-        and not (p.compile or isinstance(p.f.f, JuliaFunction))
-        and not isinstance(error, (MaxStepsReached, EventNotFound))
-    )
+    if made.engine is not julia or not p.method.controlled or p.compile or isinstance(p.f.f, JuliaFunction):
+        return False
+    if isinstance(error, MaxStepsReached):
+        return abs(error.t - p.times[0]) < 1e-3 * abs(p.times[-1] - p.times[0])
+    return not isinstance(error, EventNotFound)
 
 
 def _watch(p: ODEProblem) -> Steps | None:

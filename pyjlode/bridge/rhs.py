@@ -36,7 +36,8 @@ class Callbacks:
     An exception in one of them cannot pass through Julia's solver: it is kept in `error`, and `raise_error` raises it
     in Python. Julia abandons the solve, since the function did not say as its last act that it is done. An exception
     of a signal handler's (Ctrl-C, a time limit) can come before the first statement, where nothing can catch it: then
-    it arrives in `error` by `listening`.
+    it arrives in `lost` by `listening`, as does a KeyboardInterrupt that was lost elsewhere (in a `__del__`), which the
+    next function raises.
 
     Args:
         calls: the functions of PyJLODE.jl.
@@ -46,6 +47,7 @@ class Callbacks:
         self.p, self.done = p, calls.done
         self.n, self.dtype = p.y0.numel(), p.y0.dtype
         self.error: BaseException | None = None
+        self.lost: list[BaseException] = []
         self.functions: dict[str, Any] = {}
         self.callables: list[Callable[..., None]] = []
         self.field: Held
@@ -69,9 +71,10 @@ class Callbacks:
         before, here = sys.unraisablehook, threading.get_ident()
 
         def hook(what: sys.UnraisableHookArgs) -> None:
-            ours = threading.get_ident() == here and (what.object in self.callables or "ctypes" in (what.err_msg or ""))
-            if ours and what.exc_value is not None:
-                self.error = self.error or what.exc_value
+            ours = what.object in self.callables or "ctypes" in (what.err_msg or "")
+            here_lost = threading.get_ident() == here and (ours or isinstance(what.exc_value, KeyboardInterrupt))
+            if here_lost and what.exc_value is not None:
+                self.lost.append(what.exc_value)
             else:
                 before(what)
 
@@ -80,12 +83,16 @@ class Callbacks:
             yield
         finally:
             sys.unraisablehook = before
+        if self.lost:
+            raise self.lost.pop()
 
     def raise_error(self) -> None:
         """Raise what a callback raised, if one did, with its own traceback."""
-        if self.error is not None:
-            error, self.error = self.error, None
+        error, self.error = self.error, None
+        if error is not None:
             raise error
+        if self.lost:
+            raise self.lost.pop()
 
     def function(self, kind: Any, f: Callable[..., None]) -> Any:
         """A Python function as a C function."""
@@ -100,6 +107,8 @@ class Callbacks:
             try:
                 this = ref()
                 assert this is not None
+                if this.lost:
+                    raise this.lost.pop()
                 getattr(this, name)(*args)
                 done.value = 1
             except BaseException as error:
@@ -171,13 +180,15 @@ class RHS(Callbacks):
     def f(self) -> Callable[[int, int, float], None]:
         # The innermost call of all: one Python function, and every name that it uses a local one.
         views, field, dtype, clock = self.views, self.p.f, self.dtype, Clock(self.dtype)
-        f, shape, ref, done = field.f, self.views.shape, weakref.ref(self), self.done
+        f, shape, ref, done, lost = field.f, self.views.shape, weakref.ref(self), self.done, self.lost
         note = field.seen[0].note if field.seen else None
         watched = field.watched
 
         def call(du: int, u: int, t: float) -> None:
             nonlocal clock, f
             try:
+                if lost:
+                    raise lost.pop()
                 nfe = field.nfe = field.nfe + 1
                 clock.cell.value = t
                 y = views[u]

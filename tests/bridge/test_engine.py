@@ -168,14 +168,14 @@ def test_an_interrupt_in_f_is_an_interrupt():
 
 
 def test_an_interrupt_between_calls_of_f_is_not_lost():
-    """Ctrl-C while Julia computes is an exception before the first statement of the next function that it calls, which
-    ctypes hands to `sys.unraisablehook`."""
+    """As where Ctrl-C comes in a `__del__`, and Python hands it to `sys.unraisablehook`."""
     calls = []
 
     def f(t, h):
         calls.append(float(t))
         if len(calls) == 20:
-            sys.unraisablehook(types.SimpleNamespace(exc_value=KeyboardInterrupt()))
+            what = types.SimpleNamespace(exc_value=KeyboardInterrupt(), object=None, err_msg=None)
+            sys.unraisablehook(what)
         return -h
 
     before = sys.unraisablehook

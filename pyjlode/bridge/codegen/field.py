@@ -168,11 +168,18 @@ class Compiled(Callbacks):
             kept = fresh if i in jacobians else [x for x in fresh if x not in ("jac", "jvp", "tgrad")]
             kept = kept if i in products else [value] if value in kept else []
             v = torch.randn(self.n, generator=generator, dtype=torch.float64).to(y0)
+            if len(kept) > 1 and not self._inside(t, u):
+                kept = [value] if value in kept else []
             self._verify_at(kept, addresses, float(p.time(t)), u, v)
         p.f.nfe = nfe
         program.verified.update(fresh)
         times = [*(t for t, _ in points), *(program.covered or ())]
         program.covered = min(times), max(times)
+
+    def _inside(self, t: float, u: Tensor) -> bool:
+        """Whether f is finite there; where it is not, derivatives are what PyTorch happens to make of them."""
+        with torch.no_grad():
+            return bool(torch.isfinite(self.p.f(self.p.time(t), u)).all())
 
     def _is_covered(self) -> bool:
         """Whether functions were compared all over the times of this solve."""
