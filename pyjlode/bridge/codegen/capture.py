@@ -92,7 +92,7 @@ _FIXED: tuple[type, ...] = (
 )
 # Of PyTorch's own, those that hold more than their name says.
 _SCRIPTED = (torch.jit.ScriptFunction, torch.ScriptObject, torch.UntypedStorage, torch.storage.TypedStorage)
-_TENSORS = (Tensor, nn.Parameter)
+_TENSORS, _STRIDED = (Tensor, nn.Parameter), torch.strided
 
 
 class Slot(NamedTuple):
@@ -266,6 +266,7 @@ _KINDS: dict[str, Any] = {
     "simple": _SIMPLE,
     "number": float,
     "tensor": Tensor,
+    "scripted": torch.jit.ScriptModule,
     "module": nn.Module,
     "function": types.FunctionType,
     "method": types.MethodType,
@@ -331,6 +332,9 @@ class _Walk:
             self.key.append(Slot)
         else:
             self.visit(value)
+
+    # Whether each name counts, or only those of counters: what is held is looked through at every solve.
+    notes = False
 
     def method(self, x: types.MethodType) -> None:
         self.visit(x.__func__)
@@ -445,7 +449,7 @@ class _Walk:
         self.key.append(("id", id(x), x if x.__hash__ is not None else None))  # held by the key: no other gets its id
 
     def tensor(self, x: Tensor) -> None:
-        if type(x) not in _TENSORS or x.layout != torch.strided or x.is_quantized:
+        if type(x) not in _TENSORS or x.layout != _STRIDED:
             what = type(x).__name__ if type(x) not in _TENSORS else f"tensor of layout {x.layout}"
             raise NotCompiled(f"f holds a {what}")
         if x.is_floating_point():
@@ -453,6 +457,8 @@ class _Walk:
             self.tensors.append(x)
         elif x.is_complex():
             self.key.append((Tensor, x.shape, x.dtype, id(x)))
+        elif x.is_quantized:
+            raise NotCompiled("f holds a quantized tensor")
         elif x.numel() > _CONTENT or x.device.type != "cpu":
             raise NotCompiled(
                 f"f holds an integer tensor of shape {tuple(x.shape)}, too large to be a part of the code"
@@ -468,10 +474,11 @@ class _Walk:
         else:
             self.key.append((type(x), x.shape, str(x.dtype), x.tobytes()))
 
+    def scripted(self, x: torch.jit.ScriptModule) -> None:
+        raise NotCompiled("f is or holds a module of torch.jit, whose code is not Python's")
+
     def module(self, x: nn.Module) -> None:
         state = vars(x)
-        if "_parameters" not in state or isinstance(x, torch.jit.ScriptModule):
-            raise NotCompiled("f is or holds a module of torch.jit, whose code is not Python's")
         groups = state["_parameters"], state["_buffers"], state["_modules"]
         self.key.append((x.training, *map(len, groups)))
         self.visit(type(x))
@@ -484,7 +491,10 @@ class _Walk:
             names += [name for name in HOOKS if state.get(name)]
         for name in names:
             self.key.append(name)
-            self.named(type(x), state, name, state[name])
+            if self.notes or name in _counted_names:
+                self.named(type(x), state, name, state[name])
+            else:
+                self.visit(state[name])
 
     def object(self, x: Any) -> None:
         of = type(x)
@@ -525,8 +535,11 @@ class _Walk:
                 value = cell.cell_contents
             except ValueError:  # a name that is not bound yet
                 self.key.append(None)
-            else:
+                continue
+            if self.notes or name in _counted_names:
                 self.named(code, cell, name, value)
+            else:
+                self.visit(value)
         self.visit(f.__defaults__)
         self.visit(f.__kwdefaults__)
         self.visit(f.__dict__)
@@ -536,7 +549,10 @@ class _Walk:
         self.names.add(names.all)
         for name in names.loaded:
             if name in here:
-                self.named(f.__module__, here, name, here[name])
+                if self.notes or name in _counted_names:
+                    self.named(f.__module__, here, name, here[name])
+                else:
+                    self.visit(here[name])
             elif name in _HIDING:
                 raise NotCompiled(f"f calls {name}(), and no walk shows what it finds")
         for name in names.imported:
@@ -551,6 +567,8 @@ class _Noting(_Walk):
         slots: of closures and globals, with what lies in them.
         contents: dictionaries, lists and deques, with their items.
     """
+
+    notes = True
 
     def __init__(self) -> None:
         super().__init__()

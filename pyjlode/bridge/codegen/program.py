@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import NotCompiled
-from ...problem import Field, Layout
+from ...problem import Field, Layout, is_finite
 from .. import calls
 from ..calls import Calls
 from . import array, scalar
@@ -315,7 +315,7 @@ class Seen:
 def some_outputs(times: Sequence[float], states: Tensor) -> list[tuple[float, Tensor]]:
     """Of the states at the output times, shape (T, n), some that are finite, evenly."""
     places = torch.linspace(0, len(states) - 1, min(len(states), _OUTPUTS)).round().long().tolist()
-    return [(times[i], states[i]) for i in places if bool(torch.isfinite(states[i]).all())]
+    return [(times[i], states[i]) for i in places if is_finite(states[i])]
 
 
 # Numbers of states that are kept of a solve, and how many of the outputs.
@@ -399,7 +399,7 @@ def look_again(field: Field, times: Sequence[float], states: Tensor, like: Tenso
     if field.seen is None:
         return
     (seen, before), field.seen = field.seen, None
-    for t, h in some_outputs(times, states):
+    for t, h in some_outputs(times, states) if states.shape[1] <= _NOTED else ():
         seen.note(t, h)
     seen.solved = True
     if before.count_changed():
