@@ -233,6 +233,10 @@ _SCIPY = (
 )
 
 
+# A solve that finds more of what f uses begins again; f uses so many things one after the other, and not more.
+_BEGINNINGS = 50
+
+
 def solve(engine: Engine, p: ODEProblem, stats: Stats, gradient: str | None, needed: bool, dense: bool) -> Any:
     """Solve `p` so that its result carries the gradient asked for; returns the engine's record.
 
@@ -258,6 +262,12 @@ def solve(engine: Engine, p: ODEProblem, stats: Stats, gradient: str | None, nee
                 sight = Sight.of(leaf, memory.record) if memory.asks_again and not stats.compiled else None
             break
         except Discovered as error:
+            if attempt == _BEGINNINGS:
+                raise GradientUnavailable(
+                    "every call of f reaches tensors of the calls before it: f keeps what it computes with its graph, "
+                    "as in a buffer that it returns and writes to again. Return a new tensor from each call, or solve "
+                    "with adjoint=False."
+                ) from error
             p = _extended(p, error, stats)
             if attempt:  # new ones in every solve are f's own
                 p = like(p, makes_leaves=True)

@@ -260,7 +260,13 @@ def test_gradients_through_one_buffer(method, adjoint):
         h = odeint(f, h0, T, method=method, adjoint=adjoint, rtol=1e-8, atol=1e-8)
         return torch.autograd.grad(h[-1].square().sum(), h0)[0]
 
-    assert torch.allclose(gradient(Out("copy_")), gradient(lambda t, h: A @ h), rtol=1e-6)
+    right = gradient(lambda t, h: A @ h)
+    try:
+        found = gradient(Out("copy_"))
+    except errors.GradientUnavailable:  # PyTorch keeps the graph of every write to it, and that is said
+        assert adjoint is not False
+        return
+    assert torch.allclose(found, right, rtol=1e-6)
 
 
 def test_a_constant_may_be_one_tensor():
