@@ -582,3 +582,17 @@ def test_empty_batches_of_systems(method, shape, adjoint):
     h.sum().backward()
     assert h.shape == (len(T), *shape)
     assert h0.grad.shape == shape
+
+
+# --- Rounding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("method", ["euler", "midpoint", "heun2", "heun3", "rk4"])
+def test_a_step_in_float32_rounds_the_state_once(method, recorded):
+    """h' = 0.2: whatever the method, its increment is the same but for its own last bit."""
+    n, dt = 900, 0.01
+    h0 = torch.tensor([2.1], requires_grad=recorded)
+    h = odeint(lambda t, h: 0 * h + 0.2, h0, [0.0, n * dt], method=method, options={"step_size": dt}).detach()
+    half = 2.0**-23  # of the last bit of numbers from 2 to 4
+    assert abs(float(h[-1]) - (2.1 + n * dt * 0.2)) < 1.1 * n * half

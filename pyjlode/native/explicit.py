@@ -48,6 +48,13 @@ class Buffered:
         """y + dt K row: y (n,), row (i,), K the first i stages -> (n,)."""
         return torch.addmv(y, self.heads[i], row, alpha=dt)  # type: ignore[arg-type]  # a number: nothing is recorded
 
+    def advance(self, y: Tensor, i: int, row: Tensor, dt: float | Tensor) -> Tensor:
+        """As `add_to`, for the state at the end of a step. `addmv` rounds y once for each stage, which in float32 adds
+        up over the steps: there the increment is summed first."""
+        if y.dtype != torch.float32:
+            return self.add_to(y, i, row, dt)
+        return torch.add(y, torch.mv(self.heads[i], row), alpha=dt)  # type: ignore[arg-type]
+
 
 class Recorded:
     """The same for solves that autograd records: the stages stay the tensors that f returned."""
@@ -72,6 +79,12 @@ class Recorded:
         # the backward pass of f is given.
         row = row * (dt.to(row) if isinstance(dt, Tensor) else dt)
         return torch.addmm(y[None], row[None], torch.stack(self.rows[:i])).reshape(-1)
+
+    def advance(self, y: Tensor, i: int, row: Tensor, dt: float | Tensor) -> Tensor:
+        if y.dtype != torch.float32:
+            return self.add_to(y, i, row, dt)
+        row = row * (dt.to(row) if isinstance(dt, Tensor) else dt)
+        return y + torch.mm(row[None], torch.stack(self.rows[:i])).reshape(-1)
 
 
 class Coefficients:
@@ -145,7 +158,7 @@ class ExplicitRK:
             K.start(k0)
         for i in range(1, s):
             K.put(i, f(t[i], K.add_to(y, i, rows[i], dt)))
-        y1 = K.add_to(y, s, rows[s], dt)
+        y1 = K.advance(y, s, rows[s], dt)
         fsal = self.fsal and estimate
         if fsal:
             K.put(s, f(t[s], y1))
