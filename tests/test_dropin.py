@@ -4,10 +4,13 @@ import copy
 import functools
 import inspect
 import logging
+import math
 import multiprocessing
 import pickle
+import re
 import warnings
 from collections import OrderedDict, namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -596,3 +599,156 @@ def test_a_step_in_float32_rounds_the_state_once(method, recorded):
     h = odeint(lambda t, h: 0 * h + 0.2, h0, [0.0, n * dt], method=method, options={"step_size": dt}).detach()
     half = 2.0**-23  # of the last bit of numbers from 2 to 4
     assert abs(float(h[-1]) - (2.1 + n * dt * 0.2)) < 1.1 * n * half
+
+
+# --- The table of docs/torchdiffeq.md --------------------------------------------------------------------------------
+
+
+def default_tolerances():
+    h = odeint(decay, H0.float(), T)
+    assert torch.equal(h, odeint(decay, H0.float(), T, rtol=1e-6, atol=1e-7))
+
+
+def dtype_of_time():
+    """From t0 = 2^24 on, float32 knows no step below 2."""
+    start = 2.0**24
+    t = torch.tensor([start, start + 1, start + 2], dtype=F64)
+    for options in ({}, {"dtype": torch.float32}):
+        h = odeint(decay, H0.float(), t, method="rk4", options={"step_size": 0.01, **options})
+        assert torch.allclose(h[1], H0.float() * math.exp(-1), rtol=1e-5)
+
+
+def the_last_step():
+    def f(t, h):
+        latest.append(float(t))
+        return -h
+
+    ends = []
+    for interface in (odeint, torchdiffeq.odeint):
+        latest = []
+        interface(f, H0, T, rtol=1e-3)
+        ends.append(max(latest))
+    assert ends[0] == float(T[-1]) < ends[1]
+
+
+def steps_allowed():
+    with pytest.raises(errors.MaxStepsReached, match="max_num_steps=100000"):
+        odeint(lambda t, h: -h, H0, [0.0, 1e6], method="euler", options={"step_size": 1e-3})
+
+
+def an_event_that_is_zero_at_the_start():
+    def f(t, h):  # a ball that leaves the ground
+        return torch.stack([h[1], torch.full_like(h[1], -2.0)])
+
+    t, h = odeint_event(f, torch.tensor([0.0, 1.0], dtype=F64), 0.0, event_fn=lambda t, h: h[0])
+    assert float(t) == pytest.approx(1.0)
+    assert float(h[-1][1]) == pytest.approx(-1.0)
+
+
+def dopri8():
+    """Between its steps, which are long here."""
+
+    def f(t, h):
+        return torch.stack([h[1], -h[0]])
+
+    t = torch.linspace(0, 10, 101, dtype=F64)
+    exact = torch.stack([t.cos() + 0.5 * t.sin(), 0.5 * t.cos() - t.sin()], 1)
+    ours, theirs = (
+        float((interface(f, H0, t, method="dopri8", rtol=1e-9, atol=1e-10) - exact).abs().max())
+        for interface in (odeint, torchdiffeq.odeint)
+    )
+    assert ours < 1e-7 < theirs
+
+
+def adams_methods():
+    """Of order 5 on a grid of unequal steps."""
+    found = []
+    for n in (40, 80):
+        s = torch.linspace(0, 1, n + 1, dtype=F64)
+        grid = s + 0.3 * s * (1 - s)
+        for interface in (odeint, torchdiffeq.odeint):
+            h = interface(decay, H0, grid, method="explicit_adams")
+            found.append(float((h[-1] - H0 * math.exp(-1)).abs().max()))
+    ours, theirs = math.log2(found[0] / found[2]), math.log2(found[1] / found[3])
+    assert ours > 4.5 > theirs
+
+
+def implicit_methods_that_do_not_converge():
+    with pytest.raises(errors.NotConverged):
+        odeint(lambda t, h: 50 * torch.sin(40 * h) + 100, H0, T, method="implicit_euler", options={"max_iters": 2})
+
+
+def unknown_options():
+    with pytest.raises(errors.BadOption, match="step_size"):
+        odeint(decay, H0, T, method="rk4", options={"stepsize": 0.1})
+
+
+def wrong_arguments():
+    wrong = (
+        lambda: odeint(decay, [1.0, 2.0], T),
+        lambda: odeint(decay, H0, T[[0, 2, 1]]),
+        lambda: odeint(decay, H0, T, method="dopri6"),
+    )
+    for call in wrong:
+        with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
+            call()
+        assert isinstance(caught.value, errors.PyJLODEError)
+
+
+def a_grid_in_a_backward_solve():
+    test_a_backward_grid_of_its_own()
+    test_a_backward_solve_goes_over_the_forward_grid("euler", "backsolve", 6)
+
+
+def a_stiff_method_in_odeint_adjoint():
+    with pytest.raises(errors.BadOption, match="adjoint=True"):
+        odeint_adjoint(decay, H0.clone().requires_grad_(), T, method="rodas5p")
+    odeint(decay, H0.clone().requires_grad_(), T, method="rodas5p", adjoint=True)[-1].sum().backward()
+    odeint_adjoint(decay, H0.clone().requires_grad_(), T, method="implicit_euler")[-1].sum().backward()  # as theirs
+
+
+def the_adjoints_own_objects():
+    called = []
+
+    def norm(state):
+        t, h, a, *params = state
+        called.append((t.shape, h.shape, a.shape, len(params)))
+        return max(x.abs().max() for x in state)
+
+    rate = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    for interface in (odeint_adjoint, torchdiffeq.odeint_adjoint):
+        called.clear()
+        more = {} if interface is odeint_adjoint else {"adjoint_params": (rate,)}
+        h = interface(lambda t, h: -rate * h, H0, T, adjoint_options={"norm": norm}, **more)
+        h[-1].sum().backward()
+        assert set(called) == {(torch.Size([]), torch.Size([2]), torch.Size([2]), 1)}
+    assert not hasattr(odeint_adjoint(lambda t, h: -rate * h, H0, T).grad_fn, "adjoint_options")
+
+
+ROWS = [
+    default_tolerances,
+    dtype_of_time,
+    the_last_step,
+    steps_allowed,
+    an_event_that_is_zero_at_the_start,
+    dopri8,
+    adams_methods,
+    implicit_methods_that_do_not_converge,
+    unknown_options,
+    wrong_arguments,
+    a_grid_in_a_backward_solve,
+    a_stiff_method_in_odeint_adjoint,
+    the_adjoints_own_objects,
+]
+
+
+def test_every_row_of_the_table_is_tested():
+    table = (Path(__file__).parents[1] / "docs" / "torchdiffeq.md").read_text().split("| --- | --- | --- | --- |\n")[1]
+    names = [row.split("|")[1].strip() for row in table.split("\n\n")[0].splitlines()]
+    plain = [re.sub(r"[`']", "", name).replace(" ", "_").lower() for name in names]
+    assert plain == [row.__name__ for row in ROWS]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_what_differs_from_torchdiffeq(row):
+    row()
