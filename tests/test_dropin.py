@@ -94,8 +94,8 @@ def test_defaults_do_not_warn(dtype, adjoint):
         h.abs().sum().backward()
     double = dtype in (F64, torch.complex128)
     rtol, atol = (1e-7, 1e-9) if double else (1e-6, 1e-7)
-    assert torch.equal(h, odeint(decay, h0, T, rtol=rtol, atol=atol))
-    assert torch.equal(h, odeint(decay, h0, T, atol=atol))
+    assert torch.equal(h, odeint(decay, h0, T, adjoint=adjoint, rtol=rtol, atol=atol))
+    assert torch.equal(h, odeint(decay, h0, T, adjoint=adjoint, atol=atol))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_gradients_through_one_buffer(method, adjoint):
 
 def test_a_constant_may_be_one_tensor():
     drift = torch.tensor([1.0, -2.0], dtype=F64)
-    for method in NATIVE:
+    for method in [m for m in NATIVE if m != "bdf"]:
         h = odeint(lambda t, h: drift, H0, T, method=method)
         assert torch.allclose(h[-1], H0 + drift), method
 
@@ -620,7 +620,7 @@ def dtype_of_time():
 
 def the_last_step():
     def f(t, h):
-        latest.append(float(t))
+        latest.append(float(t.detach()))
         return -h
 
     ends = []
