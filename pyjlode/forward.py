@@ -109,7 +109,9 @@ class Jacobian:
         J, _ = jacobians(self.p, k, y, Layout([]), mark)
         width = len(z) // n - 1
         out = torch.block_diag(J, torch.kron(J, torch.eye(width, dtype=J.dtype, device=J.device)))
-        steps = torch.finfo(z.dtype).eps ** (1 / 3) * z[:n].abs().clamp_min(1e-4)
+        size = z[:n].abs()
+        floor = 1e-4 * (size.amax() if n and bool(size.any()) else torch.ones_like(z[0]))
+        steps = torch.finfo(z.dtype).eps ** (1 / 3) * torch.maximum(size, floor)
         for i, step in enumerate(steps.tolist()):
             e = torch.zeros_like(z)
             e[i] = step

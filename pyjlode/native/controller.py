@@ -12,25 +12,31 @@ from ..problem import ODEProblem, SolverOptions
 
 @torch.no_grad()
 def initial_step(p: ODEProblem, f0: Tensor, order: int, limit: float) -> float:
-    """Size of the first step: Hairer, Nørsett & Wanner, Solving ODEs I, II.4, "Starting Step Size".
+    """Size of the first step: Hairer, Nørsett & Wanner, Solving ODEs I, II.4, "Starting Step Size", in the unit of time
+    that the start has itself, |y| / |f|, so that a change of units changes nothing.
 
     Args:
-        f0: f(t0, y0), shape (n,).
+        f0: slope at t0, shape (n,).
         order: of the local error of the method.
         limit: no longer than this (the time span, `max_step`).
     """
     scale = p.atol + p.y0.abs() * p.rtol
     d0, d1 = p.norm(p.y0 / scale), p.norm(f0 / scale)
-    h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+    span = limit if math.isfinite(limit) else abs(p.times[1] - p.times[0])
+    h0 = 1e-6 * span
+    if d1 and d1 * span > 1e-10:
+        # From a start that is next to nothing the state may go far beyond the tolerance, but not at once.
+        h0 = 0.01 * d0 / d1 if d0 >= 1e-5 else min(h0, 1e4 / d1)
     h0 = min(h0, limit)
     dt = math.copysign(h0, p.direction)
     f1 = p.f(p.time(p.times[0] + dt), p.y0 + dt * f0)
-    d2 = p.norm((f1 - f0) / scale) / h0
+    d2 = p.norm((f1 - f0) / scale) / h0 if h0 else 0.0
     if not math.isfinite(d2):  # the trial step already left the domain of f
         return h0 * 1e-3
-    d = max(d1, d2)
-    h1 = max(1e-6, h0 * 1e-3) if d <= 1e-15 else (0.01 / d) ** (1 / order)
-    return min(100 * h0, h1, limit)
+    unit = 100 * h0
+    d = max(d1 * unit, d2 * unit * unit)
+    h1 = unit * (0.01 / d) ** (1 / order) if d > 1e-15 else unit
+    return min(unit, h1, limit)
 
 
 # Below this the step is far from the tolerance: nothing to smooth, and the I controller gets there sooner.

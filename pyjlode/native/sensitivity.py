@@ -365,7 +365,7 @@ class _Backward:
         if self.with_params and self.layout.size:
             assert rate is not None
             of_theta = torch.maximum(self.total.abs(), rate[-self.layout.size :].abs() * abs(span))
-            parts.append((self.part().amin() * self.filled(of_theta)).clamp_min(tiny))
+            parts.append((self.smallest_part() * self.filled(of_theta)).clamp_min(tiny))
         return torch.cat(parts)
 
     def part(self) -> Tensor:
@@ -376,6 +376,11 @@ class _Backward:
         )
         limit = torch.where(rtol > 0, rtol, torch.inf)
         return torch.minimum(torch.maximum(atol / self.size, 1e-3 * rtol), limit).clamp_min(eps)
+
+    def smallest_part(self) -> Tensor:
+        """The same for the parameters' gradients, to which every element of the state adds: 0-d."""
+        part = self.part()
+        return part.amin() if self.n else part.new_tensor(torch.finfo(part.dtype).eps)
 
     def filled(self, sizes: Tensor) -> Tensor:
         """Sizes of the parameters' gradients, (|theta|,): no element counts as smaller than 1/1000 of its tensor's."""
@@ -440,7 +445,7 @@ class _Backward:
         rtol, atol = (torch.as_tensor(x).min() for x in (self.settings.rtol, self.settings.atol))
         # What rounding leaves of a sum is not to be refined.
         tol = rtol.to(x) * x + 50 * torch.finfo(x.dtype).eps * size
-        tol += atol.to(x) if self.settings.absolute else self.part().amin() * self.filled(x)
+        tol += atol.to(x) if self.settings.absolute else self.smallest_part() * self.filled(x)
         wrong = (fine - coarse) / tol.clamp_min(torch.finfo(x.dtype).tiny)
         return fine, max_rms_norm(wrong.split(self.layout.sizes)) <= 1
 
@@ -562,8 +567,21 @@ def solve_forward(p: ODEProblem, stats: Stats, *, dense: bool = False) -> tuple[
             y0=torch.cat([p.y0, consistent_sensitivities(p, S, layout).reshape(-1)]),
             mass=sensitivity_mass(p, S.shape[1]),
         )
-    record = loop.solve(problem, stats, dense=dense)
+    record = loop.solve(replace(problem, atol=sensitivity_atol(p)), stats, dense=dense)
     return record, forward.split(p, record)
+
+
+def sensitivity_atol(p: ODEProblem) -> Tensor:
+    """atol of (y, S), flat. dy/dx has the unit of y over that of x: the size of x, which for a start below what the
+    tolerances resolve is atol / rtol, and for a parameter that is zero the largest in its tensor, or 1."""
+    n, y0, rtol = p.y0.numel(), p.y0.detach(), torch.as_tensor(p.rtol).to(p.y0)
+    atol = torch.as_tensor(p.atol).to(y0).expand(n)
+    resolved = torch.where(rtol > 0, atol / rtol, atol)
+    sizes = [torch.maximum(y0.abs(), resolved)]
+    layout = Layout(list(p.params))
+    for x in layout.flatten_leaves([q.detach() for q in p.params]).to(y0).abs().split(layout.sizes) if p.params else ():
+        sizes.append(torch.where(x > 0, x, x.amax() if x.numel() and bool(x.any()) else torch.ones_like(x)))
+    return torch.cat([atol, (atol[:, None] / torch.cat(sizes)).reshape(-1)])
 
 
 def consistent_sensitivities(p: ODEProblem, S: Tensor, layout: Layout) -> Tensor:
