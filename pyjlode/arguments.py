@@ -16,6 +16,7 @@ from . import methods, numbers
 from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, NonFiniteState
 from .methods import Method
 from .notices import warn, warn_once
+from .numbers import on_host
 from .problem import NO_OPTIONS, Callbacks, Layout, Norm, SolverOptions, is_finite, max_rms_norm, not_negative, rms_norm
 
 FLOATS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -100,11 +101,6 @@ def times(t: Any, *, name: str = "t") -> tuple[Tensor, list[float]]:
             f"({values[turn]:.6g} then {values[turn + 1]:.6g})."
         )
     return t, values
-
-
-def on_host(values: Any) -> Tensor:
-    """Numbers that are no tensor as one: float64, on the CPU whatever torch.set_default_device says."""
-    return torch.as_tensor(values, dtype=torch.float64, device="cpu")
 
 
 def method_of(method: Any) -> Method:

@@ -40,6 +40,16 @@ def outside() -> Iterator[None]:
                 yield
 
 
+def on_host(values: Any) -> Tensor:
+    """Numbers that are no tensor as one: float64, on the CPU whatever torch.set_default_device says."""
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu")
+
+
+def as_like(x: float | Tensor, y: Tensor) -> Tensor:
+    """x as a tensor of y's dtype, on its device."""
+    return x.to(y) if isinstance(x, Tensor) else torch.tensor(x, dtype=y.dtype, device=y.device)
+
+
 Made = TypeVar("Made")
 
 

@@ -34,7 +34,8 @@ from .errors import (
 )
 from .native import engine as native
 from .notices import log_once, warn
-from .problem import AdjointSettings, Callback, Field, Layout, ODEProblem
+from .numbers import on_host
+from .problem import EVENT_STEPS, AdjointSettings, Callback, Field, Layout, ODEProblem
 from .solution import Solution, Stats, Steps
 from .tracing import untraced
 
@@ -217,7 +218,7 @@ def odeint_event(
     Raises:
         EventNotFound: no element crosses zero; and what `odeint` raises.
     """
-    t0 = t0 if isinstance(t0, Tensor) else arguments.on_host(float(t0))
+    t0 = t0 if isinstance(t0, Tensor) else on_host(float(t0))
     if t0.numel() != 1:
         raise BadTime(f"t0 must be one time; it has shape {tuple(t0.shape)}.")
     t0 = t0.reshape(-1)
@@ -241,7 +242,7 @@ def odeint_dense(
     Raises:
         What `odeint` raises; `h(t)` raises BadTime outside the span.
     """
-    ends = [x if isinstance(x, Tensor) else arguments.on_host(float(x)) for x in (t0, t1)]
+    ends = [x if isinstance(x, Tensor) else on_host(float(x)) for x in (t0, t1)]
     return solve(f, h0, torch.stack([x.reshape(()).to(ends[0]) for x in ends]), **kwargs).interpolate
 
 
@@ -436,6 +437,8 @@ def _read(
         raise BadTime(f"with event_fn, t must be [t0, t1], t1 giving the direction; got {len(times)} times.")
     rel, absolute = arguments.tolerances(rtol, atol, layout, row)
     opts = arguments.options(options, row, h0, f, layout)
+    if event_fn is not None and "max_num_steps" not in (options or {}):
+        opts = replace(opts, max_num_steps=EVENT_STEPS)
     batch = arguments.systems(opts, layout)
     autocast = torch.is_autocast_enabled(layout.device.type)
     mass_matrix, jac, compile = system

@@ -315,7 +315,7 @@ class SolverOptions:
             least `dfactor`.
         min_step: steps of this size are accepted whatever their error.
         max_step: no step is longer.
-        max_num_steps: accepted and rejected steps together.
+        max_num_steps: accepted and rejected steps together; 20 000 by default where an event ends the solve.
         step_t: times that a step ends at (kinks of f).
         jump_t: times that a step ends at and where f is evaluated anew (jumps of f).
         norm: on the error divided by the tolerance; takes the state as the user wrote it.
@@ -361,6 +361,7 @@ class SolverOptions:
 
 
 NO_OPTIONS = SolverOptions()
+EVENT_STEPS = 20_000
 
 Callback = Callable[[float, Any, float], None]
 

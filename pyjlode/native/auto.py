@@ -61,26 +61,14 @@ class Explicit:
     def reject(self, err: float, size: float) -> float:
         return controller.next_factor(err, self.previous, False, self.order, self.p.method.pi, self.p.options)
 
+    def stretch(self) -> float:
+        assert self.step is not None
+        return self.step.stretch()
+
     def again(self, interval: Interval, y: Tensor, data: Any, polish: int) -> ExplicitStep:
         step = ExplicitRK(self.p, recorded=True, tableau=TSIT5).step(interval, y, None)
         self.f0 = step.f1.detach()  # a recorded solve goes on from here
         return step
-
-    def stiffness(self) -> float:
-        """|λ dt| seen between the last two stages, both at the end of the step (HW (IV.2.14)).
-
-        In units of the tolerance: what is stiff has little part in the solution, and the rest would hide it.
-        """
-        step = self.step
-        assert step is not None
-        dt = step.interval.t1 - step.interval.t0
-        last = TSIT5.stages - 1
-        Y = step.K.add_to(step.y, last, self.rk.c.rows[last], dt)
-        rise, run = step.f1 - step.K.get(last), step.y1 - Y
-        B, scale = self.p.batch, self.p.atol + self.p.rtol * step.y.abs()
-        rise, run = ((x / scale).reshape(B, -1).square().sum(1) for x in (rise, run))
-        ratio = torch.where(run > 0, rise / run, 0.0).sqrt()
-        return abs(dt) * read(ratio.amax()) if ratio.numel() else 0.0
 
 
 class Auto:
@@ -118,7 +106,7 @@ class Auto:
             if self.count == _EASY_AFTER:
                 self.switch()
         else:
-            self.count = self.count + 1 if self.explicit.stiffness() > _NEAR * _BOUNDARY else max(0, self.count - 2)
+            self.count = self.count + 1 if self.explicit.stretch() > _NEAR * _BOUNDARY else max(0, self.count - 2)
             if self.count == _STIFF_AFTER:
                 self.switch()
         return factor

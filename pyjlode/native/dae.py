@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HighIndex, InconsistentStart, NotConverged
-from ..numbers import anywhere, read, solve
+from ..numbers import anywhere, as_like, read, solve
 from ..problem import ODEProblem, is_finite
 from ..solution import Stats
 from .linear import Linear
@@ -162,7 +162,7 @@ def solved(algebra: Algebra, t: Tensor, y: Tensor, change: Tensor) -> Tensor:
         while factor > 1e-6 and not residual(y + factor * change) <= at:
             factor /= 2
         y = y + factor * change
-        scale = 8 * torch.finfo(y.dtype).eps * y.abs().max() + 1e-6 * torch.as_tensor(p.atol).to(y)
+        scale = 8 * torch.finfo(y.dtype).eps * y.abs().max() + 1e-6 * as_like(p.atol, y)
         at = residual(y)
         if at == 0 or not anywhere((factor * change).abs() > scale):
             return y

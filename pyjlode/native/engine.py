@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import forward
 from ..derivatives import check_graph
 from ..errors import BadOption
+from ..numbers import on_host
 from ..parameters import graph_mark
 from ..problem import ODEProblem, like
 from ..solution import Stats
@@ -75,7 +76,7 @@ def output_slope(p: ODEProblem, step: Step, t: float) -> Tensor:
     """dy/dt of the dense output within a step, shape (n,): of the numbers that came out, not of the solution that they
     stand for."""
     with torch.enable_grad():
-        at = torch.tensor([t], dtype=torch.float64, requires_grad=True)
+        at = on_host([t]).requires_grad_()
         y = interpolation.output(p, step, at)[0]
         bar = torch.zeros_like(y, requires_grad=True)
         by_time = torch.autograd.grad(y, at, bar, create_graph=True)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..numbers import kept
+from ..notices import warn
+from ..numbers import kept, read
 from ..problem import ODEProblem
 from . import interpolation
 from .step import Interval, fraction, stage_times
@@ -205,6 +207,19 @@ class ExplicitStep:
         fifth, third = errors
         return fifth * (fifth / math.hypot(fifth, 0.1 * third)) if fifth else fifth
 
+    def stretch(self) -> float:
+        """|λ dt| seen between the last stage and the end of the step (HW (IV.2.14)).
+
+        In units of the tolerance: what is stiff has little part in the solution, and the rest would hide it.
+        """
+        p, dt, last = self.rk.p, self.interval.t1 - self.interval.t0, self.rk.s - 1
+        Y = self.K.add_to(self.y, last, self.rk.c.rows[last], dt)
+        rise, run = self.f1 - self.K.get(last), self.y1 - Y
+        scale = p.atol + p.rtol * self.y.abs()
+        rise, run = ((x / scale).reshape(p.batch, -1).square().sum(1) for x in (rise, run))
+        ratio = torch.where(run > 0, rise / run, 0.0).sqrt()
+        return abs(dt) * read(ratio.amax()) if ratio.numel() else 0.0
+
     def complete(self) -> None:
         """Evaluate what dense output needs beyond the step's own stages."""
         _ = self.f1
@@ -225,3 +240,49 @@ class ExplicitStep:
 
 
 _ONE = np.ones(1)
+
+# Stiffness is looked for in so many steps out of so many, from the first hundred on: a solve of fewer is quick.
+_LOOKED_AT, _PERIOD = 16, 100
+# So many of them on the boundary of stability, or as near to it as a tight tolerance holds a step that is not limited
+# by accuracy, make the problem stiff for the method (HW IV.2) ...
+_ON_BOUNDARY, _NEAR = 14, 0.7
+# ... and so many steps that are left at this size, a crawl.
+_CRAWL = 2000
+
+
+class Crawl:
+    """Says once in a solve that the method crawls, held by its stability."""
+
+    def __init__(self, tab: ExplicitTableau) -> None:
+        self.near, self.hits, self.said = _NEAR * boundary(tab), 0, False
+
+    def look(self, n: int, step: ExplicitStep, end: float) -> None:
+        """Look at step number n, from 1."""
+        phase = n % _PERIOD
+        if self.said or n < _PERIOD or phase >= _LOOKED_AT:
+            return
+        with torch.no_grad():
+            self.hits = (self.hits if phase else 0) + (step.stretch() > self.near)
+        interval = step.interval
+        left = (end - interval.t1) / (interval.t1 - interval.t0) if math.isfinite(end) else n
+        if self.hits >= _ON_BOUNDARY and left > _CRAWL:
+            self.said = True
+            name, t, dt = step.rk.p.method.name, interval.t1, interval.t1 - interval.t0
+            there = f"some {left:.0f} more of them to t={end:.6g}" if math.isfinite(end) else f"{n} so far"
+            warn(
+                f"{name}: the problem is stiff at t={t:.6g}. Steps of dt={dt:.3g} are as long as the method is stable "
+                f"for, and not as the tolerance asks; there are {there}. Use method='auto', which finds out, or one "
+                "for stiff systems ('radau5', 'rodas5p', 'bdf')."
+            )
+
+
+@functools.lru_cache(maxsize=32)
+def boundary(tab: ExplicitTableau) -> float:
+    """Where the method's region of stability ends on the negative real axis."""
+    s = len(tab.B)
+    powers, moments = np.ones(s), [1.0]
+    for _ in range(s):  # R(z) = 1 + Σ z^(k+1) B A^k 1
+        moments.append(float(tab.B @ powers))
+        powers = tab.A[:s, :s] @ powers
+    z = -np.arange(1, 4000) * 0.005
+    return float(-z[np.argmax(np.abs(np.polynomial.polynomial.polyval(z, moments)) > 1 + 1e-9)])

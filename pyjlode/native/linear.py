@@ -16,7 +16,7 @@ from torch import Tensor
 from ..derivatives import REFUSALS, directional, directional_by_reverse, pulled
 from ..errors import BadOption
 from ..notices import warn_once
-from ..numbers import anywhere, read
+from ..numbers import anywhere, as_like, read
 from ..problem import ODEProblem, is_finite
 from ..solution import Stats
 from ..tracing import compiled
@@ -62,7 +62,6 @@ class Linear:
         self.d = p.y0.numel() // max(p.batch, 1)
         self.free = self.d > DENSE_LIMIT and p.jac is None
         self.difference = False  # finite differences: autograd could not differentiate f
-        self.point: tuple[Tensor, ...] = ()  # t and y that f was last called with for a Jacobian
         self.compiled = False  # f runs through what `torch.compile` made
         self.blind_to_time = p.blind_to_time  # f reads t as a number, which no derivative sees ...
         self.rates = 0  # ... and how often it looked as if f did not depend on t
@@ -93,6 +92,9 @@ class Linear:
         """df/dy, and df/dt with `rate`, at one point: by the user's `jac`, by reverse-mode products (all rows in one
         pass, or one by one), or by central differences, whichever first can be had. The Jacobian is square, so that
         neither mode is narrower; the reverse one takes a fifth of the time of the forward one here (Robertson)."""
+        if torch.is_inference_mode_enabled():  # where nothing has a graph
+            with torch.inference_mode(False):
+                return self.jacobian(t.clone(), y.clone(), rate=rate)
         self.stats.njac += 1
         if self.free and self.p.transformed:
             raise BadOption(
@@ -167,7 +169,6 @@ class Linear:
         )
         with torch.enable_grad():
             k = self.p.f(at, point)
-        self.point = (at, point)
         if not k.requires_grad:
             raise RuntimeError("its result has no graph")
         if compiled(k):  # under `torch.func` PyTorch runs such a function as it was written
@@ -207,8 +208,8 @@ class Linear:
 
     def typical(self, y: Tensor) -> Tensor:
         """Size of an element below which it counts as zero, (n,): atol over rtol, within the size of its system."""
-        rtol = torch.as_tensor(self.p.rtol).to(y).clamp_min(torch.finfo(y.dtype).eps ** 0.5)
-        size = (torch.as_tensor(self.p.atol).to(y) / rtol).expand_as(y)
+        rtol = as_like(self.p.rtol, y).clamp_min(torch.finfo(y.dtype).eps ** 0.5)
+        size = (as_like(self.p.atol, y) / rtol).expand_as(y)
         rows = y.abs().view(self.B, self.d)
         whole = rows.amax(1, keepdim=True).expand_as(rows).reshape(-1)
         size = torch.where(whole > 0, torch.minimum(torch.maximum(size, 1e-6 * whole), whole), size)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..ends import no_event, stops, too_many_steps, too_small
 from ..errors import BadOption, NonFiniteState
-from ..numbers import listed, rows
+from ..numbers import listed, on_host, rows
 from ..problem import ODEProblem, is_finite
 from ..solution import Stats
 from . import controller
 from .events import EventFinder
-from .explicit import ExplicitRK, ExplicitStep
+from .explicit import Crawl, ExplicitRK, ExplicitStep
 from .implicit import ImplicitRK
 from .interpolation import DenseOutput, output
 from .multistep import Adams, AdamsStep, Past
@@ -239,6 +239,7 @@ def adaptive_steps(
 
     err, previous, abs_y = 0.0, 1.0, y.detach().abs()
     after_jump, n, made = False, 0, 0
+    crawl = Crawl(tab) if p.layout else None
     rejected = math.nan  # where a step from here ended that was not accepted
     while t != end:
         if n == o.max_num_steps:
@@ -283,6 +284,8 @@ def adaptive_steps(
             after_jump = t in jumps
             k0 = None if after_jump else step.f1
             made += 1
+            if crawl and k0 is not None:
+                crawl.look(made, step, end)
             if made == recorded:
                 rk = ExplicitRK(p, keep=keep)
                 y, k0 = y.detach(), None if k0 is None else k0.detach()
@@ -350,7 +353,7 @@ def _grid(p: ODEProblem, tracked: bool) -> Iterator[Interval]:
             h: float | Tensor = stop - start
             with torch.enable_grad():
                 if tracked:
-                    h = p.t[-1].to(torch.float64) - at if i + 1 == n else torch.tensor(h, dtype=torch.float64)
+                    h = p.t[-1].to(torch.float64) - at if i + 1 == n else on_host(h)
             yield Interval(start, stop, at, h, o.perturb, o.perturb)
             with torch.enable_grad():
                 at = at + h if tracked else stop

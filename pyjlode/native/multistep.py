@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..notices import warn
-from ..numbers import read, solve
+from ..numbers import as_like, on_host, read, solve
 from ..problem import ODEProblem
 from . import interpolation
 from .explicit import ExplicitRK
@@ -75,9 +75,9 @@ class Adams:
 
     def increment(self, interval: Interval, nodes: list[float | Tensor], slopes: tuple[Tensor, ...]) -> Tensor:
         if isinstance(interval.dt, Tensor):
-            x = torch.stack([torch.as_tensor(node).to(interval.dt) for node in nodes])
+            x = torch.stack([as_like(node, interval.dt) for node in nodes])
         else:
-            x = torch.tensor(nodes, dtype=torch.float64)
+            x = on_host(nodes)
         like = slopes[0]
         return torch.mv(torch.stack(slopes, 1), (adams_weights(x) * interval.dt).to(like))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..derivatives import REFUSALS, directional
-from ..numbers import kept
+from ..numbers import as_like, kept
 from ..problem import ODEProblem
 from ..solution import Stats
 from . import controller, interpolation
@@ -125,7 +125,7 @@ class Rosenbrock:
         # between a state and the slope of another grows from step to step.
         self.f0 = k.detach() if c.fsal else None
         stacked = torch.stack(U)
-        return RosenbrockStep(self, interval, y, y + stacked.T @ c.m, stacked, self.linear.point)
+        return RosenbrockStep(self, interval, y, y + stacked.T @ c.m, stacked)
 
     def recorded_system(self, t: Tensor, y: Tensor, dt: float | Tensor) -> Solve | None:
         """(rhs, weight of df/dt) -> u with a Jacobian that has a graph: for small systems."""
@@ -155,7 +155,7 @@ class Rosenbrock:
                 if linear.blind_to_time:
                     product = directional(p, t, y, None, u) + J.rate * along
                 else:
-                    product = directional(p, t, y, torch.as_tensor(along), u)
+                    product = directional(p, t, y, as_like(along, t), u)
                 u = u + W.solve(rhs + product - linear.times_mass(u) / (self.tab.gamma * dt))
             return u
 
@@ -167,16 +167,7 @@ class RosenbrockStep:
 
     data = ()  # the step can be taken again from y alone
 
-    def __init__(
-        self,
-        rk: Rosenbrock,
-        interval: Interval,
-        y: Tensor,
-        y1: Tensor,
-        U: Tensor,
-        point: tuple[Tensor, ...] = (),
-    ) -> None:
-        self.point = point  # leaves that the graph of a recorded step has for its Jacobian
+    def __init__(self, rk: Rosenbrock, interval: Interval, y: Tensor, y1: Tensor, U: Tensor) -> None:
         self.rk, self.interval, self.y, self.y1, self.U = rk, interval, y, y1, U
 
     def interpolate(self, times: list[float] | Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import forward
 from ..derivatives import grad, pull_back, vjp
 from ..gradients import Gradients, other_function, time_gradient
+from ..numbers import as_like, on_host
 from ..parameters import graph_mark
 from ..problem import Callbacks, Field, Layout, Norm, ODEProblem, like, max_rms_norm, not_negative
 from ..solution import Stats
@@ -157,8 +158,7 @@ class _Replay:
                 bars.append(self.history.pop(id(kept.slope)))
         pairs = [(o, b) for o, b in zip(outputs, bars) if o.requires_grad]
         self.compare(step)
-        point = getattr(step, "point", ())
-        grads = grad(p, [o for o, _ in pairs], [y, *p.params, *inputs, *old], [b for _, b in pairs], mark, point)
+        grads = grad(p, [o for o, _ in pairs], [y, *p.params, *inputs, *old], [b for _, b in pairs], mark)
         y_bar, rest = grads[0], grads[1:]
         params.add(rest[: len(p.params)])
         for tensor, bar in zip(moving, rest[len(p.params) :]):
@@ -190,7 +190,7 @@ class _Replay:
         """
         if self.apart:
             apart, size = torch.stack(self.apart), torch.stack(self.sizes)
-            rtol, atol = (float(torch.as_tensor(x).max()) for x in (self.p.rtol, self.p.atol))
+            rtol, atol = (float(on_host(x).max()) for x in (self.p.rtol, self.p.atol))
             # What tolerance and rounding explain. A step whose equations are iterated is not taken again as loosely as
             # it was taken: Newton's iteration may believe it is there when it is a few tolerances away.
             slack = 30.0 if self.p.method.controlled else 1.0
@@ -371,9 +371,7 @@ class _Backward:
     def part(self) -> Tensor:
         """atol as a part of the state's size, (n,), see `scaled`."""
         eps = torch.finfo(self.size.dtype).eps
-        rtol, atol = (
-            torch.as_tensor(x).to(self.size).expand_as(self.size) for x in (self.settings.rtol, self.settings.atol)
-        )
+        rtol, atol = (as_like(x, self.size).expand_as(self.size) for x in (self.settings.rtol, self.settings.atol))
         limit = torch.where(rtol > 0, rtol, torch.inf)
         return torch.minimum(torch.maximum(atol / self.size, 1e-3 * rtol), limit).clamp_min(eps)
 
@@ -442,7 +440,7 @@ class _Backward:
         and whether the two rules of the pair agree on it to the adjoint's tolerances."""
         fine, coarse, size = self.samples(step, t0, t1, pair)
         x = (self.total + fine).abs()
-        rtol, atol = (torch.as_tensor(x).min() for x in (self.settings.rtol, self.settings.atol))
+        rtol, atol = (on_host(x).min() for x in (self.settings.rtol, self.settings.atol))
         # What rounding leaves of a sum is not to be refined.
         tol = rtol.to(x) * x + 50 * torch.finfo(x.dtype).eps * size
         tol += atol.to(x) if self.settings.absolute else self.smallest_part() * self.filled(x)
@@ -456,7 +454,7 @@ class _Backward:
         with torch.no_grad():
             z = step.interpolate(times)
             a = z[:, -self.n :]
-            y = z[:, : self.n] if self.with_y else self.record.dense(torch.tensor(times, dtype=torch.float64))
+            y = z[:, : self.n] if self.with_y else self.record.dense(on_host(times))
         fine, coarse, size = self.total.new_zeros(3, self.layout.size)
         weights = (pair.weights * (t0 - t1)).tolist(), (pair.embedded * (t0 - t1)).tolist()
         for i, t in enumerate(times):
@@ -574,8 +572,8 @@ def solve_forward(p: ODEProblem, stats: Stats, *, dense: bool = False) -> tuple[
 def sensitivity_atol(p: ODEProblem) -> Tensor:
     """atol of (y, S), flat. dy/dx has the unit of y over that of x: the size of x, which for a start below what the
     tolerances resolve is atol / rtol, and for a parameter that is zero the largest in its tensor, or 1."""
-    n, y0, rtol = p.y0.numel(), p.y0.detach(), torch.as_tensor(p.rtol).to(p.y0)
-    atol = torch.as_tensor(p.atol).to(y0).expand(n)
+    n, y0, rtol = p.y0.numel(), p.y0.detach(), as_like(p.rtol, p.y0)
+    atol = as_like(p.atol, y0).expand(n)
     resolved = torch.where(rtol > 0, atol / rtol, atol)
     sizes = [torch.maximum(y0.abs(), resolved)]
     layout = Layout(list(p.params))

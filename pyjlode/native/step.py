@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..numbers import constant
+from ..numbers import constant, on_host
 from ..problem import ODEProblem
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
@@ -93,7 +93,7 @@ def _inside(interval: Interval, C: np.ndarray, dtype: type) -> np.ndarray:
 def fraction(interval: Interval, times: list[float] | Tensor) -> Tensor:
     """Where `times` lie in the step, as float64 fractions of it: shape (M,)."""
     if not isinstance(times, Tensor):
-        times = torch.tensor(times, dtype=torch.float64)
+        times = on_host(times)
     if isinstance(interval.dt, Tensor):
         times = times.to(interval.dt)
     return (times.to(torch.float64) - interval.at) / interval.dt

@@ -28,8 +28,8 @@ def run(method, time=1.0, state=1.0, f=field, adjoint=False, start=(1.0, 0.5), k
         state * torch.tensor(start, dtype=F64),
         time * torch.tensor([0.0, 0.3, 1.0], dtype=F64),
         method=method,
-        rtol=1e-6,
-        atol=1e-8 * state,
+        rtol=1e-4,
+        atol=1e-6 * state,
         options=options,
         adjoint=adjoint,
         dense=False,
@@ -55,7 +55,7 @@ def test_other_factors_change_rounding_only(method):
     for time, state in ((1e12, 1.0), (1e-12, 1.0), (1.0, 1e12), (1.0, 1e-12), (1e12, 1e-12)):
         scaled, taken = run(method, time, state)
         assert abs(sum(taken) - sum(steps)) <= 2
-        torch.testing.assert_close(scaled, expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(scaled, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:autograd cannot differentiate f")
