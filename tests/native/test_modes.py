@@ -158,7 +158,7 @@ def test_a_stiff_solve_of_few_steps_is_not_told():
 
 
 def test_boundaries_of_stability():
-    """Hairer & Wanner, Solving ODEs II, IV.2: 3.3 for DOPRI5, 2.51 for three stages of order 3, 2 for two of order 2."""
+    """Hairer & Wanner, Solving ODEs II IV.2: 3.3 for DOPRI5, 2.51 for three stages of order 3, 2 for two of order 2."""
     assert abs(boundary(METHODS["dopri5"].tableau) - 3.3066) < 0.01
     assert abs(boundary(METHODS["bosh3"].tableau) - 2.5127) < 0.01
     assert abs(boundary(METHODS["adaptive_heun"].tableau) - 2) < 0.01
