@@ -131,7 +131,7 @@ def test_unknown_names_list_the_near_ones():
 
 
 def test_stiff_problem_runs_out_of_steps_with_advice():
-    with pytest.raises(errors.MaxStepsReached, match="auto"):
+    with pytest.raises(errors.MaxStepsReached, match="auto"), pytest.warns(UserWarning, match="stiff"):
         pyjlode.odeint(lambda t, h: -1e6 * (h - torch.cos(t)), H0, T, options={"max_num_steps": 200})
 
 

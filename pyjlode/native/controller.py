@@ -13,7 +13,7 @@ from ..problem import ODEProblem, SolverOptions
 @torch.no_grad()
 def initial_step(p: ODEProblem, f0: Tensor, order: int, limit: float) -> float:
     """Size of the first step: Hairer, Nørsett & Wanner, Solving ODEs I, II.4, "Starting Step Size", in the unit of time
-    that the start has itself, |y| / |f|, so that a change of units changes nothing.
+    that the start has itself, |y| / |f| or |f| / |f'|, so that a change of units changes nothing.
 
     Args:
         f0: slope at t0, shape (n,).
@@ -33,10 +33,10 @@ def initial_step(p: ODEProblem, f0: Tensor, order: int, limit: float) -> float:
     d2 = p.norm((f1 - f0) / scale) / h0 if h0 else 0.0
     if not math.isfinite(d2):  # the trial step already left the domain of f
         return h0 * 1e-3
-    unit = 100 * h0
+    unit = min(100 * h0, max(d1 / d2, h0)) if d2 else 100 * h0
     d = max(d1 * unit, d2 * unit * unit)
     h1 = unit * (0.01 / d) ** (1 / order) if d > 1e-15 else unit
-    return min(unit, h1, limit)
+    return min(100 * h0, h1, limit)
 
 
 # Below this the step is far from the tolerance: nothing to smooth, and the I controller gets there sooner.

@@ -365,7 +365,7 @@ class _Backward:
         if self.with_params and self.layout.size:
             assert rate is not None
             of_theta = torch.maximum(self.total.abs(), rate[-self.layout.size :].abs() * abs(span))
-            parts.append((self.smallest_part() * self.filled(of_theta)).clamp_min(tiny))
+            parts.append((self.smallest_part() * self.filled(of_theta, 0.1)).clamp_min(tiny))
         return torch.cat(parts)
 
     def part(self) -> Tensor:
@@ -380,11 +380,11 @@ class _Backward:
         part = self.part()
         return part.amin() if self.n else part.new_tensor(torch.finfo(part.dtype).eps)
 
-    def filled(self, sizes: Tensor) -> Tensor:
-        """Sizes of the parameters' gradients, (|theta|,): no element counts as smaller than 1/1000 of its tensor's."""
-        parts = sizes.split(self.layout.sizes)
-        floors = torch._foreach_norm([x for x in parts if x.numel()], torch.inf)
-        return torch.cat([torch.maximum(x, 1e-3 * floor) for x, floor in zip([x for x in parts if x.numel()], floors)])
+    def filled(self, sizes: Tensor, least: float) -> Tensor:
+        """Sizes of the parameters' gradients, (|theta|,): no element counts as less than this part of its tensor's."""
+        parts = [x for x in sizes.split(self.layout.sizes) if x.numel()]
+        floors = torch._foreach_norm(parts, torch.inf)
+        return torch.cat([torch.maximum(x, least * floor) for x, floor in zip(parts, floors)])
 
     def implicit(self) -> dict[str, Any]:
         """What a stiff method needs to know of the adjoint equation: Mᵀ λ' = -Jᵀ λ, and its Jacobian."""
@@ -443,7 +443,7 @@ class _Backward:
         rtol, atol = (on_host(x).min() for x in (self.settings.rtol, self.settings.atol))
         # What rounding leaves of a sum is not to be refined.
         tol = rtol.to(x) * x + 50 * torch.finfo(x.dtype).eps * size
-        tol += atol.to(x) if self.settings.absolute else self.smallest_part() * self.filled(x)
+        tol += atol.to(x) if self.settings.absolute else self.smallest_part() * self.filled(x, 1e-3)
         wrong = (fine - coarse) / tol.clamp_min(torch.finfo(x.dtype).tiny)
         return fine, max_rms_norm(wrong.split(self.layout.sizes)) <= 1
 
