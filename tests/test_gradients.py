@@ -1106,3 +1106,17 @@ def test_module_can_be_copied_after_training(adjoint):
     pyjlode.odeint(net, leaf(0.8, -0.5), SPARSE, adjoint=adjoint).sum().backward()
     assert set(vars(net)) == before
     copy.deepcopy(net)
+
+
+@pytest.mark.parametrize("adjoint", ["backsolve", "interpolating", "gauss"])
+@pytest.mark.parametrize("method", ["dopri5", "tsit5", "dopri8", "gl4"])
+def test_parameters_without_effect_do_not_stop_an_adjoint(method, adjoint):
+    """h = a t + b is a solution on which df/da and df/db vanish but for rounding, to the fourth power of it."""
+    a, b = (torch.tensor(x, dtype=F64, requires_grad=True) for x in (0.2, 3.0))
+    t = torch.linspace(1, 8, 10, dtype=F64)
+    h0 = torch.tensor(3.2, dtype=F64, requires_grad=True)
+    h = pyjlode.odeint(lambda t, h: a + (h - (a * t + b)) ** 5, h0, t, method=method, adjoint=adjoint)
+    of_a, of_b, of_h0 = torch.autograd.grad(h[-1], (a, b, h0))
+    assert float(of_h0) == pytest.approx(1.0)
+    assert float(of_a) == pytest.approx(7.0)
+    assert abs(float(of_b)) < 1e-9

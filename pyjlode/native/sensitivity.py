@@ -268,6 +268,11 @@ class _Backward:
         self.algebra = dae.Algebra(p) if p.mass is not None else None
         self.first_step = self.settings.options.first_step
         self.pair = gauss_kronrod(max(1, (self.settings.method.order + 1) // 2))
+        self.least = self.total  # that counts of the parameters' gradients, see `filled`
+        if self.layout.size:
+            largest = [q.detach().abs().amax().to(p.y0) if q.numel() else p.y0.new_zeros(()) for q in p.params]
+            sizes = torch.stack(largest).repeat_interleave(torch.tensor(self.layout.sizes, device=p.y0.device))
+            self.parameter_sizes = torch.where(sizes > 0, sizes, 1.0)
         known = record.size if record.size is not None else record.ys.detach().abs().amax(0)
         self.size = known.clamp_min(torch.finfo(known.dtype).tiny)
 
@@ -296,6 +301,8 @@ class _Backward:
         z = torch.cat([*([y] if self.with_y else []), a, *([self.total] if self.with_params else [])])
         start = like(p, options=s.options).asked(t1, t0)
         rate = self.rhs(start, z) if self.linear is None else None
+        if n and self.layout.size:
+            self.least = 1e-3 * (a.abs() * self.size).amax() / self.parameter_sizes
         problem = ODEProblem(
             f=Field(self.rhs),
             y0=z,
@@ -365,7 +372,7 @@ class _Backward:
         if self.with_params and self.layout.size:
             assert rate is not None
             of_theta = torch.maximum(self.total.abs(), rate[-self.layout.size :].abs() * abs(span))
-            parts.append((self.smallest_part() * self.filled(of_theta, 0.1)).clamp_min(tiny))
+            parts.append((self.smallest_part() * self.filled(of_theta)).clamp_min(tiny))
         return torch.cat(parts)
 
     def part(self) -> Tensor:
@@ -380,11 +387,16 @@ class _Backward:
         part = self.part()
         return part.amin() if self.n else part.new_tensor(torch.finfo(part.dtype).eps)
 
-    def filled(self, sizes: Tensor, least: float) -> Tensor:
-        """Sizes of the parameters' gradients, (|theta|,): no element counts as less than this part of its tensor's."""
+    def filled(self, sizes: Tensor) -> Tensor:
+        """Sizes of the parameters' gradients, (|theta|,): no element counts as smaller than 1/1000 of its tensor's.
+
+        Nor than 1/1000 of what makes a difference to the loss, of which |a y| is the measure, when the parameter is
+        changed by its own size: parameters that have no effect are not all that steps are made for.
+        """
         parts = [x for x in sizes.split(self.layout.sizes) if x.numel()]
         floors = torch._foreach_norm(parts, torch.inf)
-        return torch.cat([torch.maximum(x, least * floor) for x, floor in zip(parts, floors)])
+        filled = torch.cat([torch.maximum(x, 1e-3 * floor) for x, floor in zip(parts, floors)])
+        return torch.maximum(filled, self.least)
 
     def implicit(self) -> dict[str, Any]:
         """What a stiff method needs to know of the adjoint equation: Mᵀ λ' = -Jᵀ λ, and its Jacobian."""
@@ -443,7 +455,7 @@ class _Backward:
         rtol, atol = (on_host(x).min() for x in (self.settings.rtol, self.settings.atol))
         # What rounding leaves of a sum is not to be refined.
         tol = rtol.to(x) * x + 50 * torch.finfo(x.dtype).eps * size
-        tol += atol.to(x) if self.settings.absolute else self.smallest_part() * self.filled(x, 1e-3)
+        tol += atol.to(x) if self.settings.absolute else self.smallest_part() * self.filled(x)
         wrong = (fine - coarse) / tol.clamp_min(torch.finfo(x.dtype).tiny)
         return fine, max_rms_norm(wrong.split(self.layout.sizes)) <= 1
 
