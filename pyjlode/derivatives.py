@@ -97,6 +97,9 @@ def check_graph(p: ODEProblem, outputs: Sequence[Tensor], inputs: Sequence[Tenso
 
 def jacobian(p: ODEProblem, t: Tensor, y: Tensor) -> Tensor:
     """df/dy at one point: y (n,) -> (n, n), without graph."""
+    if torch.is_inference_mode_enabled():  # where nothing has a graph
+        with torch.inference_mode(False):
+            return jacobian(p, t.clone(), y.clone())
 
     def f(y: Tensor) -> Tensor:
         return p.f(t.detach(), y)
