@@ -121,7 +121,7 @@ class _Solve(torch.autograd.Function):
         try:
             # `loss.backward(retain_graph=True)` announces another backward pass.
             again = torch._C._autograd._get_current_graph_task_keep_graph()
-            with parameters.bound(p.bindings, p.params):
+            with parameters.bound(p.bindings, p.params), parameters.unheard(p.params):
                 if ctx.sight:
                     ctx.sight.check(p)
                 grads = numbers.for_each(lambda g, again: ctx.engine.vjp(memory, g, again=again), g, again)
@@ -257,7 +257,7 @@ def solve(engine: Engine, p: ODEProblem, stats: Stats, gradient: str | None, nee
     for attempt in itertools.count():
         leaf = like(p, y0=p.y0.detach().requires_grad_(), t=p.t.detach().requires_grad_(p.t.requires_grad))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), parameters.unheard(p.params):
                 memory = engine.solve_for_vjp(leaf, stats, gradient, dense=dense)
                 sight = Sight.of(leaf, memory.record) if memory.asks_again and not stats.compiled else None
             break

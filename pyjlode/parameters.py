@@ -352,6 +352,26 @@ def bound(bindings: Sequence[Binding], params: Sequence[Tensor]) -> Iterator[Non
                 b.put(now)
 
 
+@contextlib.contextmanager
+def unheard(params: Sequence[Tensor]) -> Iterator[None]:
+    """Within this context gradients by the parameters are parts of what will be one, and nothing hears of them: not the
+    hooks on these tensors (which clip, scale or log), nor `grad` where `retain_grad()` fills it.
+
+    Both hear of the whole when autograd hands it on.
+    """
+    hooks = [(own, dict(own)) for x in params if (own := x._backward_hooks)]
+    retained = [(x, x.grad) for x in params if x.retains_grad and not x.is_leaf]
+    for own, _ in hooks:
+        own.clear()
+    try:
+        yield
+    finally:
+        for own, kept in hooks:
+            own.update(kept)
+        for x, before in retained:
+            x.grad = before
+
+
 @functools.cache
 def _leaf_node() -> type:
     """The type of the nodes at which graphs end."""

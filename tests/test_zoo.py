@@ -275,6 +275,16 @@ def test_validation_under_inference_mode_comes_first(adjoint, method):
 
 
 @every_adjoint
+def test_a_retained_gradient_is_the_whole_one(adjoint):
+    W = torch.tensor([0.5, 0.3], dtype=F64, requires_grad=True)
+    code = W.exp()
+    code.retain_grad()
+    ys = pyjlode.odeint(lambda t, h: torch.cos(t) - code * h, torch.ones(2, dtype=F64), TIMES, adjoint=adjoint, **TIGHT)
+    ys.square().sum().backward()
+    torch.testing.assert_close(code.grad, W.grad / code.detach())
+
+
+@every_adjoint
 def test_a_copy_of_a_trained_model_trains(adjoint):
     x = ZOO["keeps_its_last_result"]()
     loss_of(x, adjoint=adjoint).backward()

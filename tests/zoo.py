@@ -370,6 +370,15 @@ class Conditional(nn.Module):
 
 
 @kind
+def clipped_by_a_hook() -> Specimen:
+    """A hook on a parameter hears of its whole gradient, once."""
+    net = nn.Sequential(linear(2, 4), nn.Tanh(), linear(4, 2))
+    for q in net.parameters():
+        q.register_hook(lambda g: 0.5 * g.clamp(-0.1, 0.1))
+    return of(net, lambda t, h: net(h), smooth=False)
+
+
+@kind
 def context_exchanged_before_backward() -> Specimen:
     f, first = Conditional(), leaf(0.4, 0.9)
     f.context = first.exp()

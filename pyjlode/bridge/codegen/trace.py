@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ...errors import NotCompiled
+from ...parameters import unheard
 from ...problem import Field
 from .capture import Held, Snapshot
 
@@ -292,7 +293,8 @@ class Trace:
                 k = _flat(field, *inputs[:2])
             grads: Sequence[Tensor | None] = [None] * len(inputs)
             if k.requires_grad:
-                grads = torch.autograd.grad(k, inputs, v, allow_unused=True, retain_graph=True)
+                with unheard(theta):
+                    grads = torch.autograd.grad(k, inputs, v, allow_unused=True, retain_graph=True)
             return tuple(torch.zeros(x.shape, dtype=x.dtype) if g is None else g for x, g in zip(inputs, grads))
 
         module, _ = self._traced(field, source, product, self._inputs("t", "h", "v"), parts)
