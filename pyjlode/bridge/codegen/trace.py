@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import functools
+import io
 import random
 import sys
+import threading
+import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -148,6 +154,46 @@ class _Numbers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextlib.contextmanager
+def _no_files(watch: Watch) -> Iterator[None]:
+    """Within this context nothing opens a file; `pathlib`, `torch.load` and NumPy do so by these functions, too."""
+
+    here = threading.get_ident()
+
+    def guarded(before: Callable[..., Any]) -> Callable[..., Any]:
+        def opens(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == here and not _asked_by_torch(sys._getframe(1)):
+                watch.escape("f opens a file, whose content can change")
+            return before(*args, **kwargs)
+
+        return opens
+
+    owners: tuple[Any, ...] = (builtins, io, np.lib.npyio.DataSource)
+    functions = [owner.open for owner in owners]
+    for owner, function in zip(owners, functions):
+        owner.open = guarded(function)
+    try:
+        yield
+    finally:
+        for owner, function in zip(owners, functions):
+            owner.open = function
+
+
+def _asked_by_torch(frame: types.FrameType | None) -> bool:
+    """Whether what the standard library or NumPy does in a frame is for PyTorch or an import, and not for f."""
+    asked = False
+    while frame is not None and (name := frame.f_globals.get("__name__", "")) != __name__:
+        if name == "importlib._bootstrap":
+            return True
+        room = name.partition(".")[0]
+        if not asked and room not in sys.stdlib_module_names and room != "numpy" and name != "torch.serialization":
+            asked = True
+            if room == "torch":
+                return True
+        frame = frame.f_back
+    return False
+
+
 def constant(x: Any) -> Tensor | None:
     """The numbers of a tensor of a trace that depends on nothing."""
     return x.constant if isinstance(x, FakeTensor) else None
@@ -234,7 +280,7 @@ class Trace:
 
         def watched(*args: Tensor) -> Any:
             random_before = _random_states()
-            with watch:
+            with watch, _no_files(watch):
                 out = f(*args)
             if _random_states() != random_before:
                 watch.escape("f draws random numbers")

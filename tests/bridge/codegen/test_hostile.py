@@ -8,8 +8,10 @@ import contextvars
 import ctypes
 import functools
 import math
+import pathlib
 import random
 import sys
+import tempfile
 import time
 import types
 import weakref
@@ -345,6 +347,31 @@ def setting_in_an_iterator():
 
     held = Endless()
     return refused(lambda t, h: torch.cos(t) - (1.0 if held.inner else 0.0) * h, "list_iterator")
+
+
+def setting_in_a_file(write, read):
+    path = pathlib.Path(tempfile.mkdtemp()) / "rate"
+    write(path, 1.0)
+    return refused(
+        lambda t, h: torch.cos(t) - float(read(path)) * h,
+        "opens a file",
+        change=lambda: write(path, 0.5 * float(read(path))),
+    )
+
+
+@kind
+def setting_in_a_text_file():
+    return setting_in_a_file(lambda path, x: path.write_text(str(x)), lambda path: path.read_text())
+
+
+@kind
+def setting_in_a_file_of_numpys():
+    return setting_in_a_file(lambda path, x: np.savetxt(path, [x]), np.loadtxt)
+
+
+@kind
+def setting_in_a_file_of_pytorchs():
+    return setting_in_a_file(lambda path, x: torch.save(x, path), torch.load)
 
 
 @kind
