@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from .. import arguments
 from ..problem import Field, ODEProblem, like
@@ -20,6 +21,12 @@ from ..solution import Stats
 # Plans kept for one program: what they cost is a few small objects.
 _KEPT = 64
 _TENSORS, _STATES = (Tensor, nn.Parameter), (torch.float32, torch.float64)
+_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
 _SIMPLE = frozenset((bool, int, float, str, type(None)))
 
 
@@ -123,6 +130,19 @@ class Call:
         self.plans[self.key] = plan
 
 
+def surroundings() -> str:
+    """Why nothing compiled can be f just now, for what lies in no object of f's; "" for no reason."""
+    if any(map(vars(nn.modules.module).get, _HOOKS)):
+        return "hooks are registered for all modules"
+    if torch._C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode is active"
+    if torch._C._len_torch_function_stack() and any(
+        type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack()
+    ):
+        return "a TorchFunctionMode is active"
+    return ""
+
+
 def call(f: Any, h0: Any, t: Any, said: tuple[Any, ...], options: dict[str, Any] | None) -> Call | None:
     """The call, where it is one that there may be a plan for.
 
@@ -137,6 +157,8 @@ def call(f: Any, h0: Any, t: Any, said: tuple[Any, ...], options: dict[str, Any]
         return None
     given = tuple(options.items()) if options else ()
     if not _SIMPLE.issuperset(map(type, (*said, *[x for _, x in given]))) or torch.is_autocast_enabled("cpu"):
+        return None
+    if surroundings():
         return None
     from .codegen.program import known  # half the cost of importing this package
 

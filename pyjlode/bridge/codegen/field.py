@@ -17,6 +17,7 @@ from ...notices import warn
 from ...problem import FEW, Layout, ODEProblem, like
 from ..calls import Calls, Held
 from ..memory import CompiledFunctions, Outcome, Request
+from ..plans import surroundings
 from ..rhs import Callbacks
 from .program import Fields, JuliaField, program_of, refuse, some_outputs
 
@@ -46,6 +47,8 @@ class Compiled(Callbacks):
     def __init__(self, calls: Calls, p: ODEProblem, gradient: str | None, of: ODEProblem | None = None) -> None:
         super().__init__(calls, p)
         self.shared: Fields | None = None
+        if why := surroundings():
+            raise NotCompiled(why)
         if of is not None and not _explicit(p.method):
             raise NotCompiled("the sensitivities of a method for stiff systems are not compiled")
         if p.jac is not None and not _explicit(p.method):
@@ -318,7 +321,7 @@ class Repeated:
 def in_order(p: ODEProblem) -> ODEProblem | None:
     """The problem with its parameters as the compiled functions have them, without those that f does not use; None
     where the field of the sensitivities is not compiled."""
-    if p.compile is False or not _explicit(p.method) or p.retain_graph or p.suspects:
+    if p.compile is False or not _explicit(p.method) or p.retain_graph or p.suspects or surroundings():
         return None
     try:
         program, source = program_of(p.f, p.y0, at_once=bool(p.compile))

@@ -4,6 +4,7 @@ A kind says how a field is made, whether its value and its gradient are compiled
 """
 
 import collections
+import contextlib
 import contextvars
 import ctypes
 import functools
@@ -734,3 +735,35 @@ def test_engine_torch_is_left_alone(julia, monkeypatch):
     monkeypatch.setattr(programs, "held_by", never)
     odeint(lambda t, h: -h, torch.ones(2, dtype=F64), T, engine="torch")
     odeint(lambda t, h: -h, torch.ones(2, dtype=F64), T)  # which "auto" is, in these tests
+
+
+class Doubled(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return 2 * out if func is torch.Tensor.sin else out
+
+
+@contextlib.contextmanager
+def hook_of_all_modules():
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: 0.5 * out if isinstance(module, nn.Linear) else None
+    )
+    yield
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("around", "compiled"), [(hook_of_all_modules, False), (Doubled, False), (lambda: torch.device("cpu"), True)]
+)
+def test_what_lies_around_a_solve_counts(around, compiled, julia):
+    net = Model().net
+    f, h0 = lambda t, h: net(h) + h.sin() * torch.cos(t), torch.ones(2, dtype=F64)
+    for _ in range(4):
+        odeint(f, h0, T, engine="julia", method="tsit5", **TOL)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), around():
+            for _ in range(3):
+                got = solve(f, h0, T, engine="julia", method="tsit5", adjoint=True, **TOL)
+                want = odeint(f, h0, T, engine="torch", method="dopri8", rtol=1e-10, atol=1e-12)
+                assert torch.allclose(got.h, want, rtol=1e-6)
+        assert bool(got.stats.compiled) == compiled
