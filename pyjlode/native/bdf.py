@@ -102,7 +102,7 @@ class Bdf:
         self.constant = (tab.error * _SHORTER ** np.arange(1.0, len(tab.error) + 1)).tolist()
         self.max_order = min(p.options.max_order or tab.order, tab.order)
         self.max_iters = p.options.max_iters or _MAX_ITERS
-        self.tol = newton_tolerance(p)
+        self.tol, self.rounding = newton_tolerance(p)
         self.f0 = p.f0
         self.D: Tensor | None = None  # (8, n)
         self.dt, self.order, self.equal = math.nan, 1, 0
@@ -147,6 +147,7 @@ class Bdf:
                 ),
                 lambda dd: self.p.norm(dd / scale),
                 tol=self.tol,
+                rounding=self.rounding,
                 max_iters=self.max_iters,
                 eta=1.0,
                 stats=self.stats,

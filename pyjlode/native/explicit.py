@@ -241,8 +241,8 @@ class ExplicitStep:
 
 _ONE = np.ones(1)
 
-# Stiffness is looked for in so many steps out of so many, from the first hundred on: a solve of fewer is quick.
-_LOOKED_AT, _PERIOD = 16, 100
+# Stiffness is looked for in so many steps out of so many, from the hundredth on: a solve of fewer is quick.
+_LOOKED_AT, _PERIOD, _FIRST = 16, 500, 100
 # So many of them on the boundary of stability, or as near to it as a tight tolerance holds a step that is not limited
 # by accuracy, make the problem stiff for the method (HW IV.2) ...
 _ON_BOUNDARY, _NEAR = 14, 0.7
@@ -258,8 +258,8 @@ class Crawl:
 
     def look(self, n: int, step: ExplicitStep, end: float) -> None:
         """Look at step number n, from 1."""
-        phase = n % _PERIOD
-        if self.said or n < _PERIOD or phase >= _LOOKED_AT:
+        phase = (n - _FIRST) % _PERIOD
+        if self.said or n < _FIRST or phase >= _LOOKED_AT:
             return
         with torch.no_grad():
             self.hits = (self.hits if phase else 0) + (step.stretch() > self.near)

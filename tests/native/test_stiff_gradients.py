@@ -380,7 +380,7 @@ def test_the_derivative_by_a_slow_rate_is_not_lost_to_a_fast_one(method):
         assert abs(float(grad[1]) + 2.863) < 0.03
 
 
-@pytest.mark.parametrize("method", ["kvaerno5", "kencarp4", "trbdf2"])
+@pytest.mark.parametrize("method", ["kvaerno5", "kencarp4", "trbdf2_adaptive"])
 def test_gradients_of_stiffly_accurate_steps_pass_jumps_and_times(method):
     """A step after a jump starts with a slope of its own; and dL/dt goes through the slope that a step carries."""
 
