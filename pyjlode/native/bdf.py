@@ -102,7 +102,7 @@ class Bdf:
         self.constant = (tab.error * _SHORTER ** np.arange(1.0, len(tab.error) + 1)).tolist()
         self.max_order = min(p.options.max_order or tab.order, tab.order)
         self.max_iters = p.options.max_iters or _MAX_ITERS
-        self.tol, self.rounding = newton_tolerance(p)
+        self.tol = newton_tolerance(p)
         self.f0 = p.f0
         self.D: Tensor | None = None  # (8, n)
         self.dt, self.order, self.equal = math.nan, 1, 0
@@ -137,7 +137,11 @@ class Bdf:
         (t1,) = stage_times(interval, _END, y)
         predicted, psi = (sums.ahead @ D).unbind()
         scale = predicted.abs() * self.p.rtol + self.p.atol
-        c = dt / self.alpha[q]
+        c, eps = dt / self.alpha[q], torch.finfo(y.dtype).eps
+
+        def solved(d: Tensor) -> bool:
+            left, right = c * self.p.f(t1, predicted + d), self.linear.times_mass(psi + d)
+            return bool(((left - right).abs() <= 10 * eps * (left.abs() + right.abs())).all())
 
         def iterate(systems: list[System]) -> Converged:
             return newton(
@@ -147,10 +151,10 @@ class Bdf:
                 ),
                 lambda dd: self.p.norm(dd / scale),
                 tol=self.tol,
-                rounding=self.rounding,
                 max_iters=self.max_iters,
                 eta=1.0,
                 stats=self.stats,
+                solved=solved,
             )
 
         done = self.frozen.converge(t1, predicted, c, iterate)

@@ -61,7 +61,7 @@ class Esdirk:
         self.linear = Linear(p, stats)
         self.frozen = Frozen(self.linear, [1 / tab.gamma])
         self.max_iters = p.options.max_iters or _MAX_ITERS
-        self.tol, self.rounding = newton_tolerance(p)
+        self.tol = newton_tolerance(p)
         self.f0 = p.f0
         self.f1: Tensor | None = None
         self.carried = False  # f0 is the slope that the step before left
@@ -103,7 +103,6 @@ class Esdirk:
                 change,
                 lambda dz: p.norm(dz / scale),
                 tol=self.tol,
-                rounding=self.rounding,
                 max_iters=self.max_iters,
                 eta=eta,
                 stats=self.stats,

@@ -41,14 +41,12 @@ class Converged(NamedTuple):
 SINGULAR = "the iteration matrix is singular"
 
 
-def newton_tolerance(p: ODEProblem) -> tuple[float, float]:
-    """How far below the tolerance of the step its equations are solved (HW IV.8; Shampine & Reichelt 1997), and how
-    large a correction may be that is but the rounding of the state."""
+def newton_tolerance(p: ODEProblem) -> float:
+    """How far below the tolerance of the step its equations are solved (HW IV.8; Shampine & Reichelt 1997)."""
     eps = torch.finfo(p.y0.dtype).eps
     rtol = p.rtol.min().item() if isinstance(p.rtol, Tensor) and p.rtol.numel() else float(p.rtol)
     rtol = max(rtol, 100 * eps)
-    rounding = 10 * eps / rtol
-    return max(rounding, min(0.03, rtol**0.5)), rounding
+    return max(10 * eps / rtol, min(0.03, rtol**0.5))
 
 
 def newton(
@@ -57,19 +55,19 @@ def newton(
     size: Callable[[Tensor], float],
     *,
     tol: float,
-    rounding: float,
     max_iters: int,
     eta: float,
     stats: Stats,
+    solved: Callable[[Tensor], bool] = lambda x: False,
 ) -> Converged:
     """x with change(x) = 0, by x += change(x) (HW IV.8, (8.8)-(8.11)).
 
     Args:
         change: the Newton correction at x.
         size: norm of a correction, in units of the step's tolerance.
-        rounding: that of a correction which says nothing; of these the last need not be the smallest.
         eta: rate / (1 - rate) of the last iteration with these factors, by which one correction may be found enough;
             1 where there was none, and then one is never enough: a wrong Jacobian makes small corrections too.
+        solved: whether the equations hold at x to rounding. There corrections need not become smaller.
     """
     last, rate = math.nan, math.nan
     known = eta < 1
@@ -81,10 +79,10 @@ def newton(
         if not math.isfinite(length):
             return Converged(x, k + 1, rate, 1.0, "f is NaN or infinite there, or the iteration matrix is singular")
         if k:
-            if length <= rounding:
-                return Converged(x + dx, k + 1, rate, eta)
             rate = length / last if last else 0.0
             if rate >= 1:
+                if solved(x):
+                    return Converged(x, k + 1, math.nan, eta)
                 return Converged(x, k + 1, rate, 1.0, "Newton's iteration diverges")
             eta = rate / (1 - rate)
             if rate ** (max_iters - k - 1) * eta * length > tol:

@@ -38,7 +38,7 @@ class Radau:
         self.linear = Linear(p, stats)
         self.frozen = Frozen(self.linear, [tab.real, tab.pair.conjugate()])
         self.max_iters = p.options.max_iters or _MAX_ITERS
-        self.tol, self.rounding = newton_tolerance(p)
+        self.tol = newton_tolerance(p)
         self.f0 = p.f0
         self.last: RadauStep | None = None  # the last accepted step: predicts the stages of the next
         self.tried: RadauStep | None = None
@@ -63,7 +63,6 @@ class Radau:
                 lambda W: self.change(W, t, y, dt, systems),
                 lambda dW: self.norm(dW / scale),
                 tol=self.tol,
-                rounding=self.rounding,
                 max_iters=self.max_iters,
                 eta=self.frozen.eta,
                 stats=self.stats,
