@@ -241,12 +241,14 @@ class Out:
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("kind", ["out", "view", "numpy", "copy_"])
 @pytest.mark.parametrize("method", pyjlode.METHODS)
-def test_one_buffer_for_every_result(method, kind, dense):
+@pytest.mark.parametrize("moving", [False, True], ids=["", "h0"])
+def test_one_buffer_for_every_result(method, kind, dense, moving):
     tol = 1e-2 if method == "implicit_adams" else 1e-6  # its corrector is to settle
     given = {"method": method, "dense": dense, "rtol": tol, "atol": tol}
-    right = solve(lambda t, h: A @ h, H0, T, **given)
+    h0 = H0.clone().requires_grad_(moving)
+    right = solve(lambda t, h: A @ h, h0, T, **given)
     try:
-        found = solve(Out(kind), H0, T, **given)
+        found = solve(Out(kind), h0, T, **given)
     except errors.NotConverged:  # autograd does not see into it, and these methods have no other Jacobian
         assert kind != "copy_"
         assert pyjlode.METHODS[method].kind == "implicit"

@@ -997,6 +997,7 @@ def alive() -> dict[int, int]:
     """Bytes of every storage that a tensor of this process refers to, by address; but for those of tracing, which have
     no memory."""
     tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor) and not issubclass(type(x), FakeTensor)]
+    tensors = [x for x in tensors if x.layout == torch.strided]
     return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
 
 

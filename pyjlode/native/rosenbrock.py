@@ -149,6 +149,8 @@ class Rosenbrock:
 
         def solve(rhs: Tensor, along: float | Tensor) -> Tensor:
             assert J.rate is not None
+            if linear.difference:  # autograd has no products with this J, which is a constant to it
+                return W.solve(rhs + J.rate * along)
             with torch.no_grad():
                 u = W.solve(rhs + J.rate * along)
             for _ in range(polish):
