@@ -134,6 +134,25 @@ def test_event_and_its_gradient():
     assert abs(float(grad[0]) - want / (2 * 2.0)) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "event_fn",
+    [
+        lambda t, h: torch.relu(h - 0.5),
+        lambda t, h: -(h - 0.5).clamp(min=0),
+        lambda t, h: torch.where(h > 0.5, (h - 0.5) ** 3, 0.0),
+        lambda t, h: (h > 0.5).to(h),
+        lambda t, h: torch.cat([h, torch.relu(h - 0.5)]),
+    ],
+    ids=["relu", "clamp", "where", "step", "two"],
+)
+@pytest.mark.parametrize("compile", [False, True])
+def test_an_event_function_that_is_zero_from_the_event_on(event_fn, compile):
+    h0 = torch.ones(1, dtype=F64)
+    f = lambda t, h: -h  # noqa: E731
+    t, _ = odeint_event(f, h0, 0.0, event_fn=event_fn, engine="julia", compile=compile, **TOL)
+    assert abs(float(t) - math.log(2)) < 1e-7
+
+
 def test_dense_output():
     dense = odeint_dense(linear, H0, 0.0, 3.0, engine="julia", **TOL)
     t = torch.tensor([0.1, 1.7, 2.9], dtype=F64)
