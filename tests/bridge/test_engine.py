@@ -521,8 +521,9 @@ def test_an_adjoint_does_not_depend_on_units(adjoint, compile):
     assert torch.allclose(gradient(1e9, **julia), got, rtol=1e-12)
 
 
+@pytest.mark.parametrize("reals", [2, 3])
 @pytest.mark.parametrize("adjoint", [False, "gauss", "interpolating", "forward"])
-def test_real_and_complex_states_together(adjoint):
+def test_real_and_complex_states_together(adjoint, reals):
     w = torch.tensor(0.7, dtype=F64, requires_grad=True)
 
     def f(t, s):
@@ -530,7 +531,7 @@ def test_real_and_complex_states_together(adjoint):
         return -w * x * z.abs(), 1j * w * z + x.sum()
 
     def gradient(**kwargs):
-        x0 = torch.ones(2, dtype=F64, requires_grad=True)
+        x0 = torch.ones(reals, dtype=F64, requires_grad=True)
         z0 = torch.tensor([1 + 1j], requires_grad=True)  # of half the precision
         x, z = odeint(f, (x0, z0), T[:4], **kwargs, **TOL)
         loss = x[-1].sum() + (z[-1] * z[-1].conj()).real.sum()
