@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ...errors import NotCompiled
 from ...parameters import unheard
 from ...problem import Field
+from .. import runtime
 from .capture import Held, Snapshot
 
 aten = torch.ops.aten
@@ -233,15 +234,6 @@ class Counter:
     __str__ = __repr__ = __format__ = __reduce_ex__ = __neg__ = __abs__ = __round__ = __divmod__ = use
 
 
-def _to_its_end(undo: Callable[[], None]) -> None:
-    """Call a function again where an exception of a signal handler's (Ctrl-C, a time limit) came in its midst."""
-    try:
-        undo()
-    except BaseException:
-        undo()
-        raise
-
-
 class Trace:
     """f(t, h) with the tensors that it holds lifted into inputs: θ, those that require grad, and constants.
 
@@ -297,24 +289,18 @@ class Trace:
 
         before = Snapshot(field.source)
         values = [slot.get() for slot in source.counters]
-        after: list[Any] = []
-        counts = changed = False
-
-        def undo() -> None:
-            nonlocal counts, changed
-            after[:] = after or [slot.get() for slot in source.counters]
-            for slot, value in zip(source.counters, values):
-                slot.set(value)
-            watch.numbers.restore()
-            counts |= before.count_changed()
-            changed |= before.restore()  # no tensor without numbers may stay where f has put it
-
-        try:
-            for slot in source.counters:
-                slot.set(Counter(slot.name, watch))
-            module = _trace(watched, args, fake=True)
-        finally:
-            _to_its_end(undo)
+        with runtime.undisturbed():
+            try:
+                for slot in source.counters:
+                    slot.set(Counter(slot.name, watch))
+                module = _trace(watched, args, fake=True)
+            finally:
+                after = [slot.get() for slot in source.counters]
+                for slot, value in zip(source.counters, values):
+                    slot.set(value)
+                watch.numbers.restore()
+                counts = before.count_changed()
+                changed = before.restore()  # no tensor without numbers may stay where f has put it
         if counts:
             raise Counts("f changes a number that it holds")
         if watch.reason:  # it was caught on its way
