@@ -87,7 +87,8 @@ class Layout:
 
     def flatten_leaves(self, leaves: Sequence[Tensor]) -> Tensor:
         """Leaves in the order of the tree -> Tensor of shape (size,)."""
-        parts = [torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf for leaf in leaves]
+        # Not `view_as_real`: its backward pass takes no gradient that begins at an odd place, behind three reals, say.
+        parts = [torch.stack([leaf.real, leaf.imag], -1) if leaf.is_complex() else leaf for leaf in leaves]
         flat = [part.reshape(-1).to(device=self.device, dtype=self.dtype) for part in parts]
         return torch.cat(flat) if flat else torch.zeros(0, dtype=self.dtype, device=self.device)
 

@@ -751,6 +751,33 @@ def test_complex_state_against_differences_in_both_parts(adjoint, method):
     assert distance([torch.view_as_real(torch.cat(found)).reshape(-1)], [complex_by_differences(method)]) < accuracy
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 0), (2, 1), (3, 2)])
+@every_gradient
+def test_complex_tensors_beside_any_number_of_reals(adjoint, before, after):
+    """As the same equations in real numbers."""
+
+    def gradient(f, z, **kwargs):
+        w = leaf(0.7)
+        h0 = (torch.ones(before, dtype=F64), z, torch.ones(after, dtype=F64))
+        h0 = tuple(x.requires_grad_() for x in h0)
+        ys = pyjlode.odeint(lambda t, h: f(w, *h), h0, SPARSE, rtol=1e-8, atol=1e-10, **kwargs)
+        parts = torch.view_as_real(ys[1]) if z.is_complex() else ys[1]
+        loss = ys[0].sum() + parts[..., 0].square().sum() + parts[..., 1].sum() + ys[2].sum()
+        grads = torch.autograd.grad(loss, [w, *h0], allow_unused=True)
+        return [torch.view_as_real(g) if g.is_complex() else g for g in grads]
+
+    def by_complex(w, x, z, y):
+        return -w * x * z.abs().sum(), 1j * w * z + x.sum(), z.real.sum() - y
+
+    def by_reals(w, x, z, y):
+        turned = torch.stack([-z[:, 1], z[:, 0]], -1)
+        return -w * x * z.norm(dim=-1).sum(), w * turned + x.sum() * z.new_tensor([1.0, 0.0]), z[:, 0].sum() - y
+
+    z = torch.tensor([1 + 1j, 0.3 - 0.2j], dtype=torch.complex128)
+    want = gradient(by_reals, torch.view_as_real(z).clone(), adjoint=False)
+    assert distance(gradient(by_complex, z, adjoint=adjoint), want) < 1e-6
+
+
 @every_gradient
 def test_tuple_and_dict_states(adjoint):
     w = leaf(0.4, -0.9)

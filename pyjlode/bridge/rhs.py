@@ -28,6 +28,9 @@ _PRODUCT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_voi
 
 # A margin of no sign yet: large, and finite for the root finder.
 _FAR = 1e300
+# A margin that is zero: Julia's root finder takes any zero that it meets for the crossing, and there are functions that
+# are flat from there on, as relu is.
+_CROSSED = -1e-150
 
 
 class Callbacks:
@@ -134,7 +137,7 @@ class Callbacks:
 
     def event(self, margin: int, u: int, t: float) -> None:
         value = self.margin(t, self.state(u))
-        ctypes.c_double.from_address(margin).value = min(value, _FAR)
+        ctypes.c_double.from_address(margin).value = min(value, _FAR) or _CROSSED
 
 
 class Source(Callbacks):

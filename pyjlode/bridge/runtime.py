@@ -7,6 +7,7 @@ import ctypes
 import functools
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -122,6 +123,38 @@ def seconds() -> dict[str, float]:
 
 
 @contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Within this context handlers of signals (Ctrl-C, a time limit) wait: they run at its end.
+
+    For what must not be left half done by an exception of theirs. Python runs them on its main thread alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    late: list[int] = []
+    handlers = {int(i): handler for i in signal.valid_signals() if callable(handler := signal.getsignal(i))}
+    try:
+        for i in list(handlers):
+            signal.signal(i, lambda number, frame: late.append(number))
+        yield
+    finally:
+        _put_back(handlers)
+        for number in dict.fromkeys(late):
+            signal.raise_signal(number)
+
+
+def _put_back(handlers: dict[int, Any]) -> None:
+    try:
+        while handlers:
+            number = next(iter(handlers))
+            signal.signal(number, handlers[number])
+            del handlers[number]
+    finally:
+        if handlers:  # the first one raised
+            _put_back(handlers)
+
+
+@contextlib.contextmanager
 def julia() -> Iterator[Calls]:
     """The functions of PyJLODE.jl, for as long as the block runs and for this thread alone; started if need be.
 
@@ -132,7 +165,8 @@ def julia() -> Iterator[Calls]:
         raise EngineUnavailable(_FORKED)
     with _runtime.lock:
         if _runtime.calls is None:
-            _start()
+            with undisturbed():  # a Julia that is half started can be neither used nor started again
+                _start()
         calls = _runtime.calls
         assert calls is not None
         calls.release_dropped()

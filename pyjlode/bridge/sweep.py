@@ -41,8 +41,8 @@ class Sweep:
     """Systems that lie in a batch.
 
     The field of one system is f, called for a batch of one, with that system's parts of the tensors that f holds. Which
-    of these lie there in parts, one for each system, shows f itself: where the parts of the other systems change, the
-    first system's slope does not.
+    of these lie there in parts, one for each system, shows f itself: where the part of one changes, the slopes of the
+    others do not.
 
     Args:
         p: with a `batch` of systems.
@@ -94,16 +94,19 @@ class Sweep:
                 raise _not_independent(0, error) from error
 
     def _is_apart(self, x: Tensor) -> bool:
-        """Whether the first system has no part in the rest of a tensor, at some points of the solve."""
-        size = self.p.y0.numel() // self.p.batch
-        other = x.detach().clone(memory_format=torch.contiguous_format)
-        rest = other.view(self.p.batch, -1)[1:]
-        rest += (rest.abs() + 1) * torch.randn(rest.shape, generator=_random()).to(rest)
+        """Whether no system has a part in another's of a tensor, at some points of the solve: the first has none in the
+        rest, and the rest none in the first's."""
         near = 64 * torch.finfo(self.p.y0.dtype).eps
+        first, rest = slice(0, 1), slice(1, None)
         for t, h in self._points():
-            want, got = self.p.f(t, h)[:size], self._with({id(x): other}, t, h)[:size]
-            if not torch.allclose(want, got, rtol=near, atol=0.0, equal_nan=True):
-                return False
+            want = self.p.f(t, h).view(self.p.batch, -1)
+            for moved, still in ((rest, first), (first, rest)):
+                other = x.detach().clone(memory_format=torch.contiguous_format)
+                part = other.view(self.p.batch, -1)[moved]
+                part += (part.abs() + 1) * torch.randn(part.shape, generator=_random()).to(part)
+                got = self._with({id(x): other}, t, h).view(self.p.batch, -1)
+                if not torch.allclose(want[still], got[still], rtol=near, atol=0.0, equal_nan=True):
+                    return False
         return True
 
     def _with(self, parts: dict[int, Tensor], t: Tensor, h: Tensor) -> Tensor:
@@ -116,7 +119,7 @@ class Sweep:
         y0 = p.y0.detach()
         scale = y0.abs()
         scale = torch.where(scale > 0, scale, float(scale.max()) or 1.0)
-        for part, far in ((0.35, 1.0), (0.9, 0.01)):
+        for part, far in ((0.35, 1.0), (0.9, 0.01), (0.6, 1.0), (0.1, 0.3)):
             move = far * torch.randn(y0.shape, generator=random).to(y0)
             yield p.time(p.times[0] + part * (p.times[-1] - p.times[0])), y0 + scale * move
 

@@ -134,6 +134,25 @@ def test_event_and_its_gradient():
     assert abs(float(grad[0]) - want / (2 * 2.0)) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "event_fn",
+    [
+        lambda t, h: torch.relu(h - 0.5),
+        lambda t, h: -(h - 0.5).clamp(min=0),
+        lambda t, h: torch.where(h > 0.5, (h - 0.5) ** 3, 0.0),
+        lambda t, h: (h > 0.5).to(h),
+        lambda t, h: torch.cat([h, torch.relu(h - 0.5)]),
+    ],
+    ids=["relu", "clamp", "where", "step", "two"],
+)
+@pytest.mark.parametrize("compile", [False, True])
+def test_an_event_function_that_is_zero_from_the_event_on(event_fn, compile):
+    h0 = torch.ones(1, dtype=F64)
+    f = lambda t, h: -h  # noqa: E731
+    t, _ = odeint_event(f, h0, 0.0, event_fn=event_fn, engine="julia", compile=compile, **TOL)
+    assert abs(float(t) - math.log(2)) < 1e-7
+
+
 def test_dense_output():
     dense = odeint_dense(linear, H0, 0.0, 3.0, engine="julia", **TOL)
     t = torch.tensor([0.1, 1.7, 2.9], dtype=F64)
@@ -502,8 +521,9 @@ def test_an_adjoint_does_not_depend_on_units(adjoint, compile):
     assert torch.allclose(gradient(1e9, **julia), got, rtol=1e-12)
 
 
+@pytest.mark.parametrize("reals", [2, 3])
 @pytest.mark.parametrize("adjoint", [False, "gauss", "interpolating", "forward"])
-def test_real_and_complex_states_together(adjoint):
+def test_real_and_complex_states_together(adjoint, reals):
     w = torch.tensor(0.7, dtype=F64, requires_grad=True)
 
     def f(t, s):
@@ -511,7 +531,7 @@ def test_real_and_complex_states_together(adjoint):
         return -w * x * z.abs(), 1j * w * z + x.sum()
 
     def gradient(**kwargs):
-        x0 = torch.ones(2, dtype=F64, requires_grad=True)
+        x0 = torch.ones(reals, dtype=F64, requires_grad=True)
         z0 = torch.tensor([1 + 1j], requires_grad=True)  # of half the precision
         x, z = odeint(f, (x0, z0), T[:4], **kwargs, **TOL)
         loss = x[-1].sum() + (z[-1] * z[-1].conj()).real.sum()

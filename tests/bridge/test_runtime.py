@@ -114,6 +114,64 @@ print(raised, wrong)
     assert raised > 50
 
 
+def test_a_time_limit_in_the_start_of_julia_waits_for_its_end():
+    code = """
+import signal
+def late(*args):
+    raise TimeoutError
+signal.signal(signal.SIGALRM, late)
+signal.setitimer(signal.ITIMER_REAL, 0.2)
+try:
+    solve()
+except TimeoutError:
+    print("late", solve()[-1, 0].item())
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    word, number = done.stdout.split()
+    assert word == "late"
+    assert abs(float(number) - 0.36788) < 1e-4
+
+
+def test_an_exception_in_a_trace_leaves_nothing_behind():
+    code = """
+import random, signal
+from pyjlode.bridge.codegen import program
+class Late(Exception):
+    pass
+def late(*args):
+    raise Late
+class Counting(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.nfe, self.w = 0, torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+        self.register_buffer("n", torch.tensor(0.0, dtype=torch.float64))
+    def forward(self, t, h):
+        self.nfe += 1
+        self.n += 1
+        return torch.cos(t) - self.w * h
+solve()
+signal.signal(signal.SIGALRM, late)
+raised = 0
+for i in range(60):
+    f = Counting()
+    program._programs.clear()
+    program._met.clear()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-3 + 0.15 * random.random())
+        pyjlode.odeint(f, h0, t, engine="julia", compile=True, adjoint=True)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except Late:
+        raised += 1
+    assert type(f.nfe) is int and type(f.n) is torch.Tensor, (f.nfe, f.n)
+    assert set(f._buffers) == {"n"} and abs(f.nfe - float(f.n)) <= 1, (f.nfe, f.n)
+print(raised)
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 10
+
+
 def test_ctrl_c_in_a_solve():
     code = """
 import signal, time

@@ -245,6 +245,8 @@ class _Emission:
             return self.elementwise(name, args, kwargs)
         if name in _SAME:
             return args[0]
+        if name in ("fill", "copy"):
+            return self.viewed(aten.expand.default, self.value(args[1]), [list(meta_of(node).shape)])
         if name in _RESHAPES:
             return self.viewed(aten.view.default, self.value(args[0]), args[1:])
         short = name.removesuffix("_copy")

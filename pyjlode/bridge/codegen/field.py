@@ -74,7 +74,7 @@ class Compiled(Callbacks):
             names += ["vjp", "vjp_p"]
         addresses = {name: program.address(calls, name) for name in names}
         shared = None if self.functions else program.fields.setdefault(tuple(names), Fields())
-        own = shared.take() if shared else None
+        own = shared.take(self) if shared else None
         if own is None:
             fields = {"f" if name == "sensitivities" else name: address for name, address in addresses.items()}
             functions = CompiledFunctions(n=self.n, event=self.pointers.get("event", 0), **fields)
@@ -89,17 +89,13 @@ class Compiled(Callbacks):
             parts = _parts(memory["theta"], trained) + _parts(memory["constants"], constants)
             own = JuliaField(calls.compiled_field(self.dtype, functions), memory, parts)
             if shared:
-                shared.add(own)
+                shared.add(own, self)
         else:
             fill(own.parts, tensors)
         self.own, self.shared, self.field = own, shared, own.held
         self.value = names[0]
         self.addresses = addresses
         self.verify(names, addresses)
-
-    def __del__(self) -> None:
-        if self.shared is not None:
-            self.shared.give_back(self.own)
 
     def repeat(self, calls: Calls, algorithm: Held, request: Request) -> None:
         """Keep for the next such problem an integrator, if that holds but little memory and begins again as a new one
@@ -110,7 +106,7 @@ class Compiled(Callbacks):
             start = self.p.y0.clone() if self.value == "sensitivities" else None
             self.p.repeats[self.value] = Repeated(held, self.own.parts, start)
             if self.shared is not None:  # the field stays that integrator's
-                self.shared.busy.discard(self.own)
+                self.shared.keep(self.own)
                 self.shared = None
 
     def _check_parameters(self, p: ODEProblem, trained: Sequence[Tensor], gradient: str | None) -> None:

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import functools
 import logging
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -48,31 +49,43 @@ class JuliaField:
     parts: list[Tensor]
 
 
+class _Lease(weakref.ref):
+    """Says when whoever uses a field is gone, without a line of Python: an exception of a signal handler's that came
+    there would be lost."""
+
+    __slots__ = ("field",)
+    field: JuliaField
+
+
 class Fields:
     """Fields of the same functions, each one solve's at a time.
 
     Attributes:
-        busy: those in use. They are kept here: one that only a solve kept could not serve the next where the garbage
-            collector ends both at once.
+        leases: of those in use. They are kept here: one that only a solve kept could not serve the next where the
+            garbage collector ends both at once.
+        ended: leases whose user is gone.
     """
 
     def __init__(self) -> None:
-        self.idle: list[JuliaField] = []
-        self.busy: set[JuliaField] = set()
+        self.leases: dict[int, _Lease] = {}
+        self.ended: list[_Lease] = []
 
-    def take(self) -> JuliaField | None:
-        """One that nobody uses; None where there is none."""
-        return self.add(self.idle.pop()) if self.idle else None
+    def take(self, user: Any) -> JuliaField | None:
+        """One that nobody uses, for `user` from now on; None where there is none."""
+        while len(self.ended) > _IDLE:
+            self.keep(self.ended.pop().field)
+        return self.add(self.ended.pop().field, user) if self.ended else None
 
-    def add(self, field: JuliaField) -> JuliaField:
-        """One that is in use from now on."""
-        self.busy.add(field)
+    def add(self, field: JuliaField, user: Any) -> JuliaField:
+        """One that `user` uses from now on, for as long as that lives."""
+        lease = _Lease(user, self.ended.append)
+        lease.field = field
+        self.leases[id(field)] = lease
         return field
 
-    def give_back(self, field: JuliaField) -> None:
-        self.busy.discard(field)
-        if len(self.idle) < _IDLE:
-            self.idle.append(field)
+    def keep(self, field: JuliaField) -> None:
+        """Have it not serve another solve."""
+        self.leases.pop(id(field), None)
 
 
 class Program:

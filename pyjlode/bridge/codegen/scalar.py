@@ -472,7 +472,7 @@ class _Evaluation:
         return self._pad_backward(torch.ops.aten.replication_pad2d, g, x, padding)
 
     def fill(self, x: Sym, value: Any) -> Sym:
-        return Sym(self.symbolic(value).places.expand(x.places.shape))
+        return Sym(self.symbolic(value).places.expand(self.symbolic(x).places.shape))
 
     def copy(self, to: Any, x: Any) -> Sym:
         return Sym(self.symbolic(x).places.expand(self.symbolic(to).places.shape))

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ...errors import NotCompiled
 from ...parameters import unheard
 from ...problem import Field
+from .. import runtime
 from .capture import Held, Snapshot
 
 aten = torch.ops.aten
@@ -288,17 +289,18 @@ class Trace:
 
         before = Snapshot(field.source)
         values = [slot.get() for slot in source.counters]
-        try:
-            for slot in source.counters:
-                slot.set(Counter(slot.name, watch))
-            module = _trace(watched, args, fake=True)
-        finally:
-            after = [slot.get() for slot in source.counters]
-            for slot, value in zip(source.counters, values):
-                slot.set(value)
-            watch.numbers.restore()
-            counts = before.count_changed()
-            changed = before.restore()  # no tensor without numbers may stay where f has put it
+        with runtime.undisturbed():
+            try:
+                for slot in source.counters:
+                    slot.set(Counter(slot.name, watch))
+                module = _trace(watched, args, fake=True)
+            finally:
+                after = [slot.get() for slot in source.counters]
+                for slot, value in zip(source.counters, values):
+                    slot.set(value)
+                watch.numbers.restore()
+                counts = before.count_changed()
+                changed = before.restore()  # no tensor without numbers may stay where f has put it
         if counts:
             raise Counts("f changes a number that it holds")
         if watch.reason:  # it was caught on its way

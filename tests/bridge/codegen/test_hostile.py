@@ -759,7 +759,7 @@ def test_what_lies_around_a_solve_counts(around, compiled, julia):
     net = Model().net
     f, h0 = lambda t, h: net(h) + h.sin() * torch.cos(t), torch.ones(2, dtype=F64)
     for _ in range(4):
-        odeint(f, h0, T, engine="julia", method="tsit5", **TOL)
+        odeint(f, h0, T, engine="julia", method="tsit5", adjoint=True, **TOL)
     for grad in (False, True):
         with torch.set_grad_enabled(grad), around():
             for _ in range(3):

@@ -50,6 +50,7 @@ OPS = {
     "logical_xor": lambda t, h, p, s, w: torch.where(torch.logical_xor(h > 0, h > p), h * s, -h),
     "where_scalar": lambda t, h, p, s, w: torch.where(h > 0.2, h * h, 0.5),
     "masked_fill": lambda t, h, p, s, w: (h * p).masked_fill(h > 0.3, 1.5),
+    "fill": lambda t, h, p, s, w: torch.empty_like(h).fill_(t * s.sum()) * h + torch.zeros_like(h).copy_(h[:, :1] * s),
     "min_max": lambda t, h, p, s, w: torch.maximum(h, p) + torch.minimum(h * 2, p * s),
     "clamp": lambda t, h, p, s, w: h.clamp(-0.5, 0.7) + h.clamp(min=0.1) * p + h.clamp(max=0.2),
     "clamp_tensor": lambda t, h, p, s, w: torch.clamp(h, p - 1, p + 1),

@@ -115,6 +115,8 @@ def test_from_rest_a_shared_tensor_as_long_as_the_batch_is_shared(n):
         lambda t, h: torch.sin(t) - b[:, None] * h,
         lambda t, h: torch.tanh(net(h)) + torch.sin(t),
         lambda t, h: torch.sin(t) - b.mean() * h,
+        lambda t, h: torch.sin(t) - torch.where(h > 0.2, b * h, h),
+        lambda t, h: torch.sin(t) - torch.where(h > 0.2, b[:, None] * h, h),
     ):
         with torch.no_grad():
             for _ in range(2):
