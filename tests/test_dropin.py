@@ -565,10 +565,10 @@ def test_the_front_door_makes_nothing_on_the_default_device():
         assert values == [0.0, 0.5, 1.0]
         layout, _ = pyjlode.arguments.state(H0)
         row = pyjlode.methods.find("rodas5p")
-        rel, _ = pyjlode.arguments.tolerances([[1e-3, 1e-4]][0], 1e-5, pyjlode.arguments.state((H0, H0))[0], row)
+        rel, _ = pyjlode.arguments.tolerances([1e-3, 1e-4], 1e-5, pyjlode.arguments.state((H0, H0))[0], row)
         assert rel.device.type == "cpu"
-        options = pyjlode.arguments.options({"step_t": [0.3], "jump_t": (0.4,)}, row, H0, decay, layout)
-        assert (options.step_t, options.jump_t) == ((0.3,), (0.4,))
+        options, _ = pyjlode.arguments.options_said({"step_t": [0.3], "jump_t": (0.4,)}, row)
+        assert options == {"step_t": (0.3,), "jump_t": (0.4,)}
         assert pyjlode.arguments.mass_matrix([[1.0, 0.0], [0.0, 0.0]], row, layout, 1).device.type == "cpu"
     finally:
         torch.set_default_device(before)
