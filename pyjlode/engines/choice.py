@@ -102,8 +102,8 @@ def planned(solver: Any, name: str, e: Equation) -> plans.Call | None:
     """
     if name == "torch" or not runtime.started():
         return None
-    meant = os.environ.get(ENGINE_VARIABLE)
-    if name == "auto" and meant == "torch":
+    meant = os.environ.get(ENGINE_VARIABLE) if name == "auto" else None
+    if meant == "torch":
         return None
     if e.event_fn is not None or e.mass_matrix is not None or e.jac is not None or e.adjoint_params is not None:
         return None
