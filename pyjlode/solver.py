@@ -117,7 +117,7 @@ class Solver:
         read: dict[str, Any] = {}
         for name in ("rtol", "atol", "adjoint_rtol", "adjoint_atol"):
             read[name] = arguments.tolerance_said(getattr(self, name), name)
-        if read["rtol"] == 0.0 == read["atol"]:
+        if all(isinstance(read[name], float) and read[name] == 0 for name in ("rtol", "atol")):
             raise BadTolerance(arguments.BOTH_ZERO)
         gradients.check(self.adjoint, row, bool(options.get("allow_unstable")))
         choice.check(self.engine)
@@ -447,6 +447,15 @@ def kept(how: dict[str, Any]) -> Solver:
     elif solver._warnings:
         solver._warn()
     return solver
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Check keyword arguments of `solve` where they are written, and not in the first solve.
+
+    Raises:
+        What `Solver` raises.
+    """
+    kept({x.name: settings[x.name] for x in fields(Solver) if x.name in settings})
 
 
 def _append(values: list[Any], x: Any) -> None:

@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 from ..errors import BadOption, BadShape
 from ..odeint import odeint, solve
 from ..solution import Stats
+from ..solver import check
 from . import trace as divergence
 from .flow_transform import FlowTransform
 from .vector_distribution import VectorDistribution
@@ -86,6 +87,7 @@ class CNF(nn.Module):
     ) -> None:
         super().__init__()
         inspect.signature(odeint).bind(f, None, None, **solver_options)
+        check({"adjoint": True, **solver_options})
         self.f = f
         self.t = (float(t[0]), float(t[1]))
         self.trace, self.noise, self.probes = trace, noise, probes

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ..errors import BadOption, BadShape, BadTime
 from ..odeint import odeint, solve
 from ..solution import Stats
+from ..solver import check
 
 
 class NeuralODE(nn.Module):
@@ -59,6 +60,7 @@ class NeuralODE(nn.Module):
             raise BadOption(f"augment is how many zeros to append; got {augment}.")
         # A misspelt option is an error here, where it is written, not in the first training step.
         inspect.signature(odeint).bind(f, None, None, **solver_options)
+        check({"adjoint": True, **solver_options})
         if solver_options.get("adjoint_params") is not None:
             solver_options["adjoint_params"] = list(solver_options["adjoint_params"])
         self.f = f
