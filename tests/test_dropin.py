@@ -87,7 +87,7 @@ def test_the_signature_shows_our_names(call):
 @pytest.mark.parametrize("adjoint", [False, True, "backsolve"])
 @pytest.mark.parametrize("dtype", [torch.float32, F64, torch.complex64, torch.complex128], ids=str)
 def test_defaults_do_not_warn(dtype, adjoint):
-    h0 = H0.to(dtype).requires_grad_()
+    h0 = H0.to(dtype, copy=True).requires_grad_()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         h = odeint(decay, h0, T, adjoint=adjoint)
@@ -461,7 +461,7 @@ class Times:
 def test_perturb_keeps_f_off_the_grid(method, dtype, adjoint):
     grid = {0.0, 0.5, 1.0}
     for perturb in (True, False):
-        f, h0 = Times(), H0.to(dtype).requires_grad_()
+        f, h0 = Times(), H0.to(dtype, copy=True).requires_grad_()
         h = odeint(f, h0, [0.0, 1.0], method=method, adjoint=adjoint, options={"step_size": 0.5, "perturb": perturb})
         forward, f.seen = f.seen, []
         if adjoint:
