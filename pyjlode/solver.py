@@ -353,7 +353,8 @@ class Solver:
         return hash(self._key)
 
     def __hash__(self) -> int:
-        return self._hash
+        # Dynamo asks a solver that is not made yet, where one is made in what it compiles.
+        return self._hash if "_forward" in self.__dict__ else id(self)
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Solver) and self._key == other._key)

@@ -1,5 +1,6 @@
 """`Solver`: one reading of what is said of how to solve, for every call."""
 
+import ast
 import copy
 import dataclasses
 import gc
@@ -7,6 +8,7 @@ import math
 import pickle
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,6 +175,23 @@ def test_under_transforms_and_autocast():
     h0 = H0.clone().requires_grad_()
     made(decay, h0, T).sum().backward()
     assert h0.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore")  # of Dynamo's own
+def test_in_what_torch_compiles():
+    solver, net = Solver("tsit5", adjoint=True), Net()
+
+    def run(h0):
+        made = Solver("tsit5", adjoint=True)
+        return [call(net, 2 * h0, T) for call in (solver, made, tsit5)]
+
+    for h in torch.compile(run, backend="eager")(H0):
+        assert torch.equal(h, solver(net, 2 * H0, T))
+        h.sum().backward()
+
+
+def tsit5(f, h0, t):
+    return odeint(f, h0, t, method="tsit5", adjoint=True)
 
 
 def rk4(f, h0, t):
@@ -362,6 +381,17 @@ def test_a_warning_points_at_the_line_that_says_it():
         solver = Solver("rk4", options={"safety": 0.5})
     solver(decay, H0, T)  # it was told once
     pickle.loads(pickle.dumps(solver))
+
+
+# --- Rooms -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["odeint", "solver", "arguments", "first", "problem", "solution", "transforms"])
+def test_only_the_choice_of_engine_knows_the_engines(name):
+    tree = ast.parse((Path(room.__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
+    modules = [x.module or "" for x in ast.walk(tree) if isinstance(x, ast.ImportFrom)]
+    names = [y.name for x in ast.walk(tree) if isinstance(x, ast.ImportFrom) for y in x.names]
+    assert not {"native", "bridge"} & {x.partition(".")[0] for x in [*modules, *names]}
 
 
 # --- What is kept ----------------------------------------------------------------------------------------------------
