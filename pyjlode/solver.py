@@ -424,21 +424,14 @@ def kept(how: dict[str, Any]) -> Solver:
     Of numbers and words it is kept for the next call that says the same. Lists count as their elements, and small
     tensors as their numbers; functions and large tensors are read at each call. Nothing of the user's is kept alive.
     """
-    values: list[Any] = list(how)
-    for x in how.values():
-        if type(x) in _SIMPLE:
-            values.append(x)
-        elif type(x) is dict:
-            for name, option in x.items():
-                values.append(name)
-                _append(values, option)
-            values.append("}")
-        else:
-            _append(values, x)
+    values: Any = how.values()
     types = tuple(map(type, values))
     if not _SIMPLE.issuperset(types):
-        return Solver(**how)
-    key = (*values, types)
+        values = _elements(values)
+        types = tuple(map(type, values))
+        if not _SIMPLE.issuperset(types):
+            return Solver(**how)
+    key = (*how, *values, types)
     solver = _kept.get(key)
     if solver is None:
         solver = Solver(**how)
@@ -459,9 +452,25 @@ def check(settings: Mapping[str, Any]) -> None:
     kept({x.name: settings[x.name] for x in fields(Solver) if x.name in settings})
 
 
+def _elements(settings: Iterable[Any]) -> list[Any]:
+    """What settings are made of, one after the other."""
+    values: list[Any] = []
+    for x in settings:
+        if type(x) is dict:
+            for name, option in x.items():
+                values.append(name)
+                _append(values, option)
+            values.append("}")
+        else:
+            _append(values, x)
+    return values
+
+
 def _append(values: list[Any], x: Any) -> None:
     kind = type(x)
-    if kind in (list, tuple):
+    if kind in _SIMPLE:
+        values.append(x)
+    elif kind in (list, tuple):
         values += ["[", *x, "]"]
     elif kind is Tensor and x.numel() <= FEW and x.device.type == "cpu" and not numbers.transformed():
         values += [x.shape, x.dtype, *x.reshape(-1).tolist()]
@@ -482,7 +491,7 @@ def solved(how: Solver | dict[str, Any], e: Equation, *, dense: bool) -> Solutio
     transformed, own_t = numbers.transformed(), e.t
     if transformed and isinstance(own_t, Tensor) and numbers.hidden(own_t):
         solver, e = _in_shared_time(solver, e)
-    call = choice.planned(solver, solver.engine, e)
+    call = None if transformed else choice.planned(solver, solver.engine, e)
     made = call.made(e.h0, e.t) if call else None
     known = made is not None
     made = made or solver._prepare(e, solver.engine)

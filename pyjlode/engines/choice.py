@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import gradients, numbers, transforms
+from .. import gradients, transforms
 from ..bridge import engine as julia
 from ..bridge import plans, runtime
 from ..errors import BadOption, EngineUnavailable, EventNotFound, MaxStepsReached, SolveError
@@ -107,7 +107,7 @@ def planned(solver: Any, name: str, e: Equation) -> plans.Call | None:
         return None
     if e.event_fn is not None or e.mass_matrix is not None or e.jac is not None or e.adjoint_params is not None:
         return None
-    return None if numbers.transformed() else plans.call(e.f, e.h0, e.t, (solver, meant))
+    return plans.call(e.f, e.h0, e.t, (solver, meant))
 
 
 def second(name: str, made: Prepared, error: SolveError) -> str | None:
