@@ -6,6 +6,7 @@ from .gradients import GRADIENTS
 from .methods import METHODS, julia_method
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from .solution import Solution, Stats
+from .solver import Solver
 from .source import julia_source
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "GRADIENTS",
     "METHODS",
     "Solution",
+    "Solver",
     "Stats",
     "errors",
     "julia_function",

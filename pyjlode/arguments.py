@@ -1,11 +1,14 @@
-"""The front door's reading of arguments: everything that a user can get wrong is found here, before an engine
-starts."""
+"""The reading of what a user says: everything that can be wrong about it is found here, before an engine starts.
+
+What is said of *how* to solve is read once, for a `Solver`; what of that depends on the state, once for each kind of
+state; and the state and the times at each call.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -40,6 +43,12 @@ _KNOWN = sorted(OPTIONS)
 
 def state(h0: Any) -> tuple[Layout, Tensor]:
     """Check `h0` and lay it flat: the layout and the flat real vector, shape (n,)."""
+    layout = layout_of(h0)
+    return layout, flat(layout, h0)
+
+
+def layout_of(h0: Any) -> Layout:
+    """Check what `h0` is made of."""
     leaves = [h0] if isinstance(h0, Tensor) else pytree.tree_leaves(h0)
     if not leaves:
         raise BadShape("h0 holds no tensors.")
@@ -56,11 +65,15 @@ def state(h0: Any) -> tuple[Layout, Tensor]:
             )
         if leaf.device != leaves[0].device:
             raise BadShape(f"the tensors of h0 lie on different devices, {leaves[0].device} and {leaf.device}.")
-    layout = Layout(h0)
+    return Layout(h0)
+
+
+def flat(layout: Layout, h0: Any) -> Tensor:
+    """The state as one real vector, shape (n,), and finite."""
     # Engines read the memory itself, of which such a view is the negative: `z.conj().imag`.
     y0 = finite(layout.flatten(h0).resolve_neg())
     # A view, made while nothing is recorded, of a tensor that requires grad says that it does, and has no graph.
-    return layout, y0.detach() if y0.requires_grad and not torch.is_grad_enabled() else y0
+    return y0.detach() if y0.requires_grad and not torch.is_grad_enabled() else y0
 
 
 def finite(y0: Tensor) -> Tensor:
@@ -114,18 +127,30 @@ def method_of(method: Any) -> Method:
     return methods.find(method)
 
 
-def tolerance(tol: Any, name: str, layout: Layout) -> float | Tensor:
-    """`rtol` or `atol`: a number; or a tensor of the state's shape, or a pytree with a number or tensor for each
-    leaf."""
+def tolerance_said(tol: Any, name: str) -> Any:
+    """`rtol` or `atol` as far as it can be read without a state: None, a float, or a pytree of numbers and of tensors
+    that nobody else changes."""
+    if tol is None:
+        return None
     if isinstance(tol, (int, float)) or (isinstance(tol, Tensor) and tol.ndim == 0):
         value = float(tol)
         if not (math.isfinite(value) and value >= 0):
             raise BadTolerance(f"{name} must be finite and not negative; got {value!r}.")
         return value
-    parts = list(pytree.tree_leaves(tol))
-    for part in parts or [None]:
+    leaves, spec = ([tol], None) if isinstance(tol, Tensor) else pytree.tree_flatten(tol)
+    for part in leaves or [None]:
         if not isinstance(part, (int, float, Tensor)):
             raise BadTolerance(f"{name} must be a number, a tensor, or a pytree of these; got {part!r:.80}.")
+    with numbers.lasting():
+        leaves = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
+    return leaves[0] if spec is None else pytree.tree_unflatten(leaves, spec)
+
+
+def tolerance(tol: Any, name: str, layout: Layout) -> float | Tensor:
+    """`rtol` or `atol` for a state: a number, or one for each element, shape (n,)."""
+    if isinstance(tol, float):
+        return tol
+    parts = [tol] if isinstance(tol, Tensor) else pytree.tree_leaves(tol)
     if len(parts) != len(layout.shapes):
         raise BadTolerance(
             f"{name} has {len(parts)} parts, the state has {len(layout.shapes)}; give one number, or one for each "
@@ -145,19 +170,28 @@ def tolerance(tol: Any, name: str, layout: Layout) -> float | Tensor:
     return flat
 
 
+BOTH_ZERO = "rtol and atol are both zero; no step can meet that. Give at least one of them."
 # Where none are given: rtol and atol. In float32 those of float64 are below what a sum of a few terms resolves.
 DEFAULTS = {torch.float64: (1e-7, 1e-9), torch.float32: (1e-6, 1e-7)}
 
 
 def tolerances(rtol: Any, atol: Any, layout: Layout, method: Method) -> tuple[float | Tensor, float | Tensor]:
-    """Check both; None is the default for the state's dtype. A zero `atol` becomes the smallest normal number, so that
-    a state of zero is within tolerance of itself."""
+    """Both as `tolerance_said` leaves them, for a state; None is the default for its dtype. A zero `atol` becomes the
+    smallest normal number, so that a state of zero is within tolerance of itself."""
     usual = DEFAULTS[layout.dtype]
     rtol, atol = usual[0] if rtol is None else rtol, usual[1] if atol is None else atol
-    rel, absolute = tolerance(rtol, "rtol", layout), tolerance(atol, "atol", layout)
+    if type(rtol) is type(atol) is float:
+        return _checked(rtol, atol, layout, method)
+    with numbers.lasting():
+        return _checked(tolerance(rtol, "rtol", layout), tolerance(atol, "atol", layout), layout, method)
+
+
+def _checked(
+    rel: float | Tensor, absolute: float | Tensor, layout: Layout, method: Method
+) -> tuple[float | Tensor, float | Tensor]:
     total = rel + absolute
     if total.numel() and float(total.min()) <= 0 if isinstance(total, Tensor) else total <= 0:
-        raise BadTolerance("rtol and atol are both zero; no step can meet that. Give at least one of them.")
+        raise BadTolerance(BOTH_ZERO)
     tiny = torch.finfo(layout.dtype).tiny
     absolute = absolute.clamp_min(tiny) if isinstance(absolute, Tensor) else max(absolute, tiny)
     eps = torch.finfo(layout.dtype).eps
@@ -172,22 +206,21 @@ def tolerances(rtol: Any, atol: Any, layout: Layout, method: Method) -> tuple[fl
     return rel, absolute
 
 
-def options(given: Any, method: Method, h0: Any, f: Any, layout: Layout) -> SolverOptions:
-    """Translate the options dictionary, once.
+def options_said(given: Any, method: Method) -> tuple[dict[str, Any], str]:
+    """The options dictionary as far as it can be read without a state, and a warning, if one is due.
 
     `dtype` (of time, in torchdiffeq) is accepted and changes nothing: time is float64 on the host always, at no cost.
     """
     if given is not None and not isinstance(given, Mapping):
         raise BadOption(f"options must be a dictionary; got {given!r:.80}.")
     if not given:
-        return NO_OPTIONS
+        return {}, ""
     given = dict(given)
     for name in given:
         if name not in _KNOWN:
             raise BadOption(methods.unknown(name, "option", _KNOWN))
     unused = set(given) - _COMMON - _BY_KIND[method.kind]
-    if unused:
-        warn(f"{method.name} makes no use of the options {sorted(unused)}.")
+    warning = f"{method.name} makes no use of the options {sorted(unused)}." if unused else ""
     read: dict[str, Any] = {name: given[name] for name in given if name not in unused and name != "dtype"}
     read = {name: value for name, value in read.items() if value is not None}
 
@@ -210,8 +243,6 @@ def options(given: Any, method: Method, h0: Any, f: Any, layout: Layout) -> Solv
         raise BadOption(f"options['max_order'] must be at most 12; got {read['max_order']}.")
     if read.get("consistent", "check") not in ("check", "compute"):
         raise BadOption(f"options['consistent'] must be 'check' or 'compute'; got {read['consistent']!r}.")
-    if "batch_dims" in read:
-        read["batch_dims"] = batch_dims(read["batch_dims"], layout)
     if read.get("specialize", "auto") not in ("auto", "full"):
         raise BadOption(f"options['specialize'] must be 'auto' or 'full'; got {read['specialize']!r}.")
     if not isinstance(read.get("progress", False), bool):
@@ -224,12 +255,29 @@ def options(given: Any, method: Method, h0: Any, f: Any, layout: Layout) -> Solv
         make = read["grid_constructor"]
         if not callable(make):
             raise BadOption(f"options['grid_constructor'] must be a function of (f, h0, t); got {make!r:.80}.")
-        read["grid_constructor"] = lambda t: _grid(make(f, h0, t))
     if isinstance(read.get("solver"), str) and read["solver"] not in SCIPY:
         raise BadOption(methods.unknown(read["solver"], "solver of scipy.integrate.solve_ivp", list(SCIPY)))
+    if "norm" in read and not callable(read["norm"]):
+        raise BadOption(f"options['norm'] must be a function of the state; got {read['norm']!r}.")
+    return read, warning
+
+
+def options(read: Mapping[str, Any], layout: Layout) -> SolverOptions:
+    """The options, as `options_said` has read them, for a state. `grid_constructor` is still the user's own."""
+    if not read:
+        return NO_OPTIONS
+    for_state = dict(read)
+    if "batch_dims" in read:
+        for_state["batch_dims"] = batch_dims(read["batch_dims"], layout)
     if "norm" in read:
-        read["norm"] = user_norm(read["norm"], layout)
-    return SolverOptions(**read)
+        for_state["norm"] = user_norm(read["norm"], layout)
+    return SolverOptions(**for_state)
+
+
+def grid(options: SolverOptions, f: Any, h0: Any) -> SolverOptions:
+    """The options with `grid_constructor` as a function of the times alone."""
+    make: Any = options.grid_constructor
+    return options if make is None else replace(options, grid_constructor=lambda t: _grid(make(f, h0, t)))
 
 
 def batch_dims(value: Any, layout: Layout) -> int:
@@ -355,9 +403,7 @@ def adjoint_params(given: Any) -> tuple[Tensor, ...] | None:
     return tuple(q for q in params if q.requires_grad)
 
 
-def user_norm(norm: Any, layout: Layout) -> Norm:
-    if not callable(norm):
-        raise BadOption(f"options['norm'] must be a function of the state; got {norm!r}.")
+def user_norm(norm: Callable[[Any], Any], layout: Layout) -> Norm:
     return lambda flat: not_negative(norm(layout.unflatten(flat)))
 
 

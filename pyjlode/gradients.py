@@ -13,9 +13,9 @@ from torch import Tensor
 from . import numbers, parameters
 from .derivatives import check_graph
 from .errors import BadOption, Discovered, GradientUnavailable
-from .methods import unknown
+from .methods import Method, unknown
 from .problem import ODEProblem, like
-from .solution import Stats
+from .solution import Stats, Steps
 
 # Name -> what it is, for the documentation and for the error on an unknown name.
 GRADIENTS: dict[str, str] = {
@@ -26,6 +26,8 @@ GRADIENTS: dict[str, str] = {
     "gauss": "as interpolating, with the parameters' integral by Gauss quadrature in each step: no state of their size",
     "forward": "solves the sensitivities beside the state: for few parameters and few states",
 }
+# Those with a backward solve, which may have settings of its own.
+CONTINUOUS = ("backsolve", "interpolating", "quadrature", "gauss")
 
 
 class Gradients(NamedTuple):
@@ -56,10 +58,19 @@ def time_gradient(
 
 
 class Engine(Protocol):
-    """What an engine offers; `pyjlode.native.engine` is one."""
+    """What an engine offers; `pyjlode.native.engine` is one.
+
+    Attributes:
+        NAME: what the user calls it.
+        RECOMMENDED: the gradient method that `adjoint=True` means here, as far as is known before `f` was asked.
+    """
 
     NAME: str
     RECOMMENDED: str
+
+    def recommended(self, p: ODEProblem) -> str: ...
+
+    def watch(self, p: ODEProblem) -> Steps | None: ...
 
     def solve(self, p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = False) -> Any: ...
 
@@ -68,26 +79,36 @@ class Engine(Protocol):
     def vjp(self, memory: Any, g: Tensor, *, again: bool) -> Any: ...
 
 
+def check(adjoint: Any, method: Method, allow_unstable: bool) -> None:
+    """
+    Raises:
+        BadOption: no such gradient method, and the message lists the near names; or it is wrong with this solver.
+    """
+    if adjoint is False or adjoint is True:
+        return
+    if adjoint not in GRADIENTS:
+        raise BadOption(unknown(adjoint, "gradient method (adjoint=)", list(GRADIENTS)))
+    if adjoint == "backsolve" and method.controlled and not allow_unstable:
+        raise BadOption(
+            "adjoint='backsolve' solves h' = f(t, h) backward in time, where what a stiff system damps grows: its "
+            f"gradient would be wrong ({method.name} is for stiff systems). Use adjoint=True, 'interpolating' or "
+            "'gauss', or insist by options={'allow_unstable': True}."
+        )
+
+
 def find(adjoint: bool | str, engine: Engine, p: ODEProblem) -> str | None:
-    """The name of the gradient method that `adjoint` asks for; None is differentiation through the solver.
+    """The name of the gradient method that `adjoint`, which was checked, asks for; None is differentiation through the
+    solver.
 
     Raises:
-        BadOption: no such gradient method; the message lists the near names.
+        BadOption: it is wrong for this problem.
     """
     if adjoint is False:
         return None
     if adjoint is True:
         return "interpolating" if p.method.kind == "scipy" else engine.RECOMMENDED
-    if adjoint not in GRADIENTS:
-        raise BadOption(unknown(adjoint, "gradient method (adjoint=)", list(GRADIENTS)))
     if adjoint == "backsolve" and p.mass is not None:
         raise BadOption("adjoint='backsolve' does not solve systems with a mass_matrix; use 'discrete' or 'gauss'.")
-    if adjoint == "backsolve" and p.method.controlled and not p.options.allow_unstable:
-        raise BadOption(
-            "adjoint='backsolve' solves h' = f(t, h) backward in time, where what a stiff system damps grows: its "
-            f"gradient would be wrong ({p.method.name} is for stiff systems). Use adjoint=True, 'interpolating' or "
-            "'gauss', or insist by options={'allow_unstable': True}."
-        )
     return adjoint
 
 

@@ -34,27 +34,35 @@ _SCIPY = {
 }
 
 
-def front(options: frozenset[str]) -> Callable[[Front], Front]:
+def front(options: frozenset[str], like: Callable[..., Any] | None = None) -> Callable[[Front], Front]:
     """Make a function of the front door take torchdiffeq's names of its arguments as well, and explain unknown ones.
 
     Args:
         options: names that belong in `options`.
+        like: a function whose keywords this one takes beside its own.
     """
 
     def wrap(call: Front) -> Front:
-        parameters = inspect.signature(call).parameters.values()
-        # What takes any keyword hands it on to one that does not.
-        known = None if any(p.kind is p.VAR_KEYWORD for p in parameters) else frozenset(p.name for p in parameters)
+        name = call.__qualname__.removesuffix(".__init__")
+        parameters = [*inspect.signature(call).parameters.values(), *_parameters(like)]
+        # What else takes any keyword hands it on to one that does not.
+        known: frozenset[str] | None = frozenset(p.name for p in parameters if p.name != "self")
+        if like is None and any(p.kind is p.VAR_KEYWORD for p in parameters):
+            known = None
 
         @functools.wraps(call)
         def front_door(*args: Any, **kwargs: Any) -> Any:
             if not known.issuperset(kwargs) if known else not THEIRS.keys().isdisjoint(kwargs):
-                kwargs = renamed(call.__name__, args, kwargs, known, options)
+                kwargs = renamed(name, args, kwargs, known, options)
             return call(*args, **kwargs)
 
         return cast(Front, front_door)
 
     return wrap
+
+
+def _parameters(call: Callable[..., Any] | None) -> list[inspect.Parameter]:
+    return [] if call is None else list(inspect.signature(call).parameters.values())
 
 
 def renamed(

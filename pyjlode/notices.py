@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from types import FrameType
 
 import torch
 
@@ -25,9 +26,15 @@ def warn(message: str, *, depth: int = 1) -> None:
         depth: how many frames above this one are certain to be the package's.
     """
     frame, level = sys._getframe(depth), depth + 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+    while frame.f_back is not None and _ours(frame):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+
+
+def _ours(frame: FrameType) -> bool:
+    # What `dataclasses` writes for one of ours is in no file, and `replace` calls it.
+    name = frame.f_globals.get("__name__", "")
+    return frame.f_code.co_filename.startswith(_OURS) or name.startswith("pyjlode.") or name == "dataclasses"
 
 
 def warn_once(key: str, message: str) -> None:

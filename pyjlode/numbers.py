@@ -40,6 +40,11 @@ def outside() -> Iterator[None]:
                 yield
 
 
+def lasting() -> contextlib.AbstractContextManager[None]:
+    """As `outside`, and no cost where there is nothing to be outside of."""
+    return outside() if transformed() or torch.is_inference_mode_enabled() else contextlib.nullcontext()
+
+
 def on_host(values: Any) -> Tensor:
     """Numbers that are no tensor as one: float64, on the CPU whatever torch.set_default_device says."""
     return torch.as_tensor(values, dtype=torch.float64, device="cpu")

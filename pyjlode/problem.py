@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from . import numbers
 from .errors import BadOption, BadShape, Discovered
 from .methods import Method
+from .solution import Stats
 
 Norm = Callable[[Tensor], float]
 
@@ -56,7 +57,7 @@ class Layout:
         """Pytree with leaves of shape (*shape,) -> Tensor of shape (size,)."""
         if self.bare:
             return tree.reshape(-1)
-        return self.flatten_leaves(pytree.tree_leaves(tree))
+        return self.flatten_leaves(tree if self.plain else pytree.tree_leaves(tree))
 
     def flatten_result(self, t: Tensor, out: Any) -> Tensor:
         """What `f` returned at time t -> Tensor of shape (size,).
@@ -150,6 +151,18 @@ def in_order(state: Any, out: Any, where: str = "") -> list[Any]:
             raise BadShape(f"{what} is a {type(out).__name__} of another structure than h0's {type(state).__name__}.")
         return leaves
     return [leaf for a, b, at in children for leaf in in_order(a, b, where + at)]
+
+
+class Equation(NamedTuple):
+    """What is to be solved, as the user gave it: what differs from call to call. See `pyjlode.odeint`."""
+
+    f: Any
+    h0: Any
+    t: Any
+    event_fn: Any = None
+    mass_matrix: Any = None
+    jac: Any = None
+    adjoint_params: Any = None
 
 
 class Field:
@@ -263,6 +276,23 @@ class Field:
     def changed(self, t: float, k: Tensor) -> BadShape:
         start = tuple(self.shape or ())
         return BadShape(f"f returned a tensor of shape {tuple(k.shape)} at t={t:.6g}, of shape {start} at the start.")
+
+
+def flat_field(f: Any, layout: Layout, autocast: bool) -> Field:
+    """f on the flat vector."""
+    if autocast:  # f answers in a lower precision than the state's, and in the same one when a backward pass asks again
+        dtype = torch.get_autocast_dtype(layout.device.type)
+
+        def cast(t: Tensor, y: Tensor) -> Tensor:
+            # Without its cache: weights that autocast has cast without a graph would have none when one is wanted.
+            with torch.autocast(layout.device.type, dtype=dtype, cache_enabled=False):
+                return layout.flatten_result(t, f(t, layout.unflatten(y))).to(layout.dtype)
+
+        return Field(cast)
+    if layout.bare:
+        return Field(f, layout.shapes[0], (f, layout.shapes[0]))
+    source = (f, str(layout.spec), *layout.shapes, *layout.dtypes)
+    return Field(lambda t, y: layout.flatten_result(t, f(t, layout.unflatten(y))), source=source)
 
 
 def rms_norm(y: Tensor) -> float:
@@ -504,6 +534,22 @@ class ODEProblem:
     def time(self, t: float) -> Tensor:
         """`t` as f sees it: a 0-d tensor of the state's dtype and device."""
         return torch.tensor(t, dtype=self.y0.dtype, device=self.y0.device)
+
+
+@dataclass
+class Prepared:
+    """A problem and how it is solved.
+
+    Attributes:
+        gradient: name of the gradient method; None differentiates through the solver.
+        needed: whether anything requires grad.
+    """
+
+    problem: ODEProblem
+    stats: Stats
+    engine: Any
+    gradient: str | None
+    needed: bool
 
 
 def like(x: Any, **changes: Any) -> Any:

@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from . import numbers
+from .errors import BadOption, BadTime, GradientUnavailable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from .problem import Layout, ODEProblem
 
 
 @dataclass
@@ -109,8 +114,8 @@ class Solution:
                 "a Solution with dense output cannot be pickled: interpolate(t) needs the solver and f. Ask for all "
                 "times that you need in t, and solve(..., dense=False)."
             )
-        numbers = {"t": self.t.detach(), "h": pytree.tree_map(Tensor.detach, self.h)}
-        return {**self.__dict__, **numbers, "event_t": None if self.event_t is None else self.event_t.detach()}
+        bare = {"t": self.t.detach(), "h": pytree.tree_map(Tensor.detach, self.h)}
+        return {**self.__dict__, **bare, "event_t": None if self.event_t is None else self.event_t.detach()}
 
     def interpolate(self, t: Tensor | float) -> Any:
         """The state at other times within the span, from the solver's dense output.
@@ -126,8 +131,6 @@ class Solution:
             BadOption: the solve was asked not to keep its dense output.
             GradientUnavailable: the solve has an adjoint, which knows nothing of these times, and gradients are on.
         """
-        from .errors import BadOption
-
         if self._interpolant is None:
             raise BadOption("this solve kept no dense output; call solve(..., dense=True).")
         return self._interpolant(t if isinstance(t, Tensor) else torch.as_tensor(t, device="cpu"))
@@ -163,3 +166,37 @@ class Solution:
             plot.trajectory(ax, t, leaf, labels=labels, **line)
         ax.set_xlabel("t")
         return ax
+
+
+def interpolant(
+    record: Any, p: ODEProblem, layout: Layout, event_t: Tensor | None, blind: bool
+) -> Callable[[Tensor], Any]:
+    """The dense output as a function of time.
+
+    Args:
+        record: an engine's, of the solve of `p`.
+        event_t: where that ended, if an event ended it.
+        blind: the result carries a gradient, and the dense output does not.
+    """
+    t0 = p.times[0]
+    t1 = p.times[-1] if event_t is None else numbers.read(event_t)
+    low, high = min(t0, t1), max(t0, t1)
+
+    def interpolate(t: Tensor) -> Any:
+        if not t.is_floating_point():
+            t = t.to(torch.float64)
+        values = numbers.listed(t.detach().to(torch.float64).reshape(-1))
+        slack = 1e-12 * max(abs(low), abs(high))
+        outside = [x for x in values if not low - slack <= x <= high + slack]
+        if outside:
+            raise BadTime(f"t={outside[0]:.9g} is outside the span of the solve, [{low:.9g}, {high:.9g}].")
+        if blind and torch.is_grad_enabled():
+            raise GradientUnavailable(
+                "the dense output of a solve with an adjoint carries no gradient: ask for these times in t, solve with "
+                "adjoint=False, or interpolate under torch.no_grad()."
+            )
+        times = t.reshape(-1)
+        ys = record.ys[:1].expand(len(values), -1) if record.dense is None else record.dense(times)
+        return pytree.tree_map(lambda x: x.reshape(t.shape + x.shape[1:]), layout.unflatten(ys))
+
+    return interpolate

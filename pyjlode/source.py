@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import arguments
-from .odeint import flat_field
+from .problem import flat_field
 
 
 def julia_source(f: Callable[[Tensor, Any], Any], h0: Any) -> str:

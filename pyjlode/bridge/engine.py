@@ -243,10 +243,22 @@ def _adjoint_atol(settings: AdjointSettings, ys: Tensor) -> Tensor:
     return torch.where(rtol > 0, rtol * part, atol)
 
 
-def prefers_forward(p: ODEProblem) -> bool:
-    """Whether sensitivities are what `adjoint=True` should solve for: they are compiled, and few."""
+def recommended(p: ODEProblem) -> str:
+    """The gradient method that `adjoint=True` means for `p`, whose parameters are known: sensitivities where they are
+    compiled, and few."""
     n, m = p.y0.numel(), sum(x.numel() for x in p.params)
-    return n * (n + m) <= _FEW_SENSITIVITIES and _in_order(p) is not None
+    return "forward" if n * (n + m) <= _FEW_SENSITIVITIES and _in_order(p) is not None else RECOMMENDED
+
+
+def watch(p: ODEProblem) -> None:
+    """Nothing of its steps is told: they are Julia's."""
+
+
+def needed(p: ODEProblem) -> str | None:
+    """What of `p` only this engine can solve, in words."""
+    if p.method.kind == "julia":
+        return f"method={p.method.name!r}"
+    return "a julia_function" if isinstance(p.f.f, JuliaFunction) else None
 
 
 def _in_order(p: ODEProblem) -> ODEProblem | None:

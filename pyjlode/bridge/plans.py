@@ -1,8 +1,8 @@
-"""What the front door found out about a call holds for the next one that is like it: for fields that do the same, with
-arguments that say the same.
+"""What was found out about a call holds for the next one that is like it: for fields that do the same, and solvers that
+say the same.
 
-A training loop makes the same call again and again, and reading its arguments takes longer than Julia needs for a small
-system. Only what is compiled has plans: a compiled field is known by all that it holds (`codegen.capture`).
+A training loop makes the same call again and again, and making a problem of its arguments takes longer than Julia needs
+for a small system. Only what is compiled has plans: a compiled field is known by all that it holds (`codegen.capture`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
 from .. import arguments
-from ..problem import Field, ODEProblem, like
+from ..problem import Field, Prepared, like
 from ..solution import Stats
 
 # Plans kept for one program: what they cost is a few small objects.
@@ -27,23 +27,6 @@ _HOOKS = (
     "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )
-_SIMPLE = frozenset((bool, int, float, str, type(None)))
-
-
-@dataclass
-class Made:
-    """What the front door makes of its arguments.
-
-    Attributes:
-        gradient: name of the gradient method; None differentiates through the solver.
-        needed: whether anything requires grad.
-    """
-
-    problem: ODEProblem
-    stats: Stats
-    engine: Any
-    gradient: str | None
-    needed: bool
 
 
 @dataclass
@@ -57,14 +40,14 @@ class Plan:
         uses: calls so far.
     """
 
-    made: Made
+    made: Prepared
     wrt: tuple[int, ...]
     last: tuple[list[float], dict[str, Any]]
     uses: int = 1
 
 
 class Call:
-    """A call of the front door for which there may be a plan.
+    """A call for which there may be a plan.
 
     Args:
         plans: of the program of its field.
@@ -75,14 +58,14 @@ class Call:
     def __init__(self, plans: dict[tuple[Any, ...], Plan], key: tuple[Any, ...], field: Field) -> None:
         self.plans, self.key, self.field = plans, key, field
 
-    def made(self, h0: Tensor, t: Any) -> Made | None:
-        """What the front door would make of the call, if that is known.
+    def made(self, h0: Tensor, t: Any) -> Prepared | None:
+        """What would be made of the call, if that is known.
 
-        At uses whose count is a power of two it is not: then the front door looks again, calls f, and what is compiled
-        is compared with that. It would find what a walk through f's objects does not see, such as a clock.
+        At uses whose count is a power of two it is not: then it is made anew, with a call of f, and what is compiled is
+        compared with that. It would find what a walk through f's objects does not see, such as a clock.
 
         Raises:
-            BadTime, BadDtype, NonFiniteState: as the front door.
+            BadTime, BadDtype, NonFiniteState: as where it is made.
         """
         plan = self.plans.get(self.key)
         if plan is None:
@@ -109,7 +92,7 @@ class Call:
         )
         return like(plan.made, problem=p, stats=like(plan.made.stats, switches=[]))
 
-    def keep(self, made: Made) -> None:
+    def keep(self, made: Prepared) -> None:
         """Have the next such call find what was made of this one."""
         p, before = made.problem, self.plans.pop(self.key, None)
         places = {id(x): i for i, x in enumerate(self.field.program[1].tensors)}
@@ -143,20 +126,15 @@ def surroundings() -> str:
     return ""
 
 
-def call(f: Any, h0: Any, t: Any, said: tuple[Any, ...], options: dict[str, Any] | None) -> Call | None:
+def call(f: Any, h0: Any, t: Any, how: tuple[Any, ...]) -> Call | None:
     """The call, where it is one that there may be a plan for.
 
     Args:
-        said: all else that the front door was given.
+        how: to solve: the `Solver`, and whatever else decides.
     """
     if type(h0) not in _TENSORS or h0.dtype not in _STATES or h0.device.type != "cpu":
         return None
-    if not h0.is_contiguous() or h0.is_neg():
-        return None
-    if options is not None and type(options) is not dict:
-        return None
-    given = tuple(options.items()) if options else ()
-    if not _SIMPLE.issuperset(map(type, (*said, *[x for _, x in given]))) or torch.is_autocast_enabled("cpu"):
+    if not h0.is_contiguous() or h0.is_neg() or torch.is_autocast_enabled("cpu"):
         return None
     if surroundings():
         return None
@@ -168,4 +146,4 @@ def call(f: Any, h0: Any, t: Any, said: tuple[Any, ...], options: dict[str, Any]
         return None
     grad = torch.is_grad_enabled()
     by = grad and h0.requires_grad, grad and isinstance(t, Tensor) and t.requires_grad
-    return Call(program.plans, (grad, *by, *said, *given), of)
+    return Call(program.plans, (grad, *by, *how), of)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from ..derivatives import check_graph
 from ..errors import BadOption
 from ..numbers import on_host
 from ..parameters import graph_mark
-from ..problem import ODEProblem, like
-from ..solution import Stats
+from ..problem import Callback, ODEProblem, like
+from ..solution import Stats, Steps
 from . import dae, interpolation, loop, sample_events, scipy_ivp, sensitivity
 from .loop import Record
 from .sensitivity import Gradients
@@ -24,6 +25,11 @@ NAME = "torch"
 
 # What `adjoint=True` means here. The replay is exact, and needs neither a second solve nor a choice of tolerances.
 RECOMMENDED = "discrete"
+
+
+def recommended(p: ODEProblem) -> str:
+    """The gradient method that `adjoint=True` means for `p`."""
+    return "interpolating" if p.method.kind == "scipy" else RECOMMENDED
 
 
 @dataclass
@@ -54,6 +60,27 @@ def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = 
     if p.transformed and p.event_fn:
         return sample_events.solve(p, stats, dense=dense)
     return loop.solve(p, stats, recorded=math.inf if recorded else 0, dense=dense)
+
+
+def watch(p: ODEProblem) -> Steps | None:
+    """Have the steps of a solve noted as they are tried; the user's callbacks are called as before."""
+    if p.method.kind == "scipy":
+        return None
+    steps, own = Steps(), p.callbacks
+
+    def note(into: list[tuple[float, float]], then: Callback | None) -> Callback:
+        def noted(t0: float, y0: Any, dt: float) -> None:
+            into.append((t0, dt))
+            if then:
+                then(t0, y0, dt)
+
+        return noted
+
+    if p.method.adaptive:
+        p.callbacks = replace(own, accept=note(steps.accepted, own.accept), reject=note(steps.rejected, own.reject))
+    else:  # there every step is accepted
+        p.callbacks = replace(own, step=note(steps.accepted, own.step))
+    return steps
 
 
 def consistent(p: ODEProblem) -> Tensor:

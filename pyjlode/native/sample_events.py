@@ -123,7 +123,7 @@ def crossed(step: Step, margins: Margins) -> list[int]:
 def located(p: ODEProblem, step: Step, samples: Samples, times: np.ndarray, here: np.ndarray) -> tuple[Tensor, Tensor]:
     """Time (0-d) and state (n,) of the events at `times` (samples,), with derivatives for the samples that are `here`.
 
-    As `_through_event` of the front door: Newton's iteration on the event, which changes no value.
+    As `engines.crossing`: Newton's iteration on the event, which changes no value.
     """
     assert p.event_fn is not None
     event_fn = p.event_fn

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ..errors import BadOption, BadShape
-from ..odeint import solve
+from ..odeint import odeint, solve
 from ..solution import Stats
+from ..solver import check
 from . import trace as divergence
 from .flow_transform import FlowTransform
 from .vector_distribution import VectorDistribution
@@ -85,7 +86,8 @@ class CNF(nn.Module):
         **solver_options: Any,
     ) -> None:
         super().__init__()
-        inspect.signature(solve).bind(f, None, None, dense=False, **solver_options)
+        inspect.signature(odeint).bind(f, None, None, **solver_options)
+        check({"adjoint": True, **solver_options})
         self.f = f
         self.t = (float(t[0]), float(t[1]))
         self.trace, self.noise, self.probes = trace, noise, probes

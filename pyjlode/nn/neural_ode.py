@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from ..errors import BadOption, BadShape, BadTime
-from ..odeint import solve
+from ..odeint import odeint, solve
 from ..solution import Stats
+from ..solver import check
 
 
 class NeuralODE(nn.Module):
@@ -58,7 +59,8 @@ class NeuralODE(nn.Module):
         if augment < 0:
             raise BadOption(f"augment is how many zeros to append; got {augment}.")
         # A misspelt option is an error here, where it is written, not in the first training step.
-        inspect.signature(solve).bind(f, None, None, dense=False, **solver_options)
+        inspect.signature(odeint).bind(f, None, None, **solver_options)
+        check({"adjoint": True, **solver_options})
         if solver_options.get("adjoint_params") is not None:
             solver_options["adjoint_params"] = list(solver_options["adjoint_params"])
         self.f = f

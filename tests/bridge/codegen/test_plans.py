@@ -70,6 +70,30 @@ def test_each_call_is_as_the_first(method, options, repeats):
     assert repeats.count in (4, 5)
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"options": {"step_t": [0.3, 1.7], "jump_t": torch.tensor([0.9])}},
+        {"atol": torch.tensor([1e-6, 1e-9], dtype=F64), "rtol": [torch.tensor([1e-5, 1e-7])]},
+        {"method": pyjlode.julia_method("Tsit5()")},
+    ],
+    ids=["times", "tolerances of each element", "Julia's own"],
+)
+def test_what_is_said_in_lists_tensors_and_rows_is_kept_too(how, repeats):
+    """Each call makes them anew: solvers that say the same are equal."""
+    f, h0 = lotka(rates()), torch.tensor([1.0, 1.0], dtype=F64)
+    calls = [lambda: solve(f, h0, T, **{**JULIA, **how, "dense": False}) for _ in range(2)]
+    solver = pyjlode.Solver(**{**JULIA, **how})
+    calls += [lambda: solver.solve(f, h0, T, dense=False)] * 2
+    first = calls[0]()
+    for _ in range(CALLS):
+        for call in calls:
+            again = call()
+            assert torch.equal(again.h, first.h)
+            assert (again.stats.naccept, again.stats.nreject) == (first.stats.naccept, first.stats.nreject)
+    assert repeats.count or isinstance(how.get("method"), pyjlode.methods.Method)
+
+
 @pytest.mark.parametrize("method", ["rosenbrock23", "bdf", "radau5", "kvaerno5", "kencarp4", "trbdf2_adaptive", "auto"])
 def test_implicit_methods_begin_anew(method, repeats):
     f, h0, kwargs = lotka(rates()), torch.tensor([1.0, 1.0], dtype=F64), {**JULIA, "method": method, "rtol": 1e-6}

@@ -1,0 +1,1 @@
+"""What engines share, and which of them solves a problem."""

@@ -1,0 +1,133 @@
+"""Which engine solves a problem, and why. Only this room knows them all."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from .. import gradients, transforms
+from ..bridge import engine as julia
+from ..bridge import plans, runtime
+from ..errors import BadOption, EngineUnavailable, EventNotFound, MaxStepsReached, SolveError
+from ..gradients import Engine
+from ..native import engine as native
+from ..parameters import Held
+from ..problem import Equation, ODEProblem, Prepared
+
+ENGINES = ("auto", "torch", "julia")
+ENGINE_VARIABLE = "PYJLODE_ENGINE"  # what "auto" means, where the user has set it: "torch" or "julia"
+
+# Products of numbers in a call of f from which on nothing is gained by Julia: benchmarks/compiled.py --part size.
+_LARGE = 10_000_000
+
+
+def check(name: Any) -> None:
+    """
+    Raises:
+        BadOption: no such engine.
+    """
+    if name not in ENGINES:
+        raise BadOption(f"engine must be 'auto', 'julia' or 'torch'; got {name!r}.")
+
+
+def choose(name: str, p: ODEProblem, adjoint: bool | str, *, recorded: bool = False) -> tuple[Engine, str]:
+    """The engine for a problem, and why it is that one.
+
+    Args:
+        name: what the user asked for.
+        recorded: autograd must follow the solver's own operations.
+
+    Raises:
+        BadOption: the engine asked for cannot solve the problem.
+        EngineUnavailable: it is not there.
+    """
+    reason, only = f"asked for by engine={name!r}", julia.needed(p)
+    if name == "auto" and not only and os.environ.get(ENGINE_VARIABLE, "auto") != "auto":
+        name, reason = os.environ[ENGINE_VARIABLE], f"asked for by {ENGINE_VARIABLE}"
+        if name not in ("torch", "julia"):
+            raise BadOption(f"{ENGINE_VARIABLE} must be 'torch', 'julia' or 'auto'; it is {name!r}.")
+    if name == "torch" and not only:
+        return native, reason
+    if p.transformed:
+        if name == "auto" and not only:
+            return native, transforms.REASON
+        raise BadOption(f"the Julia engine cannot do this: {transforms.REASON}. Use engine='torch'.")
+    if only:
+        if name == "torch":
+            raise BadOption(f"{only} needs Julia; use engine='julia'.")
+        name, reason = "julia", f"{only} needs it"
+    found = runtime.find()
+    if isinstance(found, str):
+        if name == "julia":
+            raise EngineUnavailable(f"engine='julia': {found}")
+        return native, found
+    gradient = gradients.find(adjoint, julia, p)
+    obstacle = julia.cannot(p, gradient if torch.is_grad_enabled() else None)
+    if recorded:
+        obstacle = "adjoint=False differentiates through the solver's own operations, which are not PyTorch's there"
+    if obstacle is None and name == "auto" and p.compile is None and _large(p):
+        return native, "f is large, its own time is what counts, and the native engine asks it less often"
+    if obstacle is None:
+        return julia, reason if name == "julia" else f"Julia is set up by {found.source}"
+    if name == "julia":
+        raise BadOption(f"the Julia engine cannot do this: {obstacle}. Change that, or use engine='torch'.")
+    return native, f"the Julia engine cannot do this: {obstacle}"
+
+
+def confirm(
+    found: tuple[Engine, str], name: str, p: ODEProblem, adjoint: bool | str, *, recorded: bool = False
+) -> tuple[Engine, str]:
+    """What was chosen, or another engine now that more is known of the problem: what f depends on, or the settings of
+    the backward solve. The native engine solves all that comes to it."""
+    return found if found[0] is native else choose(name, p, adjoint, recorded=recorded)
+
+
+def _large(p: ODEProblem) -> bool:
+    """Whether an explicit method solves a large network: one whose parameters, times the rows of the state that it is
+    given, are many."""
+    if p.method.kind != "adaptive" or p.layout is None or not p.layout.bare:
+        return False
+    rows = p.layout.shapes[0][:-1].numel()
+    return rows * sum(x.numel() for x in Held(p.f.source or p.f.f).wanted) > _LARGE
+
+
+def planned(solver: Any, name: str, e: Equation) -> plans.Call | None:
+    """The call, where an engine may have kept what was made of an earlier one that is like it.
+
+    Args:
+        solver: what was said of how to solve, hashable.
+        name: the engine that it names.
+    """
+    if name == "torch" or not runtime.started():
+        return None
+    meant = os.environ.get(ENGINE_VARIABLE) if name == "auto" else None
+    if meant == "torch":
+        return None
+    if e.event_fn is not None or e.mass_matrix is not None or e.jac is not None or e.adjoint_params is not None:
+        return None
+    return plans.call(e.f, e.h0, e.t, (solver, meant))
+
+
+def second(name: str, made: Prepared, error: SolveError) -> str | None:
+    """Why the native engine should try what Julia's solver failed at, if it should: with a method for stiff systems, of
+    which each engine has its own, that did not just need more steps.
+
+    Args:
+        name: the engine that the user asked for.
+    """
+    p = made.problem
+    if name != "auto" or os.environ.get(ENGINE_VARIABLE) == "julia" or made.engine is not julia:
+        return None
+    if not p.method.controlled or p.compile or julia.needed(p):
+        return None
+    if isinstance(error, EventNotFound):
+        return None
+    if isinstance(error, MaxStepsReached) and abs(error.t - p.times[0]) >= 1e-3 * abs(p.times[-1] - p.times[0]):
+        return None
+    return f"Julia's solver failed: {error}"
+
+
+# The algebraic equations of a singular mass matrix are solved in PyTorch, whichever engine then solves the rest.
+consistent = native.consistent
