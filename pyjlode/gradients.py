@@ -62,13 +62,11 @@ class Engine(Protocol):
 
     Attributes:
         NAME: what the user calls it.
-        RECOMMENDED: the gradient method that `adjoint=True` means here, as far as is known before `f` was asked.
     """
 
     NAME: str
-    RECOMMENDED: str
 
-    def recommended(self, p: ODEProblem) -> str: ...
+    def recommended(self, p: ODEProblem, *, asked: bool = False) -> str: ...
 
     def watch(self, p: ODEProblem) -> Steps | None: ...
 
@@ -106,7 +104,7 @@ def find(adjoint: bool | str, engine: Engine, p: ODEProblem) -> str | None:
     if adjoint is False:
         return None
     if adjoint is True:
-        return "interpolating" if p.method.kind == "scipy" else engine.RECOMMENDED
+        return engine.recommended(p)
     if adjoint == "backsolve" and p.mass is not None:
         raise BadOption("adjoint='backsolve' does not solve systems with a mass_matrix; use 'discrete' or 'gauss'.")
     return adjoint
@@ -123,7 +121,7 @@ class _Solve(torch.autograd.Function):
         # Autograd's own check that nothing which the backward pass reads was changed in place in between. The output
         # goes this way too: kept in `memory` it would hold itself alive.
         record, ys = memory.record, memory.record.ys
-        ctx.save_for_backward(y0, t, ys if memory.gradient != "discrete" else None, *params)
+        ctx.save_for_backward(y0, t, ys if memory.gradient != "discrete" or t.requires_grad else None, *params)
         memory.record = like(record, ys=None)
         return ys
 

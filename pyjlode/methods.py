@@ -9,10 +9,11 @@ from typing import Literal
 from . import errors
 from .native import stiff_tableaus as st
 from .native import tableaus as tb
+from .native.tableaus import ExplicitTableau
 
 Kind = Literal["adaptive", "fixed", "implicit", "stiff", "auto", "adams", "scipy", "julia"]
 Tableau = (
-    tb.ExplicitTableau | tb.ImplicitTableau | st.RosenbrockTableau | st.EsdirkTableau | st.RadauTableau | st.NDFTableau
+    ExplicitTableau | tb.ImplicitTableau | st.RosenbrockTableau | st.EsdirkTableau | st.RadauTableau | st.NDFTableau
 )
 
 
@@ -77,12 +78,12 @@ def _pi42(k: int) -> tuple[float, float]:
 
 
 def _adaptive(
-    name: str, tableau: tb.ExplicitTableau, pi: tuple[float, float], about: str, julia: str | None = None
+    name: str, tableau: ExplicitTableau, pi: tuple[float, float], about: str, julia: str | None = None
 ) -> Method:
     return Method(name, tableau.order, "adaptive", about, tableau, pi, julia=julia)
 
 
-def _fixed(name: str, tableau: tb.ExplicitTableau, about: str, julia: str | None = None) -> Method:
+def _fixed(name: str, tableau: ExplicitTableau, about: str, julia: str | None = None) -> Method:
     return Method(name, tableau.order, "fixed", about, tableau, julia=julia)
 
 

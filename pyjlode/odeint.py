@@ -51,8 +51,8 @@ def odeint(
             complex64 or complex128.
         t: shape (T,), floating point, strictly increasing or strictly decreasing; a tensor, or a sequence of floats.
         adjoint: how to differentiate. False: through the solver's own operations (any order of derivative). True: the
-            engine's recommended adjoint ("discrete" on the native engine; on Julia's "gauss", or "forward" where few
-            sensitivities are compiled). Or one by name:
+            engine's recommended adjoint: "discrete", and on Julia's for stiff methods and events "gauss", or "forward"
+            where few sensitivities are compiled. Or one by name:
             "discrete", "backsolve", "interpolating", "quadrature", "gauss", "forward" (`pyjlode.GRADIENTS`). Adjoints
             give first derivatives.
         method: name of the solver, see `pyjlode.METHODS`; "dopri5" by default.

@@ -244,7 +244,7 @@ class Solver:
         if needed and gradient is None:
             chosen, reason = found = choice.confirm(found, engine, p, self.adjoint, recorded=True)
         if gradient and self.adjoint is True and torch.is_grad_enabled() and not self._says_backward:
-            gradient = chosen.recommended(p)
+            gradient = chosen.recommended(p, asked=True)
         first.keep(p, f0, gradient)
         if p.mass is not None:
             p.y0 = choice.consistent(p)

@@ -130,6 +130,13 @@ function call_adjoint(s::Int64, name::Cstring, alg::Int64, request::Ptr{AdjointR
     end
 end
 
+function call_replay(s::Int64, request::Ptr{ReplayRequest}, replayed::Ptr{Replayed})
+    return answer() do
+        unsafe_store!(replayed, replay!(HELD[s], unsafe_load(request)))
+        Int64(1)
+    end
+end
+
 function call_release(numbers::Ptr{Int64}, count::Int64)
     for i in 1:count
         delete!(HELD, unsafe_load(numbers, i))
@@ -158,6 +165,7 @@ function addresses()
         sweep = @cfunction(call_sweep, Int64, (Int64, Int64, Ptr{Request}, Ptr{Systems}, Ptr{Outcome})),
         interpolate = @cfunction(call_interpolate, Int64, (Int64, Int64, Int64, Int64)),
         adjoint = @cfunction(call_adjoint, Int64, (Int64, Cstring, Int64, Ptr{AdjointRequest}, Ptr{Outcome})),
+        replay = @cfunction(call_replay, Int64, (Int64, Ptr{ReplayRequest}, Ptr{Replayed})),
         release = @cfunction(call_release, Int64, (Ptr{Int64}, Int64)),
         collect = @cfunction(call_collect, Int64, (Int64,)),
     )

@@ -28,8 +28,9 @@ What a solve is asked for. Layout as in C: the caller fills one in its own memor
   - `mass`: of `T`, the mass matrix in column-major order; empty for the identity.
   - `first_step`: 0 lets the solver choose; with `fixed` it is the step, and 0 steps from time to time.
   - `beta1`, `beta2`, `gamma`, `qmin`, `qmax`: of a `PIController`; with `beta1` 0 the control is the algorithm's own.
-  - `fixed`: no control of the step size. `dense`: keep what dense output and adjoints need. `full`: compile the solver
-    for this very field, where that is a [`Source`](@ref) or [`inlined`](@ref).
+  - `fixed`: no control of the step size. `dense`: keep what dense output and adjoints need. `keep`: keep the ends of the
+    accepted steps. `full`: compile the solver for this very field, where that is a [`Source`](@ref) or
+    [`inlined`](@ref).
 """
 struct Request
     u0::Lent
@@ -52,6 +53,7 @@ struct Request
     max_steps::Int64
     fixed::Int64
     dense::Int64
+    keep::Int64
     full::Int64
 end
 
@@ -74,6 +76,34 @@ struct AdjointRequest
     qmin::Float64
     qmax::Float64
     max_steps::Int64
+end
+
+"""
+What a replay is asked for: as [`AdjointRequest`](@ref), and the method, a [`Tableau`](@ref), in Float64.
+
+  - `a`: (rows, rows), column l the weights of the stages for stage l. `c`: (rows,). `p`: (degree, rows).
+  - `stages`: those of the step; the end of it, and what dense output needs besides, are the other rows.
+"""
+struct ReplayRequest
+    du0::Lent
+    dp::Lent
+    g::Lent
+    times::Lent
+    a::Lent
+    c::Lent
+    p::Lent
+    stages::Int64
+end
+
+"""
+How a replay went. As [`Request`](@ref).
+
+  - `apart`: the largest distance of a step's end from where it was in the forward solve, over the size of the state.
+  - `nf`: calls of the field.
+"""
+struct Replayed
+    apart::Float64
+    nf::Int64
 end
 
 """

@@ -39,7 +39,7 @@ Solve u' = -u, u(0) = 1 over [0, 1] through the doors that Python comes by, and 
 times and the states there to `after`.
 """
 function solve_linear(
-        after, ::Type{T}, text; dense = false, event = false, first_step = 0.0, tolerances = 1, mass = T[]
+        after, ::Type{T}, text; dense = false, keep = false, event = false, first_step = 0.0, tolerances = 1, mass = T[]
     ) where {T}
     u0, times, out = ones(T, 1), event ? [0.0, 1.0] : [0.0, 0.5, 1.0], zeros(T, event ? 2 : 3)
     offsets, rtol, atol = [0, 1], fill(1.0e-4, tolerances), fill(1.0e-6, tolerances)
@@ -47,7 +47,8 @@ function solve_linear(
     GC.@preserve u0 times out offsets rtol atol mass field outcome text begin
         request = [
             structure(
-                Request; u0, out, times, offsets, rtol, atol, mass, first_step, dense, max_step = Inf, max_steps = 1000
+                Request; u0, out, times, offsets, rtol, atol, mass, first_step, dense, keep, max_step = Inf,
+                max_steps = 1000
             ),
         ]
         GC.@preserve request begin
@@ -99,6 +100,23 @@ function sweep_linear(text)
     return out, alone
 end
 
+"The gradient of half the sum of squares at the outputs of a linear problem, by taking its steps again."
+function replay_linear(::Type{T}, text) where {T}
+    du0, dp, c = zeros(T, 1), zeros(T, 1), [0.0, 1.0]  # Euler's method is enough to compile for all
+    a, p = [0.0, 0.0, 1.0, 0.0], [1.0, 0.0]
+    solve_linear(T, text; keep = true) do s, alg, times, out
+        replayed = Vector{Replayed}(undef, 1)
+        GC.@preserve du0 dp c a p times out replayed begin
+            request = [structure(ReplayRequest; du0, dp, g = out, times, a, c, p, stages = 1)]
+            GC.@preserve request begin
+                done = call_replay(s, pointer(request), pointer(replayed))
+                done == 0 && error(FAILURE[])
+            end
+        end
+    end
+    return du0
+end
+
 const IMPLICIT = (
     "Rosenbrock23()", "Rodas5P()", "RadauIIA5()", "FBDF()", "KenCarp4()", "Kvaerno5()", "TRBDF2()", "DefaultODEAlgorithm()",
 )
@@ -111,6 +129,7 @@ const IMPLICIT = (
             solve_linear(T, text; dense = true) do s, alg, times, out
                 call_interpolate(s, address(times), address(out), length(times))
             end
+            replay_linear(T, text)
             T == Float64 && solve_linear(T, text; first_step = 0.1)
             T == Float64 && solve_linear(T, text; event = true)
         end

@@ -2,21 +2,34 @@
 
 """
 A solve, for as long as anybody may ask for its dense output or its adjoint. The solution refers to memory of the
-caller's: the first state.
+caller's: the first state. The `steps` are there where they were to be kept.
 """
 struct Solve{T, F}
     field::F
     sol::Any
+    steps::Union{Nothing, Steps{T}}
 end
 
+replay!(s::Solve, r::ReplayRequest) = replay!(s.steps, s.field, r)
+
 """
-Writes the states at the output times as the solver passes them: at time `k` of system `i` to `out[:, i, k]`.
+Writes the states at the output times as the solver passes them: at time `k` of system `i` to `out[:, i, k]`; and
+notes each step, where that is asked for.
 """
 mutable struct Outputs{T}
     const times::Vector{Float64}
     const out::Array{T, 3}
     system::Int
     next::Int
+    steps::Union{Nothing, Steps{T}}
+end
+
+"Its steps from the first state on, if a request has them kept."
+function first_step(r::Request, u0::Vector{T}) where {T}
+    r.keep == 0 && return nothing
+    steps = Steps{T}()
+    note!(steps, u0, Vector{Float64}(r.times)[1])
+    return steps
 end
 
 due(o::Outputs, t, tdir) = o.next <= length(o.times) && tdir * o.times[o.next] <= tdir * t
@@ -26,7 +39,10 @@ struct Due{T}
     outputs::Outputs{T}
 end
 
-(d::Due)(u, t, integrator) = due(d.outputs, t, integrator.tdir)
+function (d::Due)(u, t, integrator)
+    note!(d.outputs.steps, u, t)  # here, where the solver comes by after each accepted step
+    return due(d.outputs, t, integrator.tdir)
+end
 
 function (o::Outputs)(integrator)
     u_modified!(integrator, false)
@@ -109,11 +125,12 @@ function solve(field::Union{Field{T}, Source{T}}, alg, r::Request) where {T}
     states = reshape(Vector{T}(r.out), field.n, 1, length(times))
     copyto!(view(states, :, 1, 1), u0)
     event = field.event == C_NULL ? nothing : Event(field, T)
-    integrator = prepare(field, alg, r, u0, Outputs{T}(event === nothing ? times : times[1:1], states, 1, 2), event)
+    outputs = Outputs{T}(event === nothing ? times : times[1:1], states, 1, 2, first_step(r, u0))
+    integrator = prepare(field, alg, r, u0, outputs, event)
     sol = solve!(integrator)
     event === nothing || copyto!(view(states, :, 1, 2), integrator.u)
     time = event === nothing ? NaN : event.time
-    return Solve{T, typeof(field)}(field, sol), Outcome(sol, integrator, states, time, 1)
+    return Solve{T, typeof(field)}(field, sol, outputs.steps), Outcome(sol, integrator, states, time, 1)
 end
 
 "A solve to be made again and again from other first states, with the integrator made once: it keeps no dense output."
@@ -125,7 +142,7 @@ end
 
 function Repeated(field::Union{Field{T}, Source{T}}, alg, r::Request) where {T}
     times, u0 = copy(Vector{Float64}(r.times)), Vector{T}(r.u0)[1:(field.n)]
-    outputs = Outputs{T}(times, Array{T}(undef, field.n, 1, length(times)), 1, 2)
+    outputs = Outputs{T}(times, Array{T}(undef, field.n, 1, length(times)), 1, 2, nothing)
     integrator = prepare(field, alg, r, u0, outputs, nothing)
     return Repeated{T, typeof(integrator)}(u0, outputs, integrator)
 end
@@ -242,7 +259,7 @@ function sweep(part, own::Field{T}, alg, r::Request, s::Systems, states) where {
     values = reshape(Vector{T}(s.values), length(places), s.count)
     slopes = reshape(Vector{T}(s.slopes), own.n, s.count)
     u0 = states[:, first(part), 1]
-    outputs = Outputs{T}(copy(Vector{Float64}(r.times)), states, first(part), 2)
+    outputs = Outputs{T}(copy(Vector{Float64}(r.times)), states, first(part), 2, nothing)
     field, integrator = solved(own, r), nothing
     local outcome
     for i in part

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import JuliaError
-from .memory import AdjointRequest, CompiledFunctions, Functions, Outcome, Request, Systems
+from .memory import AdjointRequest, CompiledFunctions, Functions, Outcome, Replayed, ReplayRequest, Request, Systems
 
 _I, _P = ctypes.c_int64, ctypes.c_void_p
 
@@ -29,6 +29,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "sweep": (_I, _I, _I, _P, _P, _P),
     "interpolate": (_I, _I, _I, _I, _I),
     "adjoint": (_I, _I, ctypes.c_char_p, _I, _P, _P),
+    "replay": (_I, _I, _P, _P),
     "release": (_I, _P, _I),
     "collect": (_I, _I),
 }
@@ -168,6 +169,12 @@ class Calls:
             )
         )
         return outcome
+
+    def replay(self, solution: Held, request: ReplayRequest) -> Replayed:
+        """The discrete adjoint of a solve whose steps were kept; how that went."""
+        replayed = Replayed()
+        self._check(self._c["replay"](solution.number, request.address, ctypes.addressof(replayed)))
+        return replayed
 
     def collect(self, on: bool) -> bool:
         """Let Julia collect its garbage, or not, from now on. Returns whether it did."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import re
@@ -13,14 +14,14 @@ from torch import Tensor
 
 from .. import ends, forward
 from ..errors import BadOption, JuliaError, NonFiniteState, NotCompiled, NotConverged, SolveError, StepSizeTooSmall
-from ..gradients import Gradients, time_gradient
-from ..methods import Method, hairer
+from ..gradients import Gradients, other_function, time_gradient
+from ..methods import ExplicitTableau, Method, hairer
 from ..problem import NO_OPTIONS, AdjointSettings, Field, ODEProblem, SolverOptions, like
 from ..solution import Stats
 from . import runtime
 from .calls import Calls, Held
 from .function import JuliaFunction
-from .memory import AdjointRequest, Outcome, Request
+from .memory import AdjointRequest, Outcome, ReplayRequest, Request
 from .rhs import RHS, Callbacks, Source
 from .sweep import Sweep
 
@@ -28,10 +29,7 @@ log = logging.getLogger("pyjlode")
 
 NAME = "julia"
 
-# What `adjoint=True` means here.
-RECOMMENDED = "gauss"
-
-GRADIENTS = ("backsolve", "interpolating", "quadrature", "gauss", "forward")
+GRADIENTS = ("discrete", "backsolve", "interpolating", "quadrature", "gauss", "forward")
 
 # What is right for stiff problems there. With "gauss" SciMLSensitivity gives a stiff method the Jacobian of f; with
 # others it must difference the adjoint's right-hand side, which takes minutes for Robertson's reaction or goes wrong.
@@ -104,15 +102,28 @@ class DenseOutput:
         return out
 
 
+def recommended(p: ODEProblem, *, asked: bool = False) -> str:
+    """What `adjoint=True` means: sensitivities only where they are compiled, and few.
+
+    Args:
+        asked: f was called, so that the parameters of `p` are known.
+    """
+    if _cannot_replay(p) is None:
+        return "discrete"
+    n, m = p.y0.numel(), sum(x.numel() for x in p.params)
+    few = asked and n * (n + m) <= _FEW_SENSITIVITIES and p.method.kind == "adaptive"
+    return "forward" if few and _in_order(p) is not None else "gauss"
+
+
 def cannot(p: ODEProblem, gradient: str | None) -> str | None:
     """Why this engine cannot solve `p` with this gradient method; None if it can."""
     if p.method.julia is None:
         return f"method={p.method.name!r} has no counterpart there"
     if p.y0.device.type != "cpu":
         return f"the state lies on {p.y0.device}, and this version hands only CPU tensors to Julia"
-    if gradient is not None and gradient not in GRADIENTS:
-        return f"adjoint={gradient!r} replays the steps of the native engine"
-    if gradient not in (None, "forward") and (obstacle := _cannot_adjoin(p, gradient)):
+    if gradient == "discrete" and (obstacle := _cannot_replay(p)):
+        return f"adjoint='discrete' takes the steps again there, and that cannot be done {obstacle}"
+    if gradient not in (None, "forward", "discrete") and (obstacle := _cannot_adjoin(p, gradient)):
         return obstacle
     if p.batch > 1 and (obstacle := _cannot_sweep(p, gradient)):
         return f"options['batch_dims'] solves systems one by one there, and that {obstacle}"
@@ -154,6 +165,20 @@ def _cannot_adjoin(p: ODEProblem, gradient: str) -> str | None:
             f"adjoint={gradient!r} has the parameters' part in its error norm there, so no 'seminorm'; 'gauss' and "
             "'quadrature' do not solve for them"
         )
+    return None
+
+
+def _cannot_replay(p: ODEProblem) -> str | None:
+    if not isinstance(p.method.tableau, ExplicitTableau):
+        return f"with {p.method.name!r}, which is not an explicit Runge-Kutta method of both engines"
+    if isinstance(p.f.f, JuliaFunction):
+        return "for a julia_function"
+    if p.event_fn is not None:
+        return "through an event"
+    if p.options.jump_t:
+        return "through jump_t"
+    if p.t.requires_grad and not p.method.adaptive:
+        return "where fixed steps move with t"
     return None
 
 
@@ -200,6 +225,8 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
         return grads._replace(params=[found[id(x)] if id(x) in found else torch.zeros_like(x) for x in memory.wrt])
     if rhs is None:  # nothing was solved
         return Gradients(g.sum(0), time_gradient(p, record, g, torch.zeros_like(p.y0), p.f), [None] * len(p.params))
+    if memory.gradient == "discrete":
+        return _replay(memory, g)
     assert p.adjoint is not None
     times = p.times if record.event_t is None else [p.times[0], record.event_t]
     settings = p.adjoint
@@ -231,6 +258,31 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     return Gradients(a + g[0], time_gradient(p, record, g, a, p.f), rhs.parameter_gradients(theta))
 
 
+def _replay(memory: Memory, g: Tensor) -> Gradients:
+    """The gradients of the numbers that came out: each step is taken again in Julia, and pulled back through."""
+    p, rhs, request = memory.problem, memory.rhs, ReplayRequest()
+    assert rhs is not None
+    a, theta = torch.zeros_like(p.y0), torch.zeros(rhs.params.size, dtype=p.y0.dtype)
+    request.lend(du0=a, dp=theta, g=g.contiguous())
+    request.lend_numbers(times=p.times)
+    assert isinstance(p.method.tableau, ExplicitTableau)
+    request.stages = p.method.tableau.stages
+    request.lend(**_tableau(p.method.tableau))
+    with torch.no_grad(), runtime.julia() as calls:
+        replayed = _call(rhs, calls.replay, memory.solve, request)
+    if not isinstance(rhs, RHS):
+        count(p.f, replayed.nf)
+    if not replayed.apart <= float(torch.as_tensor(p.rtol).max()) + 1e4 * torch.finfo(a.dtype).eps:
+        raise other_function()
+    return Gradients(a + g[0], time_gradient(p, memory.record, g, a, p.f), rhs.parameter_gradients(theta))
+
+
+@functools.cache
+def _tableau(tab: ExplicitTableau) -> dict[str, Tensor]:
+    """As `ReplayRequest` in julia/src/memory.jl has it."""
+    return {name: torch.tensor(x, dtype=torch.float64) for name, x in zip("acp", tab.whole())}
+
+
 def _adjoint_atol(settings: AdjointSettings, ys: Tensor) -> Tensor:
     """The absolute tolerance of an adjoint whose largest cotangent is 1.
 
@@ -241,13 +293,6 @@ def _adjoint_atol(settings: AdjointSettings, ys: Tensor) -> Tensor:
     rtol, atol = (torch.as_tensor(x, dtype=torch.float64) for x in (settings.rtol, settings.atol))
     part = (atol / (rtol * largest)).nan_to_num(1.0).clamp(1e-3, 1.0)
     return torch.where(rtol > 0, rtol * part, atol)
-
-
-def recommended(p: ODEProblem) -> str:
-    """The gradient method that `adjoint=True` means for `p`, whose parameters are known: sensitivities where they are
-    compiled, and few."""
-    n, m = p.y0.numel(), sum(x.numel() for x in p.params)
-    return "forward" if n * (n + m) <= _FEW_SENSITIVITIES and _in_order(p) is not None else RECOMMENDED
 
 
 def watch(p: ODEProblem) -> None:
@@ -288,7 +333,8 @@ def _solve(
         first_step=(o.step_size if fixed else o.first_step) or 0.0,
         **_stepping(p.method, o),
         fixed=fixed,
-        dense=dense or gradient is not None,
+        dense=dense or gradient not in (None, "discrete"),
+        keep=gradient == "discrete",
         full=o.specialize == "full",
     )
     # Beside the user's tensors there may be sensitivities; and a sweep's norm is of one system.
@@ -453,7 +499,7 @@ def _call(rhs: Callbacks, function: Any, *args: Any) -> Any:
 
 def _algorithm(calls: Calls, method: Method, gradient: str | None) -> Held:
     expression = method.julia or ""
-    if gradient is not None and "Vern" in expression:
+    if gradient not in (None, "discrete") and "Vern" in expression:
         # Verner's methods make the last stages of their dense output when it is asked for. Within SciMLSensitivity's
         # adjoints these come out wrong: a gradient at rtol=1e-8 was off by 1e-3.
         expression = re.sub(r"\bVern([6-9])\(\)", r"Vern\1(lazy=false)", expression)

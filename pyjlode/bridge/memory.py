@@ -76,7 +76,7 @@ class Request(Lender):
     _fields_ = (
         *((name, Lent) for name in ("u0", "out", "times", "offsets", "rtol", "atol", "stops", "jumps", "mass")),
         *((name, ctypes.c_double) for name in _STEPPING),
-        *((name, ctypes.c_int64) for name in ("max_steps", "fixed", "dense", "full")),
+        *((name, ctypes.c_int64) for name in ("max_steps", "fixed", "dense", "keep", "full")),
     )
 
 
@@ -88,6 +88,18 @@ class AdjointRequest(Lender):
         *((name, ctypes.c_double) for name in _STEPPING),
         ("max_steps", ctypes.c_int64),
     )
+
+
+class ReplayRequest(Lender):
+    """What a replay is asked for; `ReplayRequest` in julia/src/memory.jl."""
+
+    _fields_ = (*((name, Lent) for name in ("du0", "dp", "g", "times", "a", "c", "p")), ("stages", ctypes.c_int64))
+
+
+class Replayed(Shown):
+    """How a replay went; `Replayed` in julia/src/memory.jl says what each field is."""
+
+    _fields_ = (("apart", ctypes.c_double), ("nf", ctypes.c_int64))
 
 
 class Functions(Shown):

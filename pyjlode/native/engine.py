@@ -23,13 +23,10 @@ from .step import Step
 
 NAME = "torch"
 
-# What `adjoint=True` means here. The replay is exact, and needs neither a second solve nor a choice of tolerances.
-RECOMMENDED = "discrete"
 
-
-def recommended(p: ODEProblem) -> str:
-    """The gradient method that `adjoint=True` means for `p`."""
-    return "interpolating" if p.method.kind == "scipy" else RECOMMENDED
+def recommended(p: ODEProblem, *, asked: bool = False) -> str:
+    """What `adjoint=True` means: the replay is exact, and needs neither a second solve nor a choice of tolerances."""
+    return "interpolating" if p.method.kind == "scipy" else "discrete"
 
 
 @dataclass

@@ -63,6 +63,14 @@ class ExplicitTableau:
         """Whether the error estimate uses f(t + dt, y1) ("first same as last")."""
         return self.E is not None and bool(np.any(self.E[:, -1]))
 
+    def whole(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A and C with a row for each row of K, and dense output, which is a cubic where there is no P: shapes
+        (s+1+x, s+1+x), (s+1+x,), (s+1+x, q)."""
+        s, rows = self.stages, self.stages + 1 + len(self.C_extra)
+        A = np.zeros((rows, rows))
+        A[:s, :s], A[s, :s], A[s + 1 :] = self.A, self.B, self.A_extra
+        return A, np.concatenate([self.C, [1.0], self.C_extra]), hermite_dense(self.B) if self.P is None else self.P
+
 
 @dataclass(frozen=True, eq=False)
 class ImplicitTableau:

@@ -1,0 +1,154 @@
+# The discrete adjoint of explicit Runge-Kutta methods: each accepted step is taken again, the last one first, and the
+# cotangent pulled back through it. What comes out is the gradient of the numbers that the solve gave.
+
+"The ends of the accepted steps of a solve, from its start on: their times, and the states there, one after the other."
+struct Steps{T}
+    times::Vector{Float64}
+    states::Vector{T}
+end
+Steps{T}() where {T} = Steps{T}(Float64[], T[])
+
+function note!(steps::Steps, u, t)
+    push!(steps.times, t)
+    append!(steps.states, u)
+    return nothing
+end
+note!(::Nothing, u, t) = nothing
+
+"""
+An explicit Runge-Kutta method with dense output. Stage `l` of a step of size `dt` from `(t, y)` is the slope at the time
+`t + c[l] dt` and the state `y + dt (k a[:, l])`, `k` the stages before it. Stage `s + 1` is at the end of the step, and
+those after it are there for the dense output `y(t + θ dt) = y + dt (k p') (θ, θ², ...)`.
+"""
+struct Tableau{T}
+    s::Int
+    a::Matrix{T}
+    c::Vector{Float64}
+    p::Matrix{Float64}
+end
+
+function Tableau{T}(r::ReplayRequest) where {T}
+    c = copy(Vector{Float64}(r.c))
+    a = reshape(Vector{Float64}(r.a), length(c), length(c))
+    return Tableau{T}(r.stages, T.(a), c, copy(reshape(Vector{Float64}(r.p), :, length(c))))
+end
+
+"What a replay works with: for each stage its point, its slope and the cotangent of that; the cotangents so far."
+struct Replay{T}
+    field::Field{T}
+    tab::Tableau{T}
+    points::Vector{Vector{T}}
+    slopes::Vector{Vector{T}}
+    bars::Vector{Vector{T}}
+    a::Vector{T}
+    theta::Vector{T}
+    by_start::Vector{T}
+    by_point::Vector{T}
+    by_theta::Vector{T}
+end
+
+function Replay(field::Field{T}, tab::Tableau{T}, a::Vector{T}, theta::Vector{T}) where {T}
+    # Vectors, and no matrix: a field may show its callbacks vectors themselves.
+    points, slopes, bars = ([zeros(T, field.n) for _ in tab.c] for _ in 1:3)
+    return Replay{T}(field, tab, points, slopes, bars, a, theta, zero(a), zero(a), zero(theta))
+end
+
+"""
+    replay!(steps, field, request) -> Replayed
+
+The gradient of a loss of the states at the output times with the cotangents `g`, with respect to the first state
+(without `g` there), and to the parameters; `request` is a [`ReplayRequest`](@ref).
+"""
+function replay!(steps::Steps{T}, field::Field{T}, r::ReplayRequest) where {T}
+    times, ends = Vector{Float64}(r.times), reshape(steps.states, field.n, :)
+    g = reshape(Vector{T}(r.g), field.n, length(times))
+    work = Replay(field, Tableau{T}(r), fill!(Vector{T}(r.du0), zero(T)), fill!(Vector{T}(r.dp), zero(T)))
+    nf, apart = 0, 0.0
+    direction = times[end] < times[1] ? -1.0 : 1.0
+    i = length(times)  # outputs after i are done
+    for k in (length(steps.times) - 1):-1:1
+        t0, t1 = steps.times[k], steps.times[k + 1]
+        while i > 1 && times[i] == t1
+            work.a .+= view(g, :, i)
+            i -= 1
+        end
+        last = i
+        while i > 1 && direction * times[i] > direction * t0
+            i -= 1
+        end
+        inside = (i + 1):last
+        nf += step!(work, t0, t1 - t0, view(ends, :, k), !isempty(inside))
+        apart = max(apart, distance(work.points[work.tab.s + 1], view(ends, :, k + 1), view(ends, :, k)))
+        pull!(work, t0, t1 - t0, view(times, inside), view(g, :, inside))
+    end
+    return Replayed(apart, nf)
+end
+
+"Take a step from `y`: the points and slopes of its stages, and of those of dense output; returns the calls of `f`."
+function step!(work::Replay{T}, t0, dt, y, dense) where {T}
+    (; field, tab, points, slopes) = work
+    f, calls = RHS(field), 0
+    for l in 1:(dense ? length(tab.c) : tab.s + 1)
+        copyto!(points[l], y)
+        for j in 1:(l - 1)
+            add!(points[l], T(dt) * tab.a[j, l], slopes[j])
+        end
+        if l <= tab.s || dense
+            f(slopes[l], points[l], field.parameters, t0 + tab.c[l] * dt)
+            calls += 1
+        end
+    end
+    return calls
+end
+
+"Pull the cotangent `a` of the end of a step, and those of the outputs within it, (n, M), back to its start."
+function pull!(work::Replay{T}, t0, dt, times, g) where {T}
+    (; field, tab, points, bars, a, theta, by_start, by_point, by_theta) = work
+    vjp, vjp_p = VJP(field), ParameterVJP(field)
+    foreach(bar -> fill!(bar, zero(T)), bars)
+    fill!(by_start, zero(T))
+    for (time, bar) in zip(times, eachcol(g))
+        part = (time - t0) / dt
+        for l in eachindex(bars)
+            add!(bars[l], T(dt * part * evalpoly(part, view(tab.p, :, l))), bar)
+        end
+        by_start .+= bar
+    end
+    for l in (isempty(times) ? tab.s + 1 : length(bars)):-1:1
+        if all(iszero, bars[l])
+            fill!(by_point, zero(T))
+        else
+            t = t0 + tab.c[l] * dt
+            vjp(by_point, bars[l], points[l], field.parameters, t)
+            if !isempty(theta)
+                vjp_p(by_theta, bars[l], points[l], field.parameters, t)
+                theta .+= by_theta
+            end
+        end
+        l == tab.s + 1 && (by_point .+= a)
+        by_start .+= by_point
+        for j in 1:(l - 1)
+            add!(bars[j], T(dt) * tab.a[j, l], by_point)
+        end
+    end
+    copyto!(a, by_start)
+    return nothing
+end
+
+"Largest difference of the end of a step from where it is to be, in units of the largest number in the step."
+function distance(u, v, start)
+    far = size = zero(eltype(u))
+    for (x, y, z) in zip(u, v, start)
+        far, size = max(far, abs(x - y)), max(size, abs(y), abs(z))
+    end
+    return iszero(far) ? 0.0 : Float64(far / size)
+end
+
+"Add x u to v."
+function add!(v::Vector{T}, x::T, u) where {T}
+    iszero(x) && return nothing
+    @inbounds @simd for i in eachindex(v, u)
+        v[i] = muladd(x, u[i], v[i])
+    end
+    return nothing
+end
