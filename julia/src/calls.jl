@@ -101,10 +101,12 @@ function call_repeated(field::Int64, alg::Int64, request::Ptr{Request})
     end
 end
 
+"The number of a [`Solve`](@ref) where steps are kept, else 1."
 function call_again(s::Int64, u0::Int64, out::Int64, outcome::Ptr{Outcome})
     return answer() do
-        unsafe_store!(outcome, again!(HELD[s], u0, out))
-        Int64(1)
+        kept, o = again!(HELD[s], u0, out)
+        unsafe_store!(outcome, o)
+        kept === nothing ? Int64(1) : hold(kept)
     end
 end
 

@@ -239,7 +239,8 @@ end
 const COMPILED = Dict{Ptr{Cvoid}, Any}()
 
 """
-A field of compiled functions, 0 where there is none. Layout as in C.
+A field of compiled functions, 0 where there is none. Layout as in C. Where there is a `vjp` and no `vjp_p`, the first
+writes both products, one after the other; then it is of use to a replay alone.
 
   - `theta`: of `T`, the parameters.
   - `constants`: of `T`, what the functions read besides; `work`: of `T`, room for what they write in between.

@@ -43,14 +43,13 @@ struct Replay{T}
     a::Vector{T}
     theta::Vector{T}
     by_start::Vector{T}
-    by_point::Vector{T}
-    by_theta::Vector{T}
+    by_both::Vector{T}  # by the point, and then by the parameters
 end
 
 function Replay(field::Field{T}, tab::Tableau{T}, a::Vector{T}, theta::Vector{T}) where {T}
     # Vectors, and no matrix: a field may show its callbacks vectors themselves.
     points, slopes, bars = ([zeros(T, field.n) for _ in tab.c] for _ in 1:3)
-    return Replay{T}(field, tab, points, slopes, bars, a, theta, zero(a), zero(a), zero(theta))
+    return Replay{T}(field, tab, points, slopes, bars, a, theta, zero(a), [a; theta])
 end
 
 """
@@ -103,8 +102,9 @@ end
 
 "Pull the cotangent `a` of the end of a step, and those of the outputs within it, (n, M), back to its start."
 function pull!(work::Replay{T}, t0, dt, times, g) where {T}
-    (; field, tab, points, bars, a, theta, by_start, by_point, by_theta) = work
-    vjp, vjp_p = VJP(field), ParameterVJP(field)
+    (; field, tab, points, bars, a, theta, by_start, by_both) = work
+    n = length(a)
+    by_point, by_theta = view(by_both, 1:n), view(by_both, (n + 1):length(by_both))
     foreach(bar -> fill!(bar, zero(T)), bars)
     fill!(by_start, zero(T))
     for (time, bar) in zip(times, eachcol(g))
@@ -118,12 +118,8 @@ function pull!(work::Replay{T}, t0, dt, times, g) where {T}
         if all(iszero, bars[l])
             fill!(by_point, zero(T))
         else
-            t = t0 + tab.c[l] * dt
-            vjp(by_point, bars[l], points[l], field.parameters, t)
-            if !isempty(theta)
-                vjp_p(by_theta, bars[l], points[l], field.parameters, t)
-                theta .+= by_theta
-            end
+            products!(by_both, by_point, by_theta, field, bars[l], points[l], t0 + tab.c[l] * dt)
+            theta .+= by_theta
         end
         l == tab.s + 1 && (by_point .+= a)
         by_start .+= by_point
@@ -132,6 +128,17 @@ function pull!(work::Replay{T}, t0, dt, times, g) where {T}
         end
     end
     copyto!(a, by_start)
+    return nothing
+end
+
+"Both products of `v` with the derivatives of the field, by one function where there is one."
+function products!(both, by_point, by_theta, field::Field, v, u, t)
+    if field.native && field.vjp_p == C_NULL
+        native(field, field.vjp, both, v, u, field.parameters, t)
+    else
+        VJP(field)(by_point, v, u, field.parameters, t)
+        isempty(by_theta) || ParameterVJP(field)(by_theta, v, u, field.parameters, t)
+    end
     return nothing
 end
 

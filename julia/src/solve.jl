@@ -134,7 +134,8 @@ function solve(field::Union{Field{T}, Source{T}}, alg, r::Request) where {T}
 end
 
 "A solve to be made again and again from other first states, with the integrator made once: it keeps no dense output."
-struct Repeated{T, I}
+struct Repeated{T, F, I}
+    field::F
     u0::Vector{T}
     outputs::Outputs{T}
     integrator::I
@@ -142,24 +143,34 @@ end
 
 function Repeated(field::Union{Field{T}, Source{T}}, alg, r::Request) where {T}
     times, u0 = copy(Vector{Float64}(r.times)), Vector{T}(r.u0)[1:(field.n)]
-    outputs = Outputs{T}(times, Array{T}(undef, field.n, 1, length(times)), 1, 2, nothing)
+    outputs = Outputs{T}(times, Array{T}(undef, field.n, 1, length(times)), 1, 2, first_step(r, u0))
     integrator = prepare(field, alg, r, u0, outputs, nothing)
-    return Repeated{T, typeof(integrator)}(u0, outputs, integrator)
+    return Repeated{T, typeof(field), typeof(integrator)}(field, u0, outputs, integrator)
 end
 
-"Solve from the state at the address `u0`, and write the states at the output times to `out`; returns the outcome."
-function again!(s::Repeated{T}, u0::Int64, out::Int64) where {T}
+"""
+    again!(repeated, u0, out) -> Union{Nothing, Solve}, Outcome
+
+Solve from the state at the address `u0`, and write the states at the output times to `out`. There is a `Solve` where
+steps are kept; its field is that of all such solves, and holds what it held at the last of them.
+"""
+function again!(s::Repeated{T, F}, u0::Int64, out::Int64) where {T, F}
     (; outputs, integrator) = s
     states = outputs.out
     unsafe_copyto!(pointer(s.u0), Ptr{T}(pointer_to(u0)), length(s.u0))
     copyto!(view(states, :, 1, 1), s.u0)
     outputs.next = 2
+    if outputs.steps !== nothing
+        outputs.steps = Steps{T}()
+        note!(outputs.steps, s.u0, outputs.times[1])
+    end
     (; stats) = integrator  # `reinit!` counts on
     stats.nf = stats.naccept = stats.nreject = stats.njacs = stats.nw = stats.nnonliniter = 0
     restart!(integrator, s.u0)
     sol = solve!(integrator)
     unsafe_copyto!(Ptr{T}(pointer_to(out)), pointer(states), length(states))
-    return Outcome(sol, integrator, states, NaN, 1)
+    kept = outputs.steps === nothing ? nothing : Solve{T, F}(s.field, nothing, outputs.steps)
+    return kept, Outcome(sol, integrator, states, NaN, 1)
 end
 
 "The field as a request has it solved: the solver compiled for it, or not."

@@ -140,11 +140,14 @@ class Calls:
         """A solve to be made again and again by a compiled field."""
         return self._held(self._c["repeated"](field.number, algorithm.number, request.address), field)
 
-    def again(self, repeated: Held, y0: torch.Tensor, out: torch.Tensor) -> Outcome:
-        """Make such a solve from y0, shape (n,), to out, shape (T, n)."""
+    def again(self, repeated: Held, y0: torch.Tensor, out: torch.Tensor, *, keep: bool) -> tuple[Held | None, Outcome]:
+        """Make such a solve from y0, shape (n,), to out, shape (T, n); with its steps where it keeps them."""
         outcome = Outcome()
-        self._check(self._c["again"](repeated.number, y0.data_ptr(), out.data_ptr(), ctypes.addressof(outcome)))
-        return outcome
+        number = self._c["again"](repeated.number, y0.data_ptr(), out.data_ptr(), ctypes.addressof(outcome))
+        if keep:
+            return self._held(number, repeated), outcome
+        self._check(number)
+        return None, outcome
 
     def sweep(self, field: Held, algorithm: Held, request: Request, systems: Systems) -> Outcome:
         """Solve independent systems, each by itself: the outcome of the first that failed, with the work of all."""

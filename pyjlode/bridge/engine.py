@@ -198,8 +198,8 @@ def _cannot_sweep(p: ODEProblem, gradient: str | None) -> str | None:
 
 def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = False) -> Record:
     assert not recorded, "the front door keeps solves that autograd must follow from this engine"
-    if not dense and (states := _again(p, stats, "f")) is not None:
-        return Record(states)
+    if not dense and (found := _again(p, stats, "f")):
+        return Record(found[0])
     return _solve(p, stats, None, dense)[0]
 
 
@@ -207,11 +207,16 @@ def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = F
     """Solve `p` and keep what `vjp` needs for the gradient method named."""
     if gradient == "forward":
         ordered = _in_order(p) or p
-        if not dense and (states := _again(ordered, stats, "sensitivities")) is not None:
-            record = Record(states)
+        if not dense and (found := _again(ordered, stats, "sensitivities")):
+            record = Record(found[0])
             return Memory(ordered, record, gradient, None, None, forward.split(ordered, record), p.params)
         record, rhs, solution = _solve(forward.augment(ordered), stats, None, dense, ordered)
         return Memory(ordered, record, gradient, rhs, solution, forward.split(ordered, record), p.params)
+    if gradient == "discrete" and not dense and (found := _again(p, stats, gradient)):
+        from .codegen.field import Again  # half the cost of importing this package
+
+        assert p.repeats is not None
+        return Memory(p, Record(found[0]), gradient, Again(p, p.repeats[gradient]), found[1])
     record, rhs, solution = _solve(p, stats, gradient, dense)
     return Memory(p, record, gradient, rhs, solution)
 
@@ -269,6 +274,7 @@ def _replay(memory: Memory, g: Tensor) -> Gradients:
     request.stages = p.method.tableau.stages
     request.lend(**_tableau(p.method.tableau))
     with torch.no_grad(), runtime.julia() as calls:
+        rhs.refill()
         replayed = _call(rhs, calls.replay, memory.solve, request)
     if not isinstance(rhs, RHS):
         count(p.f, replayed.nf)
@@ -369,7 +375,7 @@ def _solve(
                 if p.compile:
                     raise
                 return _solve(p, stats, gradient, dense, of)
-            if p.repeats is not None and not (rhs.functions or dense or gradient):
+            if p.repeats is not None and not (rhs.functions or dense) and gradient in (None, "discrete"):
                 rhs.repeat(calls, algorithm, request)
     if isinstance(rhs, RHS):
         rhs.check_kept()
@@ -434,25 +440,25 @@ def _succeeded(outcome: Outcome) -> bool:
     return outcome.code in (b"Success", b"Terminated", b"Default") and bool(outcome.finite)
 
 
-def _again(p: ODEProblem, stats: Stats, name: str) -> Tensor | None:
-    """The states of a solve like an earlier one, shape (T, n); None where none was kept that is.
+def _again(p: ODEProblem, stats: Stats, name: str) -> tuple[Tensor, Held | None] | None:
+    """The states of a solve like an earlier one, shape (T, n), and its steps; None where none was kept that is.
 
     Args:
-        name: of the function that is the field's, "f" or "sensitivities".
+        name: of the function that is the field's, "f" or "sensitivities", or "discrete" for "f" with the steps kept.
     """
     if p.repeats is None or name not in p.repeats:
         return None
     repeated = p.repeats[name]
     try:
         with torch.no_grad(), runtime.julia() as calls:
-            out, outcome = repeated.solve(calls, p)
+            out, held, outcome = repeated.solve(calls, p)
         count(p.f, outcome.nf)
         _look_at(outcome, p, stats)
     except BaseException:
         p.repeats.pop(name, None)
         raise
     stats.compiled = p.f.program[0].mode
-    return out
+    return out, held
 
 
 def _field(calls: Calls, p: ODEProblem, gradient: str | None, stats: Stats, of: ODEProblem | None = None) -> Callbacks:

@@ -127,6 +127,9 @@ class Callbacks:
     def repeat(self, calls: Calls, algorithm: Held, request: Request) -> None:
         """Keep what makes the next such solve faster: nothing, where Python is called back."""
 
+    def refill(self) -> None:
+        """Have the field look at the values that it had in the solve: here it looks at the user's own."""
+
     def parameter_gradients(self, theta: Tensor) -> list[Tensor | None]:
         """Of a gradient by the parameters, shape (m,), those by `p.params`."""
         return [x.to(q.device, q.dtype) for x, q in zip(self.params.leaves(theta), self.p.params)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from ..calls import Calls, Held
 from ..memory import CompiledFunctions, Outcome, Request
 from ..plans import surroundings
 from ..rhs import Callbacks
-from .program import Fields, JuliaField, program_of, refuse, some_outputs
+from .program import Fields, JuliaField, Program, program_of, refuse, some_outputs
 
 _ADDRESS = ctypes.c_void_p
 _FUNCTION = ctypes.PYFUNCTYPE(None, *[_ADDRESS] * 6, ctypes.c_double)
@@ -27,11 +28,48 @@ _FUNCTION = ctypes.PYFUNCTYPE(None, *[_ADDRESS] * 6, ctypes.c_double)
 _TOLERANCE = {torch.float64: (1e-7, 1e-10), torch.float32: (2e-3, 2e-5)}
 # Points of comparison: of those where f was asked before, and beside them; with its products; with Jacobians.
 _SEEN, _POINTS, _PRODUCTS, _JACOBIANS = 10, 6, 6, 3
+# What a field calls these functions.
+_PLACES = {"sensitivities": "f", "pull": "vjp"}
 # Numbers in a state up to which integrators are kept: each keeps some twenty states.
 _REPEATED = 10_000
 
 
-class Compiled(Callbacks):
+class Holding:
+    """What a compiled field holds: its values, and gradients by them.
+
+    Attributes:
+        tensors: that its functions read; the first of them are trained.
+        parts: of Julia's memory, one for each.
+    """
+
+    p: ODEProblem
+    program: Program
+    tensors: list[Tensor]
+    parts: list[Tensor]
+    functions: dict[str, Any] = {}  # noqa: RUF012  # that are called back: none
+
+    def refill(self) -> None:
+        """Have Julia's field look at these values again, whatever solve it served in between."""
+        fill(self.parts, self.tensors)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        return self.tensors[: self.program.trace.trained]
+
+    @property
+    def params(self) -> Layout:
+        if self.program.params is None:
+            self.program.params = Layout(self.trained)
+        return self.program.params
+
+    def parameter_gradients(self, theta: Tensor) -> list[Tensor | None]:
+        """Of a gradient by all that the compiled functions hold, shape (m,), those by `p.params`."""
+        found = {id(x): g for x, g in zip(self.trained, _parts(theta, self.trained))}
+        grads = [(x, found.get(id(x))) for x in self.p.params]
+        return [None if g is None else g.to(x.device, x.dtype) for x, g in grads]
+
+
+class Compiled(Holding, Callbacks):
     """A field of compiled functions: only its event function is called back.
 
     For as long as this lives, Julia's field is its own; afterwards that serves another.
@@ -56,10 +94,9 @@ class Compiled(Callbacks):
         self.of = of or p
         self.program, source = program_of(self.of.f, self.of.y0, at_once=bool(p.compile))
         program = self.program
-        tensors = program.read(source)
-        trained, constants = tensors[: program.trace.trained], tensors[program.trace.trained :]
+        self.tensors = tensors = program.read(source)
+        trained, constants = self.trained, tensors[program.trace.trained :]
         self._check_parameters(self.of, trained, gradient or ("forward" if of else None))
-        self.trained = trained
         names = ["f"]
         if of is not None:
             program.text("sensitivities")  # raises where there are too many
@@ -71,12 +108,12 @@ class Compiled(Callbacks):
         elif p.adjoint is not None and not _explicit(p.adjoint.method):
             names += ["jac", "tgrad"]
         if gradient is not None:
-            names += ["vjp", "vjp_p"]
+            names += ["pull"] if gradient == "discrete" else ["vjp", "vjp_p"]
         addresses = {name: program.address(calls, name) for name in names}
         shared = None if self.functions else program.fields.setdefault(tuple(names), Fields())
         own = shared.take(self) if shared else None
         if own is None:
-            fields = {"f" if name == "sensitivities" else name: address for name, address in addresses.items()}
+            fields = {_PLACES.get(name, name): address for name, address in addresses.items()}
             functions = CompiledFunctions(n=self.n, event=self.pointers.get("event", 0), **fields)
             functions.lend(
                 theta=_flat(trained, self.dtype),
@@ -92,7 +129,7 @@ class Compiled(Callbacks):
                 shared.add(own, self)
         else:
             fill(own.parts, tensors)
-        self.own, self.shared, self.field = own, shared, own.held
+        self.own, self.shared, self.field, self.parts = own, shared, own.held, own.parts
         self.value = names[0]
         self.addresses = addresses
         self.verify(names, addresses)
@@ -104,7 +141,8 @@ class Compiled(Callbacks):
         if fresh and self.n <= _REPEATED and self.p.repeats is not None:
             held = calls.repeated(self.field, algorithm, request)
             start = self.p.y0.clone() if self.value == "sensitivities" else None
-            self.p.repeats[self.value] = Repeated(held, self.own.parts, start)
+            name = "discrete" if request.keep else self.value
+            self.p.repeats[name] = Repeated(held, self.own.parts, start, bool(request.keep))
             if self.shared is not None:  # the field stays that integrator's
                 self.shared.keep(self.own)
                 self.shared = None
@@ -119,18 +157,6 @@ class Compiled(Callbacks):
         lost = any(id(x) not in ids and (id(x) in p.reached or not x.is_leaf) for x in p.params)
         if lost or not (p.named or ids <= wanted):
             raise NotCompiled("f uses results of earlier operations, whose graph a compiled f is no part of")
-
-    @property
-    def params(self) -> Layout:
-        if self.program.params is None:
-            self.program.params = Layout(self.trained)
-        return self.program.params
-
-    def parameter_gradients(self, theta: Tensor) -> list[Tensor | None]:
-        """Of a gradient by all that the compiled functions hold, shape (m,), those by `p.params`."""
-        found = {id(x): g for x, g in zip(self.trained, _parts(theta, self.trained))}
-        grads = [(x, found.get(id(x))) for x in self.p.params]
-        return [None if g is None else g.to(x.device, x.dtype) for x, g in grads]
 
     def call(self, address: int, out: Tensor, t: float, u: Tensor, v: Tensor | None = None) -> Tensor:
         """out, of such a function."""
@@ -225,7 +251,7 @@ class Compiled(Callbacks):
         if seen.solved or self.p is not self.of:
             return
         generator, nfe = torch.Generator().manual_seed(1), self.p.f.nfe
-        names = [name for name in ("f", "vjp", "vjp_p") if name in self.addresses]
+        names = [name for name in ("f", "vjp", "vjp_p", "pull") if name in self.addresses]
         for t, h in some_outputs(times, states):
             v = torch.randn(self.n, generator=generator, dtype=torch.float64).to(h)
             self._verify_at(names, self.addresses, float(self.p.time(t)), h.contiguous(), v)
@@ -243,13 +269,19 @@ class Compiled(Callbacks):
             if name in names:
                 with torch.no_grad():
                     self.compare(name, got(name, n), p.f(time, u), u)
-        if "vjp" in names or "vjp_p" in names:
+        if "vjp" in names or "vjp_p" in names or "pull" in names:
             wrt = [x for x in self.trained if x.requires_grad]
             _, (by_u, *by_theta) = torch_vjp(p, time, u, v, wrt)
-            self.compare("vjp", got("vjp", n, v), torch.zeros_like(u) if by_u is None else by_u, u)
+            want_u = torch.zeros_like(u) if by_u is None else by_u
             filled = [torch.zeros_like(x) if g is None else g for x, g in zip(wrt, by_theta)]
             want = self.params.flatten_leaves(filled)
-            self.compare("vjp_p", got("vjp_p", self.params.size, v), want, u)
+            if "pull" in names:
+                both = got("pull", n + self.params.size, v)
+                self.compare("pull", both[:n], want_u, u)
+                self.compare("pull", both[n:], want, u)
+            else:
+                self.compare("vjp", got("vjp", n, v), want_u, u)
+                self.compare("vjp_p", got("vjp_p", self.params.size, v), want, u)
         if "jac" in names:
             J = jacobian(p, time, u)
             pattern = self.program.pattern
@@ -296,14 +328,16 @@ class Repeated:
         held: Julia's integrator.
         parts: of the memory that it looks at, one for each tensor of the field's.
         start: the first state of the sensitivities, shape (n + n (n + m),); None where the state is without them.
+        keep: the steps are kept.
     """
 
     held: Held
     parts: list[Tensor]
     start: Tensor | None
+    keep: bool
 
-    def solve(self, calls: Calls, p: ODEProblem) -> tuple[Tensor, Outcome]:
-        """The states, shape (T, n) or with their sensitivities, and how it went."""
+    def solve(self, calls: Calls, p: ODEProblem) -> tuple[Tensor, Held | None, Outcome]:
+        """The states, shape (T, n) or with their sensitivities, the solve with its steps, and how it went."""
         program, source = p.f.program
         fill(self.parts, program.read(source))
         y0 = p.y0
@@ -311,7 +345,16 @@ class Repeated:
             self.start[: len(y0)] = y0
             y0 = self.start
         out = torch.empty(len(p.times), len(y0), dtype=y0.dtype)
-        return out, calls.again(self.held, y0, out)
+        return out, *calls.again(self.held, y0, out, keep=self.keep)
+
+
+class Again(Holding, Callbacks):
+    """The field of a repeated solve, with the values of this one: nothing of it is called back."""
+
+    def __init__(self, p: ODEProblem, repeated: Repeated) -> None:
+        self.p, self.parts = p, repeated.parts
+        self.program, source = p.f.program
+        self.tensors = self.program.read(source)
 
 
 def in_order(p: ODEProblem) -> ODEProblem | None:

@@ -24,7 +24,7 @@ from .trace import Counts, Trace
 
 log = logging.getLogger("pyjlode")
 
-FUNCTIONS = ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p")
+FUNCTIONS = ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "pull")
 # A sparse Jacobian wins from about this size, and below this part of non-zeros.
 _SPARSE_SIZE, _SPARSE_PART = 24, 0.3
 # Programs kept: what they cost is the text and the machine code of a few functions.
@@ -193,7 +193,7 @@ class Program:
         self, name: str, out: str, places: Sequence[int], at: Sequence[int], code: scalar.Code, zeros: int
     ) -> str:
         """Source of a function that stores expressions at indices of its output, after `zeros` zeros there."""
-        v = "v" if name in ("jvp", "vjp", "vjp_p") else "_"
+        v = "v" if name in ("jvp", "vjp", "vjp_p", "pull") else "_"
         lines = [f"function {name}({out}, {v}, u, p, c, w, t)"]
         if zeros:
             lines += [f"    for i in 1:{zeros}", f"        {out}[i] = {code.literal(0.0)}", "    end"]
@@ -246,6 +246,12 @@ class Program:
         places = [i for x in outputs[2:] if x is not None for i in x.reshape(-1).tolist()]
         return self._function("vjp_p", "out", places, range(1, len(places) + 1), code, 0)
 
+    def _pull_text(self) -> str:
+        """Both products, that by the state and then that by the parameters."""
+        code, outputs = self._vjp
+        places = [i for x in outputs[1:] if x is not None for i in x.reshape(-1).tolist()]
+        return self._function("pull", "out", places, range(1, len(places) + 1), code, 0)
+
     def _sensitivities_text(self) -> str:
         n, width = self.n, self.n + self.parameters
         if self.mode != "scalar" or n * n * width > 4 * scalar.LIMIT:
@@ -272,7 +278,8 @@ class Program:
     def _array_text(self, name: str) -> str:
         trace = self.trace
         graph = trace.f if name == "f" else trace.jvp if name in ("jvp", "tgrad") else trace.vjp
-        outputs = {"f": [0], "jvp": [0], "vjp_p": list(range(2, 2 + trace.trained))}.get(name, [1])
+        thetas = list(range(2, 2 + trace.trained))
+        outputs = {"f": [0], "jvp": [0], "vjp_p": thetas, "pull": [1, *thetas]}.get(name, [1])
         emitted = array.emit(graph, trace.examples(graph), trace.trained, outputs)
         start = emitted.work
         if name == "jac":  # a row for each unit vector
