@@ -37,6 +37,10 @@ _RESHAPES = {"_unsafe_view", "reshape", "_reshape_alias", "view_copy"}
 Build = Callable[[Code, Sequence[int]], int]
 
 
+# Functions that are given a vector besides the state.
+PRODUCTS = ("jvp", "vjp", "vjp_p", "pull")
+
+
 @dataclass(frozen=True)
 class Leaf:
     """Numbers in memory.
@@ -104,7 +108,7 @@ class Emitted:
     work: int
 
     def text(self, name: str) -> str:
-        v = "v" if name in ("jvp", "vjp", "vjp_p") else "_"
+        v = "v" if name in PRODUCTS else "_"
         return "\n".join(
             [*self.constants, f"function {name}(out, {v}, u, p, c, w, t)", *self.body, "    return nothing", "end"]
         )

@@ -193,7 +193,7 @@ class Program:
         self, name: str, out: str, places: Sequence[int], at: Sequence[int], code: scalar.Code, zeros: int
     ) -> str:
         """Source of a function that stores expressions at indices of its output, after `zeros` zeros there."""
-        v = "v" if name in ("jvp", "vjp", "vjp_p", "pull") else "_"
+        v = "v" if name in array.PRODUCTS else "_"
         lines = [f"function {name}({out}, {v}, u, p, c, w, t)"]
         if zeros:
             lines += [f"    for i in 1:{zeros}", f"        {out}[i] = {code.literal(0.0)}", "    end"]
