@@ -3,7 +3,7 @@
 using LinearAlgebra
 using PyJLODE
 using PyJLODE: AdjointRequest, Field, Functions, Lent, Outcome, Request, Source, adjoint!, algorithm, interpolate!, lend,
-    Systems, source_function, structure
+    ReplayRequest, Replayed, Systems, replay!, source_function, structure
 using SciMLSensitivity
 using Test
 
@@ -68,13 +68,13 @@ exact(t, u0 = [1.0, 0.5]) = exp(matrix() * t) * u0
 address(a::Array) = Int64(UInt(pointer(a)))
 
 "Solve from (1, 1/2)."
-function run(field, text, times; T = Float64, rtol = 1.0e-6, first_step = 0.0, fixed = false, dense = false, full = false, control = (;))
+function run(field, text, times; T = Float64, rtol = 1.0e-6, first_step = 0.0, fixed = false, dense = false, keep = false, full = false, control = (;))
     u0, out, times = T[1, 0.5], zeros(T, 2, length(times)), collect(Float64, times)
     offsets, tol = [0, 2], [rtol]
     owner = (; u0, out, times, offsets, tol)
     GC.@preserve owner begin
         r = structure(
-            Request; u0, out, times, offsets, rtol = tol, atol = tol, first_step, fixed, dense, full, max_step = Inf,
+            Request; u0, out, times, offsets, rtol = tol, atol = tol, first_step, fixed, dense, keep, full, max_step = Inf,
             max_steps = 100_000, control...
         )
         s, outcome = PyJLODE.solve(field, algorithm(text), r)
@@ -111,11 +111,32 @@ end
     end
 
     @testset "the layouts are those of C" begin
-        @test sizeof(Request) == 9 * 16 + 12 * 8
+        @test sizeof(Request) == 9 * 16 + 13 * 8
+        @test sizeof(ReplayRequest) == 7 * 16 + 8
+        @test sizeof(Replayed) == 16
         @test sizeof(AdjointRequest) == 8 * 16 + 9 * 8
         @test sizeof(Functions) == 9 * 8
         @test sizeof(Outcome) == 12 * 8
         @test sizeof(Systems) == 8 + 3 * 16
+    end
+
+    @testset "a replay is the adjoint of the steps, $T, to $last" for T in (Float32, Float64), last in (2.0, -2.0)
+        times = [0.0, last / 2, last]
+        r = run(T, "Midpoint()", times; names = (:f, :vjp, :vjp_p), fixed = true, first_step = 0.25, keep = true)
+        @test length(r.s.steps.times) == 9
+        g, du0, dp = T[0 1 -1; 0 2 0.5], zeros(T, 2), zeros(T, 1)
+        a, c, p = [0.0 0.5 0; 0 0 1; 0 0 0], [0, 0.5, 1], [0.0 1 0]
+        GC.@preserve times g du0 dp a c p begin
+            replayed = replay!(r.s, structure(ReplayRequest; du0, dp, g, times, a = vec(a), c, p = vec(p), stages = 2))
+        end
+        @test replayed.nf == 16
+        @test replayed.apart < 10 * eps(T)
+        dt = last / 8
+        step(p) = (M = [0 1; -1 -p]; I + dt * M + dt^2 / 2 * M^2)
+        loss(u0, p) = sum(g[:, 2] .* (step(p)^4 * u0)) + sum(g[:, 3] .* (step(p)^8 * u0))
+        @test du0 ≈ transpose(step(0.1)^4) * g[:, 2] + transpose(step(0.1)^8) * g[:, 3]
+        h = 1.0e-6
+        @test only(dp) ≈ (loss([1, 0.5], 0.1 + h) - loss([1, 0.5], 0.1 - h)) / 2h rtol = sqrt(eps(T)) / 10
     end
 
     @testset "systems of a sweep end where each would" begin
