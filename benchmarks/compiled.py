@@ -639,7 +639,7 @@ def _gradient(
 
     runs: dict[str, Any] = {
         name: lambda name=name: ours(name)
-        for name in ("interpolating", "gauss", "backsolve", "forward")
+        for name in ("discrete", "interpolating", "gauss", "backsolve", "forward")
         if name != "forward" or h0.numel() < 10
     }
     if diffrax is not None:
