@@ -65,6 +65,7 @@ class CNF(nn.Module):
         BadOption: an unknown `trace` or `noise`, or less than one probe, here or when they are set later.
         BadShape: `base` is not one of vectors.
         TypeError: `solver_options` has a name that `pyjlode.solve` does not know.
+        What `pyjlode.Solver` raises: they say something that is wrong for every state.
 
     Source: Chen, Rubanova, Bettencourt & Duvenaud, Neural ordinary differential equations, 2018, section 4; Grathwohl,
     Chen, Bettencourt, Sutskever & Duvenaud, FFJORD: free-form continuous dynamics for scalable reversible generative

@@ -39,6 +39,7 @@ class NeuralODE(nn.Module):
         BadOption: `augment` is negative.
         BadTime: `t` requires grad. Give such times to `forward`.
         TypeError: `solver_options` has a name that `pyjlode.solve` does not know.
+        What `pyjlode.Solver` raises: they say something that is wrong for every state.
 
     Source: Chen, Rubanova, Bettencourt & Duvenaud, Neural ordinary differential equations, 2018; augmentation is
     Dupont, Doucet & Teh, Augmented neural ODEs, 2019.
