@@ -154,6 +154,18 @@ def _put_back(handlers: dict[int, Any]) -> None:
             _put_back(handlers)
 
 
+def of_a_signal(error: BaseException) -> bool:
+    """Whether a handler of a signal's raised it."""
+    handlers = map(signal.getsignal, signal.valid_signals())
+    codes = {getattr(getattr(x, "__func__", x), "__code__", None) for x in handlers} - {None}
+    place = error.__traceback__
+    while place is not None:
+        if place.tb_frame.f_code in codes:
+            return True
+        place = place.tb_next
+    return False
+
+
 @contextlib.contextmanager
 def julia() -> Iterator[Calls]:
     """The functions of PyJLODE.jl, for as long as the block runs and for this thread alone; started if need be.

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ...errors import NotCompiled
 from ...parameters import HOOKS
 from ...problem import Field
+from ..runtime import of_a_signal
 
 # A callable that holds more is not walked at every solve.
 _LIMIT = 5_000
@@ -149,6 +150,8 @@ def _walked(walk: _Walk, f: Any) -> Held:
     except NotCompiled:
         raise
     except Exception as error:  # an object that does not let itself be looked at
+        if of_a_signal(error):
+            raise
         raise NotCompiled(f"what f holds cannot be looked through: {type(error).__name__}: {error}") from error
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import NotCompiled
 from ...problem import Field, Layout, is_finite
-from .. import calls
+from .. import calls, runtime
 from ..calls import Calls
 from . import array, scalar
 from .capture import Held, Snapshot, held_by
@@ -385,6 +385,8 @@ def _find(key: tuple[Any, ...]) -> Program | NotCompiled | None:
     try:
         return _programs.get(key)
     except Exception as error:  # some object of the user's does not let itself be compared
+        if runtime.of_a_signal(error):
+            raise
         raise NotCompiled(f"what f holds cannot be compared: {type(error).__name__}: {error}") from error
 
 
@@ -395,15 +397,16 @@ def _make(field: Field, source: Held, like: Tensor) -> tuple[Program | NotCompil
     while found is None:
         key = _key(source, like)
         seen = _met.pop(key, None) or seen
-        try:
-            found = Program(Trace(field, source, like), seen)
-        except Counts:  # such as `self.nfe += 1`, which is no part of the key from now on
-            source = held_by(field)
-        except NotCompiled as error:
-            found = NotCompiled(*error.args)  # without the frames of the trace, which hold tensors
-        except Exception as error:
-            log.debug("the compiler failed", exc_info=True)
-            found = NotCompiled(f"the compiler does not know what to do with it: {type(error).__name__}: {error}")
+        with runtime.undisturbed():  # else what a handler of a signal's raises would be remembered as the reason
+            try:
+                found = Program(Trace(field, source, like), seen)
+            except Counts:  # such as `self.nfe += 1`, which is no part of the key from now on
+                source = held_by(field)
+            except NotCompiled as error:
+                found = NotCompiled(*error.args)  # without the frames of the trace, which hold tensors
+            except Exception as error:
+                log.debug("the compiler failed", exc_info=True)
+                found = NotCompiled(f"the compiler does not know what to do with it: {type(error).__name__}: {error}")
     _programs[key] = found
     while len(_programs) > _KEPT:
         _programs.popitem(last=False)

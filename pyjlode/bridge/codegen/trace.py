@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ...errors import NotCompiled
 from ...parameters import unheard
 from ...problem import Field
-from .. import runtime
+from ..runtime import of_a_signal
 from .capture import Held, Snapshot
 
 aten = torch.ops.aten
@@ -289,18 +289,17 @@ class Trace:
 
         before = Snapshot(field.source)
         values = [slot.get() for slot in source.counters]
-        with runtime.undisturbed():
-            try:
-                for slot in source.counters:
-                    slot.set(Counter(slot.name, watch))
-                module = _trace(watched, args, fake=True)
-            finally:
-                after = [slot.get() for slot in source.counters]
-                for slot, value in zip(source.counters, values):
-                    slot.set(value)
-                watch.numbers.restore()
-                counts = before.count_changed()
-                changed = before.restore()  # no tensor without numbers may stay where f has put it
+        try:
+            for slot in source.counters:
+                slot.set(Counter(slot.name, watch))
+            module = _trace(watched, args, fake=True)
+        finally:
+            after = [slot.get() for slot in source.counters]
+            for slot, value in zip(source.counters, values):
+                slot.set(value)
+            watch.numbers.restore()
+            counts = before.count_changed()
+            changed = before.restore()  # no tensor without numbers may stay where f has put it
         if counts:
             raise Counts("f changes a number that it holds")
         if watch.reason:  # it was caught on its way
@@ -451,6 +450,8 @@ def _trace(
     except Escaped as error:
         raise NotCompiled(str(error)) from error
     except Exception as error:  # whatever f or the tracing of it raises: the callback will raise what f itself does
+        if of_a_signal(error):
+            raise
         text = str(error).strip().partition("\n")[0]
         if any(word in str(error) for word in _READING):
             text = "f leaves PyTorch: it reads the numbers of t or h, or of what it computes"
