@@ -264,6 +264,9 @@ def _start() -> None:
     _runtime.main = main
     _runtime.calls = Calls({name: int(address) for name, address in addresses.items()})
     _runtime.seconds.update(juliacall=loaded - start, solvers=time.perf_counter() - loaded)
+    # Loaded here: an import that a time limit interrupts in a solve may stay half done.
+    from .codegen import field  # noqa: F401
+
     main.seval(f"PyJLODE.BLAS.set_num_threads({torch.get_num_threads()})")
     if blas := _torch_blas():
         main.seval(f"PyJLODE.borrow_blas{blas}")
