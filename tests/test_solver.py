@@ -258,7 +258,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("pair", EQUAL, ids=str)
+@pytest.mark.parametrize("pair", EQUAL, ids=range(len(EQUAL)))
 def test_solvers_that_say_the_same_are_equal(pair):
     a, b = (Solver(**how) for how in pair)
     assert a == b
