@@ -31,8 +31,7 @@ from pyjlode import arguments, odeint, solve
 from pyjlode.bridge.codegen import capture
 from pyjlode.bridge.codegen import program as programs
 from pyjlode.errors import NotCompiled
-
-flat_field = sys.modules["pyjlode.odeint"].flat_field
+from pyjlode.problem import flat_field
 
 F64 = torch.float64
 T = torch.linspace(0, 2, 5, dtype=F64)
