@@ -172,8 +172,8 @@ class Field:
         f: `f(t, y)` with `t` a 0-d tensor and `y` of shape (n,), or of `shape`; returns its like.
         shape: of the user's state, where it is one real tensor. This is done here and not in one more function around
             `f` because it is the innermost call of every solve.
-        source: all that `f` is made of, the user's function first, for whoever would know whether another is the same;
-            None where a trace of `f` would not show what it does.
+        source: what `f` is made of: the user's function, and the shape or the `Layout` of its state; None where a
+            capture of the user's function would not show what `f` does.
         parts: tensors that `source` holds, by their `id`, and what stands for them in `f`.
     """
 
@@ -291,8 +291,7 @@ def flat_field(f: Any, layout: Layout, autocast: bool) -> Field:
         return Field(cast)
     if layout.bare:
         return Field(f, layout.shapes[0], (f, layout.shapes[0]))
-    source = (f, str(layout.spec), *layout.shapes, *layout.dtypes)
-    return Field(lambda t, y: layout.flatten_result(t, f(t, layout.unflatten(y))), source=source)
+    return Field(lambda t, y: layout.flatten_result(t, f(t, layout.unflatten(y))), source=(f, layout))
 
 
 def rms_norm(y: Tensor) -> float:

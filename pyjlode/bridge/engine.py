@@ -140,6 +140,21 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
     return None
 
 
+def called_back(p: ODEProblem, gradient: str | None) -> str:
+    """Why Julia's solver would call f back, so that the native engine is faster; empty where it would not, or nothing
+    is known to be faster.
+
+    A solve without a gradient is faster here even so: benchmarks/training.py --part forward.
+    """
+    if gradient is None or p.compile is not None or p.method.kind not in ("adaptive", "fixed"):
+        return ""
+    if isinstance(p.f.f, JuliaFunction):
+        return ""
+    from .codegen.field import called_back  # half the cost of importing this package
+
+    return called_back(p, gradient)
+
+
 def _solves(p: ODEProblem) -> list[ODEProblem | AdjointSettings]:
     """The forward solve, and the backward one if its settings are known."""
     return [p, p.adjoint] if p.adjoint else [p]
@@ -400,7 +415,7 @@ def _remember(p: ODEProblem, times: list[float], states: Tensor) -> None:
     if p.f.seen:
         from .codegen.program import look_again  # half the cost of importing this package
 
-        look_again(p.f, times, states[:, : p.y0.numel()], p.y0)
+        look_again(p.f, times, states[:, : p.y0.numel()])
 
 
 def count(f: Field, calls: int) -> None:

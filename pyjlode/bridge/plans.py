@@ -2,7 +2,7 @@
 say the same.
 
 A training loop makes the same call again and again, and making a problem of its arguments takes longer than Julia needs
-for a small system. Only what is compiled has plans: a compiled field is known by all that it holds (`codegen.capture`).
+for a small system. Only what is compiled has plans: a compiled field is known by what it reads (`codegen.capture`).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Call:
         """What would be made of the call, if that is known.
 
         At uses whose count is a power of two it is not: then it is made anew, with a call of f, and what is compiled is
-        compared with that. It would find what a walk through f's objects does not see, such as a clock.
+        compared with that. It would find what no guard sees, such as a state that an extension keeps in C.
 
         Raises:
             BadTime, BadDtype, NonFiniteState: as where it is made.
@@ -96,7 +96,9 @@ class Call:
         """Have the next such call find what was made of this one."""
         p, before = made.problem, self.plans.pop(self.key, None)
         places = {id(x): i for i, x in enumerate(self.field.program[1].tensors)}
-        if p.suspects or p.retain_graph or not all(x.is_leaf and id(x) in places for x in p.params):
+        # What f holds and a compiled f does not read has no gradient.
+        params = [x for x in p.params if id(x) in places]
+        if not all(x.is_leaf for x in params):
             return
         if len(self.plans) >= _KEPT:
             self.plans.clear()
@@ -105,7 +107,7 @@ class Call:
             p, f=nothing, y0=nothing, t=nothing, times=[], f0=None, params=(), bindings=(), strange={}, own={}
         )
         stats = Stats(made.stats.engine, made.stats.reason, made.stats.method)
-        plan = Plan(replace(made, problem=bare, stats=stats), tuple(places[id(x)] for x in p.params), (p.times, {}))
+        plan = Plan(replace(made, problem=bare, stats=stats), tuple(places[id(x)] for x in params), (p.times, {}))
         if before is not None:
             plan.uses = before.uses
             if before.last[0] == p.times:

@@ -191,7 +191,7 @@ class RHS(Callbacks):
         # The innermost call of all: one Python function, and every name that it uses a local one.
         views, field, dtype, clock = self.views, self.p.f, self.dtype, Clock(self.dtype)
         f, shape, ref, done, lost = field.f, self.views.shape, weakref.ref(self), self.done, self.lost
-        note = field.seen[0].note if field.seen else None
+        note = field.seen.note if field.seen else None
         watched = field.watched
 
         def call(du: int, u: int, t: float) -> None:

@@ -51,7 +51,7 @@ class Sweep:
         first: the problem of the first of them.
 
     Raises:
-        NotCompiled: f holds what cannot be looked through.
+        NotCompiled: f cannot be captured.
     """
 
     def __init__(self, p: ODEProblem) -> None:
@@ -61,7 +61,7 @@ class Sweep:
         self.p = p
         shape, dims = p.layout.shapes[0], p.options.batch_dims
         batch, one = shape[:dims], (slice(0, 1),) * dims
-        source = held_by(p.f)
+        source = held_by(p.f, p.y0.dtype)
         self.known = (source.key, shape, dims, p.y0.dtype)
         self.held = [x.detach() for x in source.tensors]
         may_vary = [i for i, x in enumerate(source.tensors) if x.shape[:dims] == batch]

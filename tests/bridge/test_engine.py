@@ -580,3 +580,32 @@ def test_forward_of_a_stiff_method_says_what_it_is_not():
     f = lambda t, h: -p * h  # noqa: E731
     stats = [solve(f, H0, T, engine="julia", method="rodas5p", adjoint="forward").stats for _ in range(2)]
     assert "sensitivities of a method for stiff systems" in stats[-1].not_compiled
+
+
+def test_auto_goes_native_where_an_adjoint_would_call_f_back(monkeypatch):
+    monkeypatch.setenv("PYJLODE_ENGINE", "auto")
+    rate = torch.tensor(0.5, dtype=F64, requires_grad=True)
+
+    def reads(t, h):
+        return -rate * h * math.exp(-float(t))
+
+    def plain(t, h):
+        return -rate * h
+
+    def stats(f):
+        solution = solve(f, H0, T, adjoint=True, dense=False)
+        (gradient,) = torch.autograd.grad(solution.h[-1].sum(), rate)
+        assert gradient.isfinite()
+        return solution.stats
+
+    for _ in range(3):
+        got = stats(reads)
+        assert got.engine == "torch"
+        assert "call f back" in got.reason
+    assert "Python number" in got.reason
+    first, *others = [stats(plain) for _ in range(3)]
+    assert first.engine == "torch"
+    assert "first time" in first.reason
+    assert all(x.engine == "julia" and x.compiled for x in others)
+    with torch.no_grad():  # without a gradient a solve that calls back is faster there
+        assert solve(reads, H0, T, dense=False).stats.engine == "julia"

@@ -781,9 +781,10 @@ class _Emission:
 
         def at(one: Leaf) -> str:
             offset = one.view.storage_offset()
+            array = f"Numbers(pointer({one.array}))" if one.array.startswith("k") else one.array  # a constant
             if not batch:
-                return f"{one.array} + {offset}"
-            return f"{one.array} + ({offset} + {one.view.stride()[0]}i1)"
+                return f"{array} + {offset}"
+            return f"{array} + ({offset} + {one.view.stride()[0]}i1)"
 
         self.lines.append(f"    # {self.origin}")
         text = f"multiply!({at(leaf)}, {m}, {n}, {k}, {at(a)}, {a1}, {a2}, {at(b)}, {b1}, {b2}, {str(add).lower()})"

@@ -1,613 +1,399 @@
-"""What a callable holds besides its arguments: the tensors that its code reads, and all else that may decide what it
-does. A trace of the callable is good for as long as the latter is the same."""
+"""What a vector field holds: which capture of its code it is like, and with which tensors.
+
+PyTorch's Dynamo captures a field with guards for exactly what it reads. What else its objects hold (statistics of the
+last solve, an optimiser, a history) is no part of it, and a wrapper or a bound method that is made anew in each call is
+like the last one.
+"""
 
 from __future__ import annotations
 
-import array
 import collections
-import contextvars
-import datetime
-import decimal
-import dis
-import enum
+import contextlib
 import functools
-import logging
-import re
-import sys
 import threading
 import types
-import uuid
-import weakref
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...errors import NotCompiled
-from ...parameters import HOOKS
-from ...problem import Field
-from ..runtime import of_a_signal
+from ...problem import Field, Layout
 
-# A callable that holds more is not walked at every solve.
-_LIMIT = 5_000
-# Numbers of an integer tensor or an array that are a part of the code, not of its parameters.
-_CONTENT = 10_000
-_LIBRARIES = (
-    "torch",
-    "numpy",
-    "builtins",
-    "math",
-    "cmath",
-    "functools",
-    "operator",
-    "typing",
-    "collections",
-    "pyjlode",
-    "_pytest",  # whose `assert` names it
-)
-_MODULE = frozenset(vars(nn.Module()))
-_SIMPLE = (
-    bool,
-    int,
-    complex,
-    str,
-    bytes,
-    type(None),
-    type(Ellipsis),
-    torch.dtype,
-    torch.device,
-    torch.Size,
-    range,
-    enum.Enum,
-)
+if TYPE_CHECKING:
+    from .dynamo import Captures, Entry, Slot
 
-
-# Modules whose functions answer something else each time.
-_OUTSIDE = {"time", "datetime", "random", "_random", "secrets", "uuid"}
-# Builtins whose answer no walk through objects shows.
-_HIDING = {"globals", "eval", "exec", "open", "input", "__import__", "compile"}
-# What is the same for as long as it is the same object.
-_FIXED: tuple[type, ...] = (
-    types.MethodDescriptorType,
-    types.WrapperDescriptorType,
-    types.MethodWrapperType,
-    types.ClassMethodDescriptorType,
-    types.GetSetDescriptorType,
-    types.MemberDescriptorType,
-    types.CodeType,
-    types.NotImplementedType,
-    slice,
-    re.Pattern,
-    decimal.Decimal,
-    datetime.date,
-    datetime.time,
-    datetime.timedelta,
-    datetime.tzinfo,
-    uuid.UUID,
-    logging.Logger,
-    np.dtype,
-    type(threading.Lock()),
-    type(threading.RLock()),
-)
-# Of PyTorch's own, those that hold more than their name says.
-_SCRIPTED = (torch.jit.ScriptFunction, torch.ScriptObject, torch.UntypedStorage, torch.storage.TypedStorage)
-_TENSORS, _STRIDED = (Tensor, nn.Parameter), torch.strided
-
-
-class Slot(NamedTuple):
-    """Where a Python number lies: in a dictionary (of an object's attributes, or of globals), or in a closure."""
-
-    owner: Any
-    name: str
-
-    def get(self) -> Any:
-        return self.owner.cell_contents if isinstance(self.owner, types.CellType) else self.owner.get(self.name)
-
-    def set(self, value: Any) -> None:
-        if isinstance(self.owner, types.CellType):
-            self.owner.cell_contents = value
-        else:
-            self.owner[self.name] = value
+# Pieces of code, with shapes of states, whose captures are kept; captures of each; and how many that served but once
+# may follow each other: then something that f reads is another at each solve.
+_KEPT, _ENTRIES, _FRUITLESS = 256, 64, 8
 
 
 class Held(NamedTuple):
-    """What a callable holds.
+    """What a field holds.
 
     Attributes:
-        key: equal for two callables that do the same with tensors of the same shapes. Functions count by their code.
-        tensors: the floating-point tensors, in the order of the walk: those of equal keys correspond.
-        counters: numbers that calls were seen to change, in the same order. Their values are not in the key: a trace
-            has to show that nothing depends on them.
+        entry: the capture that it is like.
+        key: equal for two fields that do the same with tensors of the same shapes.
+        tensors: the floating-point tensors that it reads: those of equal keys correspond.
+        order: for each tensor of the graph its place among these.
+        integers: integer tensors, whose numbers are a part of the code.
+        counters: numbers that it changes when it is called, and that nothing comes of.
+        layout: of its state.
     """
 
+    entry: Entry
     key: tuple[Any, ...]
     tensors: list[Tensor]
-    counters: tuple[Slot, ...] = ()
+    order: list[int]
+    integers: list[Tensor]
+    counters: list[Slot]
+    layout: Layout
 
 
-# Names of such numbers, each with what has it: the type of an object, the code of a function, the name of a module.
-_counted: set[tuple[Any, str]] = set()
-_counted_names: set[str] = set()
+class Root:
+    """Fields of one piece of code, for states of one layout.
 
-
-def held(f: Any) -> Held:
-    """Walk the objects that `f` can reach by its attributes, closures, default arguments and globals.
-
-    Raises:
-        NotCompiled: it holds too much to look through at every solve, or what cannot be compared.
+    Attributes:
+        met: such a field was solved.
+        seen: where it was asked for its value then.
+        refused: what such fields look like that are not compiled, and why not.
     """
-    return _walked(_Walk(), f)
 
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.differentiates = False  # f asks autograd for derivatives by its own h
+        self.met = False
+        self.seen: Any = None
+        self.refused: dict[Any, str] = {}
+        self.captures: list[Captures] = []
+        self.counters: tuple[str, ...] = ()
+        self.numbers: tuple[str, ...] = ()
+        self.fruitless = 0
 
-def _walked(walk: _Walk, f: Any) -> Held:
-    try:
-        walk.visit(f)
-        if walk.modules:
-            walk.look_into_modules()
-        return Held(tuple(walk.key), walk.tensors, tuple(walk.counters))
-    except NotCompiled:
-        raise
-    except Exception as error:  # an object that does not let itself be looked at
-        if of_a_signal(error):
+    def find(self, f: Any) -> Held | None:
+        """What f holds, if it is like an earlier capture.
+
+        Raises:
+            NotCompiled: that is not to be used.
+        """
+        for captures in self.captures:
+            found = captures.find(f)
+            if found is not None and (held := self._held(f, captures, *found)) is not None:
+                self.fruitless = 0
+                return held
+        return None
+
+    def capture(self, f: Any, *, patient: bool = True) -> Held:
+        """What f holds, of which there is no capture yet.
+
+        Args:
+            patient: else not where the last captures served but once.
+
+        Raises:
+            NotCompiled: it cannot be captured; why is remembered.
+        """
+        looks = sketch(f)
+        if looks in self.refused:
+            raise NotCompiled(self.refused[looks])
+        if self.fruitless >= _FRUITLESS and not patient:
+            raise NotCompiled(f"something that f reads is another at each solve{self._which(f)}; make it a tensor")
+        from .dynamo import SwitchedOff
+
+        try:
+            return self._capture(f)
+        except SwitchedOff:
             raise
-        raise NotCompiled(f"what f holds cannot be looked through: {type(error).__name__}: {error}") from error
+        except NotCompiled as error:
+            if len(self.refused) >= _ENTRIES:
+                self.refused.clear()
+            self.refused[looks] = str(error)
+            raise NotCompiled(*error.args) from None  # without its frames, which hold tensors
 
+    def _capture(self, f: Any) -> Held:
+        from . import dynamo
 
-class Snapshot:
-    """What lies in the containers that a callable can reach: to find out what a call changes, and to undo it.
+        ways = [dynamo.WITH_GRAPH] if self.differentiates else [dynamo.BOTH, dynamo.VALUE]
+        if not self.captures:
+            self.captures = [dynamo.Captures(how, *_example(self.layout)) for how in ways]
+        if sum(len(x.entries) for x in self.captures) >= _ENTRIES:
+            self.captures = [dynamo.Captures(how, *_example(self.layout)) for how in ways]
+        self.fruitless += 1
+        varying = self._varying(f)
+        reason: NotCompiled | None = None
+        for captures in self.captures:
+            for numbers in dict.fromkeys([tuple(varying), ()]):
+                try:
+                    entry, values = self._counted(captures, f, numbers)
+                except dynamo.SwitchedOff:
+                    raise
+                except NotCompiled as error:
+                    reason = reason or error if numbers == () else reason
+                    continue
+                if captures.how is dynamo.VALUE:
+                    entry.without_graph = str(reason)
+                held = self._held(f, captures, entry, values)
+                assert held is not None
+                return held
+        assert reason is not None
+        if not self.differentiates and "does not require grad" in str(reason):
+            self.differentiates, self.captures = True, []
+            return self._capture(f)
+        raise reason
 
-    Raises:
-        NotCompiled: as `held`.
-    """
+    def _counted(self, captures: Captures, f: Any, numbers: tuple[str, ...]) -> tuple[Entry, tuple[Any, ...]]:
+        """A capture in which tensors stand for what f counts with."""
+        from .dynamo import Counts, Slot
 
-    def __init__(self, f: Any) -> None:
-        walk = _Noting()
-        _walked(walk, f)
-        self.numbers, self.contents, self.slots = walk.numbers, walk.contents, walk.slots
-
-    def count_changed(self) -> bool:
-        """Have numbers that are others now be counters from now on; whether there is a new one."""
-        new = set()
-        for entry, (slot, value) in self.numbers.items():
-            now = slot.get()
-            if type(now) is type(value) and now != value and entry not in _counted:
-                new.add(entry)
-        _counted.update(new)
-        _counted_names.update(name for _, name in new)
-        return bool(new)
-
-    def restore(self) -> bool:
-        """Put back what lay there; whether something else did."""
-        changed = False
-        for x, before in self.contents:
-            now = list(x.items()) if isinstance(x, dict) else list(x)
-            flat = [y for pair in now for y in pair] if isinstance(x, dict) else now
-            was = [y for pair in before for y in pair] if isinstance(x, dict) else before
-            if len(flat) == len(was) and all(map(_same, flat, was)):
+        counters = [place for place in self.counters if type(_number(f, place, captures)) in (int, float)]
+        for _ in range(4):  # it may count in several places
+            try:
+                found = captures.capture(f, counters, numbers)
+            except Counts as error:
+                if set(error.places) <= set(counters):
+                    break
+                counters = list(dict.fromkeys([*counters, *error.places]))
                 continue
-            changed = True
-            x.clear()
-            x.update(before) if isinstance(x, dict) else x.extend(before)
-        for slot, value in self.slots:
-            if not _same(slot.get(), value):
-                changed = True
-                slot.set(value)
-        return changed
+            except NotCompiled as error:
+                if not counters:
+                    raise
+                names = ", ".join(Slot(place, {}).name for place in counters)
+                with contextlib.suppress(Counts):  # without tensors for these it is captured, that is
+                    captures.capture(f)
+                    raise
+                raise NotCompiled(f"f uses {names}, a number that it changes when it is called ({error})") from None
+            self.counters = tuple(dict.fromkeys([*self.counters, *counters]))
+            return found
+        raise NotCompiled("f changes what it holds when it is called")
+
+    def _varying(self, f: Any) -> list[str]:
+        """Floating-point numbers that are others than when f was last captured."""
+        for captures in self.captures:
+            if captures.entries:
+                last = captures.entries[-1]
+                # Of a class Dynamo reads a copy of its dictionary, in which nothing can be put.
+                places = [place for place in last.floats if not place.startswith("dict(")]
+                now = {place: _number(f, place, captures) for place in places}
+                return [*last.numbers, *(x for x, y in now.items() if type(y) is float and y != last.floats[x])]
+        return []
+
+    def _which(self, f: Any) -> str:
+        names = [place.rpartition(".")[2] for place in self._varying(f)]
+        return f" ({', '.join(names)})" if names and "cell_contents" not in names else ""
+
+    def _held(self, f: Any, captures: Captures, entry: Entry, values: tuple[Any, ...]) -> Held | None:
+        if entry.reason:
+            raise NotCompiled(entry.reason)
+        from .dynamo import Slot
+
+        for place, value in entry.floats.items():
+            if value == 0.0 and str(_number(f, place, captures)) != str(value):  # equal, for guards
+                raise NotCompiled("f reads a zero of another sign than before")
+        tensors, integers = [], []
+        numbers: dict[int, Tensor] = {}
+        for kind, x in zip(entry.inputs, values):
+            if kind[0] == "held":
+                tensors.append(x)
+            elif kind[0] == "integer":
+                integers.append(x)
+            elif kind[0] == "number":
+                if type(x) is not float and not isinstance(x, Tensor):
+                    return None
+                numbers[kind[1]] = x if isinstance(x, Tensor) else torch.tensor(x, dtype=self.layout.dtype)
+        tensors += [numbers[i] for i in sorted(numbers)]
+        counters = [Slot(place, {"L": {"f": f}, "G": captures.scope}) for place in entry.counters]
+        content = tuple([x.detach().contiguous().numpy().tobytes() for x in integers])
+        order = list(range(len(tensors)))
+        return Held(entry, (id(entry), entry, content), tensors, order, integers, counters, self.layout)
 
 
-def _same(x: Any, y: Any) -> bool:
-    return x is y or (type(x) is type(y) and type(x) in (bool, int, float, str) and x == y)
+def _number(f: Any, place: str, captures: Captures) -> Any:
+    """What f has at a place now; None where it has no such place."""
+    from .dynamo import Slot
+
+    try:
+        return Slot(place, {"L": {"f": f}, "G": captures.scope}).get()
+    except Exception:  # it is another one
+        return None
 
 
-def held_by(field: Field) -> Held:
-    """What a vector field holds: the parts of tensors where it has parts of them.
+_roots: collections.OrderedDict[Any, Root] = collections.OrderedDict()
+_lock = threading.RLock()
+
+
+def forget() -> None:
+    """Leave nothing of what was captured."""
+    _roots.clear()
+
+
+def root_of(field: Field, dtype: torch.dtype, *, make: bool = True) -> Root | None:
+    """Where captures of a field's code are kept; None where it was not met, and is not to be made.
 
     Raises:
-        NotCompiled: as `held`; or a trace of the field would not show what it does.
+        NotCompiled: a capture of the field would not show what it does.
     """
     if field.source is None:
         raise NotCompiled("it is solved within another (autocast, or its sensitivities), which is not compiled")
-    whole = held(field.source)
-    if not field.parts:
-        return whole
-    tensors = [field.parts[id(x)] for x in whole.tensors]
-    return Held((*whole.key, "parts", field.shape), tensors)
+    f, of = field.source
+    if _in_parts(field):
+        of = field.shape
+    shape = (str(of.spec), *of.shapes, *of.dtypes) if isinstance(of, Layout) else (of, dtype)
+    key = (_code(f), shape, _in_parts(field))
+    root = _roots.get(key)
+    if root is None and make:
+        layout = of if isinstance(of, Layout) else Layout(torch.empty(of, dtype=dtype))
+        if any(layout.complex):
+            raise NotCompiled("f computes in complex numbers")
+        if not _plain(layout.unflatten(torch.zeros(layout.size, dtype=layout.dtype))):
+            raise NotCompiled("the state is a tree of other nodes than tuples, lists and dictionaries")
+        with _lock:
+            root = _roots[key] = Root(layout)
+            while len(_roots) > _KEPT:
+                _roots.popitem(last=False)
+    if root is not None and field.differentiates and not root.differentiates:
+        root.differentiates, root.captures = True, []
+        root.refused.clear()
+    return root
 
 
-@functools.lru_cache(maxsize=10_000)
-def _library(name: str | None) -> bool:
-    return (name or "").partition(".")[0] in _LIBRARIES
+def held_by(field: Field, dtype: torch.dtype, *, patient: bool = True) -> Held:
+    """What a vector field holds; it is captured if it was not yet.
 
+    Args:
+        dtype: of its state.
+        patient: else it is not captured where earlier captures of the same code were of no use.
 
-class _Names(NamedTuple):
-    """What a function's code, and the code of the functions that it defines, names.
-
-    Attributes:
-        loaded: global names. imported: modules. all: both, attributes, and words that may name an attribute.
+    Raises:
+        NotCompiled: it cannot be.
     """
-
-    loaded: tuple[str, ...]
-    imported: tuple[str, ...]
-    all: frozenset[str]
-
-
-@functools.lru_cache(maxsize=10_000)
-def _names(code: types.CodeType) -> _Names:
-    loaded: dict[str, None] = {}
-    imported: dict[str, None] = {}
-    words = {x for x in code.co_consts if isinstance(x, str) and x.isidentifier()} | set(code.co_names)
-    for step in dis.get_instructions(code):
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
-            loaded[step.argval] = None
-        elif step.opname == "IMPORT_NAME":
-            imported[step.argval] = None
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            inner = _names(constant)
-            loaded |= dict.fromkeys(inner.loaded)
-            imported |= dict.fromkeys(inner.imported)
-            words |= inner.all
-    return _Names(tuple(loaded), tuple(imported), frozenset(words))
+    root = root_of(field, dtype)
+    assert root is not None
+    assert field.source is not None
+    f = field.source[0]
+    if _in_parts(field):
+        return _held_in_parts(field, dtype, root, f)
+    return root.find(f) or root.capture(f, patient=patient)
 
 
-@functools.lru_cache(maxsize=1_000)
-def _kind(x: Any) -> str:
-    """The method of the walk for objects of type `x`."""
-    for kind, types_of_it in _KINDS.items():
-        if issubclass(x, types_of_it):
-            return kind
-    if x.__module__ == "numpy":
-        return "array"
-    if any(base.__module__ in ("_ctypes", "ctypes") for base in x.__mro__):
-        return "foreign"
-    return "opaque" if _library(x.__module__) else "object"
+def find(field: Field, dtype: torch.dtype) -> Held | None:
+    """What a vector field holds, if it is like an earlier capture.
+
+    Raises:
+        NotCompiled: that is not to be used.
+    """
+    root = root_of(field, dtype, make=False)
+    if root is None or not root.captures:
+        return None
+    assert field.source is not None
+    return held_by(field, dtype) if _in_parts(field) else root.find(field.source[0])
 
 
-_KINDS: dict[str, Any] = {
-    "simple": _SIMPLE,
-    "number": float,
-    "tensor": Tensor,
-    "scripted": torch.jit.ScriptModule,
-    "module": nn.Module,
-    "function": types.FunctionType,
-    "method": types.MethodType,
-    "partial": functools.partial,
-    "mapping": (dict, types.MappingProxyType),
-    "sequence": (list, tuple, collections.deque),
-    "set": (set, frozenset),
-    "content": (bytearray, array.array),
-    "variable": contextvars.ContextVar,
-    "reference": weakref.ReferenceType,
-    "fixed": _FIXED,
-    "builtin": types.BuiltinFunctionType,
-    "type": type,
-    "accessor": property,
-    "wrapper": (staticmethod, classmethod),
-    "library": types.ModuleType,
-}
+def _in_parts(field: Field) -> bool:
+    """Whether a field is that of one system of a batch, whose field is the source."""
+    assert field.source is not None
+    return field.shape is not None and field.shape != field.source[1]
 
 
-# Of types that were made at run time, as those written in Python are.
-_HEAP = 1 << 9
+def _held_in_parts(field: Field, dtype: torch.dtype, root: Root, f: Any) -> Held:
+    """What a field holds that is another one with parts of its tensors: these stand in their places meanwhile."""
+    from .dynamo import Slot
 
-
-def _outside(x: Any) -> bool:
-    """Whether it answers something else each time it is asked."""
-    return (getattr(x, "__module__", None) or type(x).__module__) in _OUTSIDE and not isinstance(
-        x, (datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo, uuid.UUID)
-    )
-
-
-class _Walk:
-    def __init__(self) -> None:
-        self.key: list[Any] = []
-        self.tensors: list[Tensor] = []
-        self.counters: list[Slot] = []
-        self.seen: dict[int, int] = {}
-        self.modules: list[types.ModuleType] = []
-        self.names: set[frozenset[str]] = set()
-
-    def visit(self, x: Any) -> None:
-        of: Any = type(x)
-        kind = _kind(of)
-        if kind == "simple":
-            self.key.append((type(x), x))
-            return
-        if kind == "number":
-            self.key.append((float, x if x else str(x)))  # 0.0 == -0.0
-            return
-        seen = self.seen
-        before = seen.get(id(x))
-        if before is not None:
-            self.key.append(before)
-            return
-        if len(seen) > _LIMIT:
-            raise NotCompiled("f holds too many objects to compare at every solve")
-        seen[id(x)] = len(seen)
-        getattr(self, kind)(x)
-
-    def named(self, of: Any, owner: Any, name: str, value: Any) -> None:
-        """What `owner` has by a name, which says what it is unless it is a counter."""
-        if name in _counted_names and (of, name) in _counted and type(value) in (int, float):
-            self.counters.append(Slot(owner, name))
-            self.key.append(Slot)
-        else:
-            self.visit(value)
-
-    # Whether each name counts, or only those of counters: what is held is looked through at every solve.
-    notes = False
-
-    def method(self, x: types.MethodType) -> None:
-        self.visit(x.__func__)
-        self.visit(x.__self__)
-
-    def partial(self, x: functools.partial) -> None:
-        self.key.append(functools.partial)
-        for part in (x.func, x.args, x.keywords, x.__dict__):
-            self.visit(part)
-
-    def mapping(self, x: Any) -> None:
-        self.key.append((type(x), len(x)))
-        for name, value in x.items():
-            self.visit(name)
-            self.visit(value)
-        if type(x) is not dict:
-            self.rest(x)
-
-    def sequence(self, x: Sequence[Any]) -> None:
-        self.key.append((type(x), len(x)))
-        for value in x:
-            self.visit(value)
-        if type(x) is not list and type(x) is not tuple:
-            self.rest(x)
-
-    def rest(self, x: Any) -> None:
-        """Attributes of what is a list or a dictionary of a kind of its own."""
-        self.visit(type(x))
-        if attributes := getattr(x, "__dict__", None):
-            self.visit(attributes)
-
-    def set(self, x: set | frozenset) -> None:
-        if not all(isinstance(value, (*_SIMPLE, float)) for value in x):
-            raise NotCompiled("f holds a set of objects, which has no order to compare by")
-        self.key.append((type(x), frozenset(x)))
-
-    def accessor(self, x: property) -> None:
-        for function in (x.fget, x.fset):
-            self.visit(function)
-
-    def wrapper(self, x: staticmethod | classmethod) -> None:
-        self.visit(x.__func__)
-
-    def content(self, x: bytearray | array.array) -> None:
-        if len(x) > _CONTENT:
-            raise NotCompiled(f"f holds a {type(x).__name__} of {len(x)} numbers; make it a tensor")
-        self.key.append((type(x), bytes(x)))
-
-    def variable(self, x: contextvars.ContextVar) -> None:
-        self.key.append(x)
-        self.visit(x.get(None))
-
-    def reference(self, x: weakref.ReferenceType) -> None:
-        self.key.append(weakref.ReferenceType)
-        self.visit(x())
-
-    def library(self, x: types.ModuleType) -> None:
-        self.key.append((types.ModuleType, x.__name__))
-        if not _library(x.__name__):
-            self.modules.append(x)
-
-    def look_into_modules(self) -> None:
-        """Of modules that are no libraries, what has a name that stands in some function that was met."""
-        done: set[tuple[str, str]] = set()
-        count = -1
-        while count != len(done):
-            count = len(done)
-            for module in list(self.modules):
-                here, words = vars(module), frozenset[str]().union(*self.names)
-                for name in sorted(words & here.keys()):
-                    if (module.__name__, name) not in done:
-                        done.add((module.__name__, name))
-                        self.key.append((module.__name__, name))
-                        self.named(module.__name__, here, name, here[name])
-
-    def foreign(self, x: Any) -> None:
-        raise NotCompiled(f"f holds an object of ctypes ({type(x).__name__}), whose code and memory are not PyTorch's")
-
-    def fixed(self, x: Any) -> None:
-        self.identity(x)
-
-    def builtin(self, x: types.BuiltinFunctionType) -> None:
-        """A function written in C, perhaps bound to an object."""
-        owner = x.__self__
-        if _outside(x) or _outside(owner):
-            whose = x.__module__ or type(owner).__module__
-            raise NotCompiled(f"f calls {x.__name__}() of {whose}, which differs each time")
-        if owner is None or isinstance(owner, (type, types.ModuleType)):
-            self.identity(x)
-        else:
-            self.key.append((types.BuiltinFunctionType, x.__name__))
-            self.visit(owner)
-
-    def opaque(self, x: Any) -> None:
-        if hasattr(x, "__dict__"):
-            self.object(x)
-        elif type(x).__module__.partition(".")[0] == "torch" and not isinstance(x, _SCRIPTED):
-            self.identity(x)
-        else:
-            self.hidden(x)
-
-    def hidden(self, x: Any) -> None:
-        """What has no attributes: nothing is in it, if it is an object of Python's."""
-        of = type(x)
-        library, _, inner = of.__module__.partition(".")
-        pure = library in ("typing", "operator") or (library == "numpy" and callable(x) and "random" not in inner)
-        if not pure and not all(base is object or base.__flags__ & _HEAP for base in of.__mro__):
-            raise NotCompiled(f"f holds a {of.__module__}.{of.__qualname__}, of which no walk shows what is in it")
-        self.identity(x)
-
-    def identity(self, x: Any) -> None:
-        self.key.append(("id", id(x), x if x.__hash__ is not None else None))  # held by the key: no other gets its id
-
-    def tensor(self, x: Tensor) -> None:
-        if type(x) not in _TENSORS or x.layout != _STRIDED:
-            what = type(x).__name__ if type(x) not in _TENSORS else f"tensor of layout {x.layout}"
-            raise NotCompiled(f"f holds a {what}")
-        if x.is_floating_point():
-            self.key.append((Tensor, x.shape, x.dtype, x.requires_grad, x.device.type))
-            self.tensors.append(x)
-        elif x.is_complex():
-            self.key.append((Tensor, x.shape, x.dtype, id(x)))
-        elif x.is_quantized:
-            raise NotCompiled("f holds a quantized tensor")
-        elif x.numel() > _CONTENT or x.device.type != "cpu":
-            raise NotCompiled(
-                f"f holds an integer tensor of shape {tuple(x.shape)}, too large to be a part of the code"
-            )
-        else:
-            self.key.append((Tensor, x.shape, x.dtype, x.detach().contiguous().numpy().tobytes()))
-
-    def array(self, x: Any) -> None:
-        if not hasattr(x, "tobytes") or x.dtype == object:
-            self.opaque(x)
-        elif x.size > _CONTENT:
-            raise NotCompiled(f"f holds a NumPy array of {x.size} numbers; make it a tensor")
-        else:
-            self.key.append((type(x), x.shape, str(x.dtype), x.tobytes()))
-
-    def scripted(self, x: torch.jit.ScriptModule) -> None:
-        raise NotCompiled("f is or holds a module of torch.jit, whose code is not Python's")
-
-    def module(self, x: nn.Module) -> None:
-        state = vars(x)
-        groups = state["_parameters"], state["_buffers"], state["_modules"]
-        self.key.append((x.training, *map(len, groups)))
-        self.visit(type(x))
-        for group in groups:
-            for key, value in group.items():
-                self.key.append(key)
-                self.visit(value)
-        names = sorted(state.keys() - _MODULE)
-        if any(map(state.get, HOOKS)):
-            names += [name for name in HOOKS if state.get(name)]
-        for name in names:
-            self.key.append(name)
-            if self.notes or name in _counted_names:
-                self.named(type(x), state, name, state[name])
-            else:
-                self.visit(state[name])
-
-    def object(self, x: Any) -> None:
-        of = type(x)
-        if _outside(x):
-            raise NotCompiled(f"f holds a {of.__module__}.{of.__qualname__}, which differs each time")
-        self.visit(of)
-        slots = [name for cls in of.__mro__ for name in getattr(cls, "__slots__", ())]
-        attributes = getattr(x, "__dict__", {})
-        values = {**{name: getattr(x, name) for name in slots if hasattr(x, name)}, **attributes}
-        if not values:
-            self.hidden(x)
-        for name, value in values.items():
-            self.key.append(name)
-            self.named(of, attributes, name, value)
-
-    def type(self, x: type) -> None:
-        """A class counts as itself, with what its functions name and the values of its attributes."""
-        self.key.append(x)
-        if _library(x.__module__):
-            return
-        if x.__module__ in _OUTSIDE and not issubclass(x, _FIXED):
-            raise NotCompiled(f"f holds {x.__module__}.{x.__qualname__}, which differs each time")
-        for cls in x.__mro__:
-            if _library(cls.__module__) or cls is object:
+    assert field.source is not None
+    of_all = Field(f, field.source[1], field.source)
+    whole, all_of_it = held_by(of_all, dtype), root_of(of_all, dtype)
+    assert all_of_it is not None
+    places = [*whole.entry.places, *whole.entry.numbers]
+    scope = {"L": {"f": f}, "G": all_of_it.captures[0].scope}
+    before: list[tuple[Slot, Tensor]] = []
+    now: dict[int, Tensor] = {}
+    try:
+        for place, x in zip(places, whole.tensors):
+            part = field.parts[id(x)]
+            if part is x or (part.shape == x.shape and part.data_ptr() == x.data_ptr()):
                 continue
-            for name, value in vars(cls).items():
-                if isinstance(value, (types.FunctionType, property, staticmethod, classmethod)) or not name.startswith(
-                    "__"
-                ):
-                    self.key.append(name)
-                    self.visit(value)
-
-    def function(self, f: types.FunctionType) -> None:
-        code = f.__code__
-        self.key.append(code)
-        for name, cell in zip(code.co_freevars, f.__closure__ or ()):
+            slot = Slot(place, scope)
             try:
-                value = cell.cell_contents
-            except ValueError:  # a name that is not bound yet
-                self.key.append(None)
-                continue
-            if self.notes or name in _counted_names:
-                self.named(code, cell, name, value)
-            else:
-                self.visit(value)
-        self.visit(f.__defaults__)
-        self.visit(f.__kwdefaults__)
-        self.visit(f.__dict__)
-        if _library(f.__module__):
-            return
-        names, here = _names(code), f.__globals__
-        self.names.add(names.all)
-        for name in names.loaded:
-            if name in here:
-                if self.notes or name in _counted_names:
-                    self.named(f.__module__, here, name, here[name])
-                else:
-                    self.visit(here[name])
-            elif name in _HIDING:
-                raise NotCompiled(f"f calls {name}(), and no walk shows what it finds")
-        for name in names.imported:
-            if name in sys.modules:
-                self.visit(sys.modules[name])
+                slot.set(nn.Parameter(part, x.requires_grad) if isinstance(x, nn.Parameter) else part)
+            except Exception as error:
+                raise NotCompiled("f holds tensors where no part of them can stand") from error
+            before.append((slot, x))
+            now[id(slot.get())] = part
+        held = root.find(f) or root.capture(f)
+    finally:
+        for slot, x in before:
+            slot.set(x)
+    tensors = [field.parts[id(x)] for x in whole.tensors]
+    known = {id(x): i for i, x in enumerate(tensors)} | {id(x): i for i, x in enumerate(whole.tensors)}
+    found = [now.get(id(x), x) for x in held.tensors]
+    if any(id(x) not in known for x in found):
+        raise NotCompiled("f holds other tensors for one system than for all")
+    return held._replace(tensors=tensors, order=[known[id(x)] for x in found])
 
 
-class _Noting(_Walk):
-    """Notes the numbers that it meets by a name, and what lies in each container.
+def _example(layout: Layout) -> tuple[Any, Tensor]:
+    """A state, and a time."""
+    with torch.inference_mode(False):
+        flat = torch.zeros(layout.size, dtype=layout.dtype)
+        state = torch.utils._pytree.tree_map(torch.clone, layout.unflatten(flat))
+        return state, torch.zeros((), dtype=layout.dtype)
 
-    Attributes:
-        slots: of closures and globals, with what lies in them.
-        contents: dictionaries, lists and deques, with their items.
-    """
 
-    notes = True
+def _plain(state: Any) -> bool:
+    if isinstance(state, Tensor):
+        return True
+    if type(state) not in (tuple, list, dict, collections.OrderedDict) and not hasattr(state, "_fields"):
+        return False
+    return all(map(_plain, state.values() if isinstance(state, dict) else state))
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers: dict[tuple[Any, str], tuple[Slot, int | float]] = {}
-        self.slots: list[tuple[Slot, Any]] = []
-        self.contents: list[tuple[Any, list[Any]]] = []
 
-    def named(self, of: Any, owner: Any, name: str, value: Any) -> None:
-        slot = Slot(owner, name)
-        if isinstance(owner, types.CellType) or owner.get(name) is value:  # else it lies in a slot of an object
-            if type(value) in (int, float):
-                self.numbers[of, name] = slot, value
-            if isinstance(owner, types.CellType) or "__builtins__" in owner:
-                self.slots.append((slot, value))
-        super().named(of, owner, name, value)
+def _code(f: Any) -> Any:
+    """What a callable has in common with others that are made in the same place."""
+    while True:
+        if isinstance(f, types.MethodType):
+            f = f.__func__
+        elif isinstance(f, functools.partial):
+            f = f.func
+        elif isinstance(f, types.FunctionType):
+            return f.__code__
+        else:
+            return type(f)
 
-    def note(self, x: Any) -> None:
-        if isinstance(x, dict):
-            self.contents.append((x, list(x.items())))
-        elif isinstance(x, (list, collections.deque)):
-            self.contents.append((x, list(x)))
 
-    def mapping(self, x: Any) -> None:
-        self.note(x)
-        super().mapping(x)
+# How deep, and how many objects, a sketch goes.
+_DEPTH, _WIDTH = 6, 200
 
-    def sequence(self, x: Sequence[Any]) -> None:
-        self.note(x)
-        super().sequence(x)
 
-    def module(self, x: nn.Module) -> None:
-        self.note(vars(x))
-        for name in ("_parameters", "_buffers", "_modules"):
-            self.note(vars(x).get(name))
-        super().module(x)
+def sketch(f: Any) -> Any:
+    """How a callable looks that could not be captured: another that looks so is not tried again."""
+    room = [_WIDTH]
 
-    def object(self, x: Any) -> None:
-        self.note(getattr(x, "__dict__", None))
-        super().object(x)
+    def draw(x: Any, depth: int) -> Any:
+        room[0] -= 1
+        if isinstance(x, (bool, str, type(None))):
+            return x
+        if depth > _DEPTH or room[0] < 0:
+            return type(x)
+        if isinstance(x, types.MethodType):
+            return x.__func__.__code__ if hasattr(x.__func__, "__code__") else x.__func__, draw(x.__self__, depth + 1)
+        if isinstance(x, functools.partial):
+            return draw(x.func, depth + 1), draw(x.args, depth + 1), draw(tuple(x.keywords.values()), depth + 1)
+        if isinstance(x, types.FunctionType):
+            cells = []
+            for cell in x.__closure__ or ():
+                try:
+                    cells.append(draw(cell.cell_contents, depth + 1))
+                except ValueError:  # a name that is not bound yet
+                    cells.append(None)
+            return x.__code__, *cells
+        if isinstance(x, nn.Module):
+            children = [draw(y, depth + 1) for y in x._modules.values()]
+            flags = [y for y in vars(x).values() if isinstance(y, (bool, str))]
+            return type(x), *flags, *children
+        if type(x) in (tuple, list):
+            return type(x), *[draw(y, depth + 1) for y in x]
+        if isinstance(x, Tensor):
+            return x.dtype, x.ndim, x.requires_grad, type(x), x.layout
+        if hasattr(x, "__dict__") and not isinstance(x, (type, types.ModuleType)):
+            return type(x), *[y for y in vars(x).values() if isinstance(y, (bool, str))]
+        return type(x)
+
+    return draw(f, 0)

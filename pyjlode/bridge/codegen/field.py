@@ -150,12 +150,7 @@ class Compiled(Holding, Callbacks):
     def _check_parameters(self, p: ODEProblem, trained: Sequence[Tensor], gradient: str | None) -> None:
         if gradient is None:
             return
-        if p.retain_graph or p.suspects:
-            raise NotCompiled("f uses results of earlier operations, whose graph a compiled f is no part of")
-        # What the program has as parameters, and what f was seen to use, must be the same tensors.
-        ids, wanted = {id(x) for x in trained}, {id(x) for x in p.params}
-        lost = any(id(x) not in ids and (id(x) in p.reached or not x.is_leaf) for x in p.params)
-        if lost or not (p.named or ids <= wanted):
+        if not agrees(p, trained):
             raise NotCompiled("f uses results of earlier operations, whose graph a compiled f is no part of")
 
     def call(self, address: int, out: Tensor, t: float, u: Tensor, v: Tensor | None = None) -> Tensor:
@@ -316,7 +311,7 @@ class Compiled(Holding, Callbacks):
         i = int((~same).nonzero()[0])
         reason = f"what was compiled differs from PyTorch: {name}[{i}] is {float(got[i])!r}, not {float(want[i])!r}"
         warn(f"f is not compiled: {reason}. Please report this.")
-        refuse(self.of.f, self.of.y0, name, reason)
+        refuse(self.of.f, name, reason)
         raise NotCompiled(reason)
 
 
@@ -357,10 +352,36 @@ class Again(Holding, Callbacks):
         self.tensors = self.program.read(source)
 
 
+def agrees(p: ODEProblem, trained: Sequence[Tensor]) -> bool:
+    """Whether the tensors that a program has as parameters are those by which the problem is to be differentiated: all
+    that f was seen to use among the latter, and leaves all of them. What f holds besides, it does not read."""
+    ids, wanted = {id(x) for x in trained}, {id(x) for x in p.params}
+    lost = any(id(x) not in ids and id(x) in p.reached for x in p.params)
+    # A graph from outside may be in a cache that a capture looks through, and PyTorch does not.
+    return not (lost or p.retain_graph) and all(x.is_leaf for x in trained) and (p.named or ids <= wanted)
+
+
+def called_back(p: ODEProblem, gradient: str | None) -> str:
+    """Why f would be called back, as far as that is known before f was called; empty where it would be compiled."""
+    try:
+        if why := surroundings():
+            raise NotCompiled(why)
+        program, held = program_of(p.f, p.y0, at_once=bool(p.compile))
+        for name in ("f", "vjp", "vjp_p") if gradient else ("f",):
+            if name in program.refused:
+                raise NotCompiled(program.refused[name])
+            program.text(name)
+        if gradient and not all(x.is_leaf for x in program.read(held)[: program.trace.trained]):
+            raise NotCompiled("f uses results of earlier operations, whose graph a compiled f is no part of")
+    except NotCompiled as error:
+        return str(error)
+    return ""
+
+
 def in_order(p: ODEProblem) -> ODEProblem | None:
     """The problem with its parameters as the compiled functions have them, without those that f does not use; None
     where the field of the sensitivities is not compiled."""
-    if p.compile is False or not _explicit(p.method) or p.retain_graph or p.suspects or surroundings():
+    if p.compile is False or not _explicit(p.method) or surroundings():
         return None
     try:
         program, source = program_of(p.f, p.y0, at_once=bool(p.compile))
@@ -370,7 +391,7 @@ def in_order(p: ODEProblem) -> ODEProblem | None:
     if "sensitivities" in program.refused:
         return None
     trained = [source.tensors[i] for i in program.trace.slots[: program.trace.trained]]
-    known = {id(x) for x in trained} <= {id(x) for x in p.params}
+    known = agrees(p, trained) and {id(x) for x in trained} <= {id(x) for x in p.params}
     return like(p, params=tuple(trained)) if known else None
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import functools
 import logging
 import weakref
@@ -19,16 +17,16 @@ from ...problem import Field, Layout, is_finite
 from .. import calls, runtime
 from ..calls import Calls
 from . import array, scalar
-from .capture import Held, Snapshot, held_by
-from .trace import Counts, Trace
+from .capture import Held, Root, find, held_by, root_of
+from .trace import Trace
 
 log = logging.getLogger("pyjlode")
 
 FUNCTIONS = ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "pull")
 # A sparse Jacobian wins from about this size, and below this part of non-zeros.
 _SPARSE_SIZE, _SPARSE_PART = 24, 0.3
-# Programs kept: what they cost is the text and the machine code of a few functions.
-_KEPT = 256
+# Programs kept of one capture, with other numbers in its integer tensors.
+_KEPT = 64
 # Fields of the same functions that are kept while nobody uses them.
 _IDLE = 4
 
@@ -312,20 +310,23 @@ _SENSITIVITIES = """function sensitivities(out, v, u, p, c, w, t)
 end"""
 
 _compiled: dict[tuple[torch.dtype, str], int] = {}
-_programs: collections.OrderedDict[tuple, Program | NotCompiled] = collections.OrderedDict()
 
 
 class Seen:
     """Where a field was asked for its value while it was called back: its compiled functions are compared there.
 
+    Args:
+        other: whose points are taken over.
+
     Attributes:
         points: `(t, h)`, h of shape (n,).
         solved: a solve is known.
+        taken: some program has it.
     """
 
-    def __init__(self) -> None:
-        self.points: list[tuple[float, Tensor]] = []
-        self.solved = False
+    def __init__(self, other: Seen | None = None) -> None:
+        self.points: list[tuple[float, Tensor]] = [] if other is None else list(other.points)
+        self.solved = self.taken = False
 
     def note(self, t: float, h: Tensor) -> None:
         if h.numel() * (len(self.points) + 1) <= _NOTED:
@@ -340,11 +341,6 @@ def some_outputs(times: Sequence[float], states: Tensor) -> list[tuple[float, Te
 
 # Numbers of states that are kept of a solve, and how many of the outputs.
 _NOTED, _OUTPUTS = 200_000, 6
-_met: collections.OrderedDict[tuple, Seen] = collections.OrderedDict()
-
-
-def _key(source: Held, like: Tensor) -> tuple[Any, ...]:
-    return source.key, like.dtype, torch.get_default_dtype()
 
 
 def program_of(field: Field, like: Tensor, *, at_once: bool = True) -> tuple[Program, Held]:
@@ -361,97 +357,76 @@ def program_of(field: Field, like: Tensor, *, at_once: bool = True) -> tuple[Pro
         raise NotCompiled(*field.program.args)
     if field.program is not None:
         return field.program
-    source = held_by(field)
-    key = _key(source, like)
-    found = _find(key)
-    if found is None and not at_once and key not in _met:
-        _met[key] = Seen()
-        field.seen = _met[key], Snapshot(field.source)
-        while len(_met) > _KEPT:
-            _met.popitem(last=False)
+    root = root_of(field, like.dtype)
+    assert root is not None
+    if not at_once and not root.met:
+        root.met, root.seen = True, Seen()
+        field.seen = root.seen
         field.program = NotCompiled("it is solved for the first time; the next solve compiles it")
         raise NotCompiled(*field.program.args)
+    root.met = True
+    held = held_by(field, like.dtype, patient=at_once)
+    programs = held.entry.programs
+    found = programs.get(held.key)
     if found is None:
-        found, source = _make(field, source, like)
-    else:
-        _programs.move_to_end(key)
+        found = programs[held.key] = _make(held, root, like)
+        while len(programs) > _KEPT:
+            programs.pop(next(iter(programs)))
     if isinstance(found, NotCompiled):
         raise NotCompiled(*found.args)
-    field.program = found, source
+    field.program = found, held
     return field.program
 
 
-def _find(key: tuple[Any, ...]) -> Program | NotCompiled | None:
+def _make(held: Held, root: Root, like: Tensor) -> Program | NotCompiled:
+    """A new program, or why there is none, which is remembered."""
+    seen = Seen(root.seen)  # points of another field, perhaps: that is compared there too
+    if root.seen is not None and not root.seen.taken:
+        seen, root.seen.taken = root.seen, True
     try:
-        return _programs.get(key)
-    except Exception as error:  # some object of the user's does not let itself be compared
-        if runtime.of_a_signal(error):
-            raise
-        raise NotCompiled(f"what f holds cannot be compared: {type(error).__name__}: {error}") from error
-
-
-def _make(field: Field, source: Held, like: Tensor) -> tuple[Program | NotCompiled, Held]:
-    """A new program, or why there is none, which is remembered; and what the field holds by it."""
-    seen = None
-    found: Program | NotCompiled | None = None
-    while found is None:
-        key = _key(source, like)
-        seen = _met.pop(key, None) or seen
         with runtime.undisturbed():  # else what a handler of a signal's raises would be remembered as the reason
-            try:
-                found = Program(Trace(field, source, like), seen)
-            except Counts:  # such as `self.nfe += 1`, which is no part of the key from now on
-                source = held_by(field)
-            except NotCompiled as error:
-                found = NotCompiled(*error.args)  # without the frames of the trace, which hold tensors
-            except Exception as error:
-                log.debug("the compiler failed", exc_info=True)
-                found = NotCompiled(f"the compiler does not know what to do with it: {type(error).__name__}: {error}")
-    _programs[key] = found
-    while len(_programs) > _KEPT:
-        _programs.popitem(last=False)
-    return found, source
+            return Program(Trace(held, like), seen)
+    except NotCompiled as error:
+        return NotCompiled(*error.args)  # without the frames of the trace, which hold tensors
+    except Exception as error:
+        log.debug("the compiler failed", exc_info=True)
+        return NotCompiled(f"the compiler does not know what to do with it: {type(error).__name__}: {error}")
 
 
-def look_again(field: Field, times: Sequence[float], states: Tensor, like: Tensor) -> None:
-    """After the first solve of a field: what it counts with is no part of its key from now on.
+def look_again(field: Field, times: Sequence[float], states: Tensor) -> None:
+    """After the first solve of a field, which was called back: note where it was.
 
     Args:
         times, states: the output times, and the states there, shape (T, n).
     """
     if field.seen is None:
         return
-    (seen, before), field.seen = field.seen, None
+    seen, field.seen = field.seen, None
     for t, h in some_outputs(times, states) if states.shape[1] <= _NOTED else ():
         seen.note(t, h)
     seen.solved = True
-    if before.count_changed():
-        with contextlib.suppress(NotCompiled):
-            _met.setdefault(_key(held_by(field), like), seen)
 
 
 def known(field: Field, like: Tensor) -> Program | None:
     """The program for a vector field, which then knows it, if it was made already."""
     try:
-        source = held_by(field)
-        key = _key(source, like)
-        found = _find(key)
+        held = find(field, like.dtype)
     except NotCompiled:
         return None
+    found = held and held.entry.programs.get(held.key)
     if not isinstance(found, Program):
         return None
-    _programs.move_to_end(key)
-    field.program = found, source
+    field.program = found, held
     return found
 
 
-def refuse(field: Field, like: Tensor, name: str, reason: str) -> None:
+def refuse(field: Field, name: str, reason: str) -> None:
     """Have a function of the program for such a field not be used again; without its value there is no program."""
+    program, held = field.program
     if name == "f":
         field.program = None
-        _programs[_key(held_by(field), like)] = NotCompiled(reason)
+        held.entry.programs[held.key] = NotCompiled(reason)
     else:
-        program, _ = field.program
         program.refused[name] = reason
         program.plans.clear()
 

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import builtins
-import contextlib
 import functools
-import io
-import random
-import sys
-import threading
-import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ...errors import NotCompiled
-from ...parameters import unheard
-from ...problem import Field
 from ..runtime import of_a_signal
-from .capture import Held, Snapshot
+from .capture import Held
 
 aten = torch.ops.aten
 
@@ -45,200 +32,11 @@ class Graph:
     inputs: tuple[str, ...]
 
 
-# What reads a tensor's numbers, or shows its memory.
-_READS = {
-    *("item", "tolist", "numpy", "data_ptr", "untyped_storage", "storage", "is_nonzero", "__array__", "__dlpack__"),
-    *("__float__", "__int__", "__bool__", "__index__", "__complex__", "__contains__"),
-    *("__repr__", "__str__", "__format__", "__reduce_ex__"),
-}
-# What makes a tensor of Python's numbers: of tensors among these it reads the numbers.
-_MAKES = {"tensor", "as_tensor", "asarray", "new_tensor", "scalar_tensor", "new", "sparse_coo_tensor", "Tensor"}
-
-
-class Escaped(RuntimeError):
-    """f makes something of the numbers in a tensor that a trace does not show."""
-
-
-class Watch(TorchFunctionMode):
-    """Within this context: where the numbers of a tensor leave PyTorch.
-
-    A trace takes what comes of them for constant. Tensors that do not depend on the arguments, nor on floating-point
-    tensors that f holds, may be read: they are a part of the code.
-
-    Args:
-        parts: by the `id` of a tensor, what stands for it.
-
-    Attributes:
-        reason: of the first escape, which f itself might catch.
-    """
-
-    def __init__(self, parts: dict[int, Tensor] | None = None) -> None:
-        super().__init__()
-        self.parts, self.reason, self.numbers = parts or {}, "", _Numbers(self)
-
-    def __enter__(self) -> Watch:
-        self.numbers.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self.numbers.__exit__(*error)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if name in _READS and args and isinstance(args[0], Tensor):
-            x = self.look(args[0], name)
-            if x is not None:
-                with _disable_current_modes():
-                    return func(x, *args[1:], **kwargs)
-        elif name in _MAKES:
-            # `as_tensor(x)` is x; in a list, or by `tensor(x)`, it is its numbers.
-            made_of = args[1:] if name.startswith("new") else args
-            same = name in ("as_tensor", "asarray") and made_of and isinstance(made_of[0], Tensor)
-            for x in () if same else pytree.tree_leaves((made_of, kwargs)):
-                if isinstance(x, Tensor):
-                    self.look(x, name)
-        if self.parts:
-            args, kwargs = pytree.tree_map_only(Tensor, lambda x: self.parts.get(id(x), x), (args, kwargs))
-        return func(*args, **kwargs)
-
-    def look(self, x: Tensor, name: str) -> Tensor | None:
-        """A tensor is read by a function of that name: the numbers that it may read."""
-        if isinstance(x, FakeTensor) and x.constant is not None:
-            return x.constant
-        if not (isinstance(x, FakeTensor) or x.is_floating_point() or x.is_complex()):
-            return x
-        whose = "of t or h, or of what it computes" if isinstance(x, FakeTensor) else "of a tensor that it holds"
-        if name in ("numpy", "tolist", "data_ptr", "__array__", "__dlpack__") or name in _MAKES:
-            self.escape(f"f leaves PyTorch: {name.strip('_')} reads the numbers {whose}")
-        return self.escape(f"f makes a Python number or a branch {whose} ({name.strip('_')})")
-
-    def escape(self, reason: str) -> NoReturn:
-        self.reason = self.reason or reason
-        raise Escaped(reason)
-
-
-class _Numbers(TorchDispatchMode):
-    """Sees operations whose answer is a number, or that make a shape of numbers; others ask for these within."""
-
-    def __init__(self, watch: Watch) -> None:
-        super().__init__()
-        self.watch = watch
-        self.written: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def keep(self, x: Tensor) -> None:
-        """A tensor that f holds is about to be written to."""
-        if id(x) not in self.written:
-            with _disable_current_modes(), torch.no_grad():
-                self.written[id(x)] = x, x.detach().clone()
-
-    def restore(self) -> None:
-        with torch.no_grad():
-            for x, before in self.written.values():
-                x.copy_(before)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        shaped = torch.Tag.dynamic_output_shape in func.tags and func.overloadpacket is not aten.index
-        if shaped or torch.Tag.data_dependent_output in func.tags:
-            for x in pytree.tree_leaves((args, kwargs)):
-                if isinstance(x, Tensor):
-                    self.watch.look(x, func._schema.name.rpartition("::")[2])
-        if func._schema.is_mutable:
-            for argument, x in zip(func._schema.arguments, args):
-                if (
-                    argument.alias_info is not None
-                    and argument.alias_info.is_write
-                    and type(x) in (Tensor, nn.Parameter)
-                ):
-                    self.keep(x)
-        return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def _no_files(watch: Watch) -> Iterator[None]:
-    """Within this context nothing opens a file; `pathlib`, `torch.load` and NumPy do so by these functions, too."""
-
-    here = threading.get_ident()
-
-    def guarded(before: Callable[..., Any]) -> Callable[..., Any]:
-        def opens(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == here and not _asked_by_torch(sys._getframe(1)):
-                watch.escape("f opens a file, whose content can change")
-            return before(*args, **kwargs)
-
-        return opens
-
-    owners: tuple[Any, ...] = (builtins, io, np.lib.npyio.DataSource)
-    functions = [owner.open for owner in owners]
-    for owner, function in zip(owners, functions):
-        owner.open = guarded(function)
-    try:
-        yield
-    finally:
-        for owner, function in zip(owners, functions):
-            owner.open = function
-
-
-def _asked_by_torch(frame: types.FrameType | None) -> bool:
-    """Whether what the standard library or NumPy does in a frame is for PyTorch or an import, and not for f."""
-    asked = False
-    while frame is not None and (name := frame.f_globals.get("__name__", "")) != __name__:
-        if name == "importlib._bootstrap":
-            return True
-        room = name.partition(".")[0]
-        if not asked and room not in sys.stdlib_module_names and room != "numpy" and name != "torch.serialization":
-            asked = True
-            if room == "torch":
-                return True
-        frame = frame.f_back
-    return False
-
-
-def constant(x: Any) -> Tensor | None:
-    """The numbers of a tensor of a trace that depends on nothing."""
-    return x.constant if isinstance(x, FakeTensor) else None
-
-
-class Counts(NotCompiled):
-    """f changes a number that was not known to be a counter."""
-
-
-class Counter:
-    """Stands for a number that f counts with. All that can be done with it is to add to it.
-
-    Args:
-        counted: what was added.
-    """
-
-    def __init__(self, name: str, watch: Watch, counted: float = 0) -> None:
-        self.name, self.watch, self.counted = name, watch, counted
-
-    def __add__(self, x: Any) -> Counter:
-        if type(x) not in (int, float):
-            self.use()
-        return Counter(self.name, self.watch, self.counted + x)
-
-    __radd__ = __add__
-
-    def __sub__(self, x: Any) -> Counter:
-        if type(x) not in (int, float):
-            self.use()
-        return Counter(self.name, self.watch, self.counted - x)
-
-    def use(self, *args: Any) -> Any:
-        self.watch.escape(f"f uses {self.name}, a number that it changes when it is called")
-
-    __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = __index__ = __int__ = __float__ = use
-    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __rsub__ = __mod__ = __rmod__ = __floordiv__ = __pow__ = use
-    __str__ = __repr__ = __format__ = __reduce_ex__ = __neg__ = __abs__ = __round__ = __divmod__ = use
-
-
 class Trace:
     """f(t, h) with the tensors that it holds lifted into inputs: θ, those that require grad, and constants.
 
     Args:
-        field: over the flat state; `field.source` says what it is made of.
+        held: what the field holds, with its capture.
         like: the state, shape (n,), of which shape and dtype count.
 
     Attributes:
@@ -251,61 +49,119 @@ class Trace:
         NotCompiled: PyTorch cannot trace f, or f does something that a trace does not show.
     """
 
-    def __init__(self, field: Field, source: Held, like: Tensor) -> None:
+    def __init__(self, held: Held, like: Tensor) -> None:
+        self.entry, self.layout, tensors = held.entry, held.layout, held.tensors
+        self.order = held.order
+        self.slots = sorted(set(held.order), key=lambda i: (not tensors[i].requires_grad, i))
+        self.trained = sum(tensors[i].requires_grad for i in self.slots)
+        self.integers = held.integers
         with torch.inference_mode(False):
             self.like = torch.zeros(like.shape, dtype=like.dtype)
-            with torch.no_grad():
-                module, self.steps = self._traced(
-                    field, source, lambda t, h: _flat(field, t, h), self._inputs("t", "h")
-                )
-            self.adds = _drop_counters(module, source.tensors)
-            self.slots, self.trained = _lift(module, source.tensors)
-            self.tensors = [source.tensors[i].detach() for i in self.slots]
+            self.tensors = [tensors[i].detach() for i in self.slots]
+            self.steps = self._steps(len(held.counters))
+            module, self.adds = self._traced(self._value, self._inputs("t", "h"), held)
+            back: fx.GraphModule | NotCompiled
+            try:
+                if self.entry.with_graph is None:
+                    raise NotCompiled(self.entry.without_graph)
+                back, _ = self._traced(self._product_with, self._inputs("t", "h", "v"), held)
+            except NotCompiled as error:  # f itself is compiled nevertheless
+                back = NotCompiled(f"a product of f: {error}")
+            self._drop_unused(module, 2, back, 3)
             self.module = self._functional(module, self._inputs("t", "h"))
             self._vjp: Graph | NotCompiled
-            try:
-                self._vjp = self._pulled_back(field, source)
-            except NotCompiled as error:  # f itself is compiled nevertheless
-                self._vjp = NotCompiled(f"a product of f: {error}")
+            if isinstance(back, NotCompiled):
+                self._vjp = back
+            else:
+                self._vjp = Graph(self._functional(back, self._inputs("t", "h", "v")), ("t", "h", "v"))
+        del self.order, self.integers
 
     def _inputs(self, *names: str) -> tuple[Tensor, ...]:
         """Examples, for shapes and dtypes. Each is an object of its own: a trace tells them apart by that."""
         made = {"t": self.like.new_tensor(0.3), "h": self.like, "v": torch.ones_like(self.like)}
         return tuple(made[name] for name in names)
 
-    def _traced(
-        self, field: Field, source: Held, f: Callable[..., Any], args: Sequence[Tensor], parts: Any = None
-    ) -> tuple[fx.GraphModule, list[float]]:
-        """The graph of what calls the user's function, and what that counts."""
-        watch = Watch(parts)
+    def _outputs(
+        self,
+        t: Tensor,
+        h: Tensor,
+        t_graph: Tensor,
+        h_graph: Tensor,
+        lifted: Sequence[Tensor],
+        counters: Sequence[Tensor],
+    ) -> Sequence[Any]:
+        """What the captured graph gives."""
+        by_place = dict(zip(self.slots, lifted))
+        states = {False: self._leaves(h), True: self._leaves(h_graph)}
+        numbers = len(self.order) - len(self.entry.numbers)
+        values: list[Tensor] = []
+        for kind, *which in self.entry.inputs:
+            if kind == "t":
+                values.append(t_graph if which[0] else t)
+            elif kind == "h":
+                values.append(states[which[0]][which[1]])
+            elif kind == "integer":
+                values.append(self.integers[which[0]])
+            elif kind == "counter":
+                values.append(counters[which[0]])
+            else:
+                values.append(by_place[self.order[which[0] + (numbers if kind == "number" else 0)]])
+        with torch.no_grad():
+            return self.entry.module(*values)
 
-        def watched(*args: Tensor) -> Any:
-            random_before = _random_states()
-            with watch, _no_files(watch):
-                out = f(*args)
-            if _random_states() != random_before:
-                watch.escape("f draws random numbers")
-            return out
+    def _leaves(self, h: Tensor) -> list[Tensor]:
+        if self.layout.bare:
+            return [h.reshape(self.layout.shapes[0])]
+        with torch.enable_grad():
+            return self.layout.leaves(h)
 
-        before = Snapshot(field.source)
-        values = [slot.get() for slot in source.counters]
-        try:
-            for slot in source.counters:
-                slot.set(Counter(slot.name, watch))
-            module = _trace(watched, args, fake=True)
-        finally:
-            after = [slot.get() for slot in source.counters]
-            for slot, value in zip(source.counters, values):
-                slot.set(value)
-            watch.numbers.restore()
-            counts = before.count_changed()
-            changed = before.restore()  # no tensor without numbers may stay where f has put it
-        if counts:
-            raise Counts("f changes a number that it holds")
-        if watch.reason:  # it was caught on its way
-            raise NotCompiled(watch.reason)
-        if changed or not all(isinstance(x, Counter) for x in after):
+    def _value(self, t: Tensor, h: Tensor, *rest: Tensor) -> Tensor:
+        lifted, counters = rest[: len(self.slots)], rest[len(self.slots) :]
+        lifted = (*(x.detach().requires_grad_() for x in lifted[: self.trained]), *lifted[self.trained :])
+        t_graph, h_graph = t.detach().requires_grad_(), h.detach().requires_grad_()
+        outputs = self._outputs(t, h, t_graph, h_graph, lifted, counters)
+        place = self.entry.with_graph if self.entry.value is None else self.entry.value
+        assert place is not None
+        return outputs[place].detach().reshape(-1)
+
+    def _product_with(self, t: Tensor, h: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """PyTorch's own backward pass through f: what f detaches, or differentiates by itself, counts."""
+        theta = [x.detach().requires_grad_() for x in rest[: self.trained]]
+        lifted, counters = (*theta, *rest[self.trained : len(self.slots)]), rest[len(self.slots) :]
+        inputs = [t.detach().requires_grad_(), h.detach().requires_grad_(), *theta]
+        outputs = self._outputs(t, h, inputs[0], inputs[1], lifted, counters)
+        k = outputs[self.entry.with_graph].reshape(-1)  # type: ignore[index]
+        grads: Sequence[Tensor | None] = [None] * len(inputs)
+        if k.requires_grad:
+            with torch.enable_grad():
+                grads = torch.autograd.grad(k, inputs, v, allow_unused=True, retain_graph=True)
+        return tuple(torch.zeros(x.shape, dtype=x.dtype) if g is None else g for x, g in zip(inputs, grads))
+
+    def _steps(self, count: int) -> list[float]:
+        """What a call adds to counters, wherever they stand.
+
+        Raises:
+            NotCompiled: that is not the same everywhere.
+        """
+        if count == 0:
+            return []
+        steps = []
+        for start in (0.0, 1000.0):
+            counters = [torch.tensor(start, dtype=torch.float64) for _ in range(count)]
+            tensors = [x.clone().requires_grad_(i < self.trained) for i, x in enumerate(self.tensors)]
+            t, h, t_graph, h_graph = (x.clone() for x in 2 * self._inputs("t", "h"))
+            outputs = self._outputs(t, h, t_graph.requires_grad_(), h_graph.requires_grad_(), tensors, counters)
+            steps.append([(float(outputs[i]) - start) / self.entry.calls for i in self.entry.counts])
+        if steps[0] != steps[1]:
             raise NotCompiled("f changes what it holds when it is called")
+        return steps[0]
+
+    def _traced(
+        self, f: Callable[..., Any], args: Sequence[Tensor], held: Held
+    ) -> tuple[fx.GraphModule, dict[int, float]]:
+        """The graph of what calls f, with all that f holds as inputs; and what it adds to tensors."""
+        counters = [torch.zeros((), dtype=torch.float64) for _ in held.counters]
+        module = _trace(f, (*args, *self.tensors, *counters), fake=True)
         module.graph.eliminate_dead_code()
         for node in module.graph.nodes:
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
@@ -313,7 +169,35 @@ class Trace:
             shape = getattr(node.meta.get("val"), "shape", ())
             if not all(isinstance(n, int) for n in shape):
                 raise NotCompiled("f makes a shape of a tensor's numbers")
-        return module, [x.counted for x in after]
+        inputs = [n for n in module.graph.nodes if n.op == "placeholder"][len(args) :]
+        adds = _drop_counters(module, inputs, self.entry.calls)
+        for slot, node in zip(held.counters, inputs[len(self.slots) :]):
+            if node.users:
+                raise NotCompiled(f"f uses {slot.name}, a number that it changes when it is called")
+            module.graph.erase_node(node)
+        _keep_constants(module)
+        module.recompile()
+        return module, {self.slots[i]: step for i, step in adds.items() if i < len(self.slots)}
+
+    def _drop_unused(self, f: fx.GraphModule, args: int, back: fx.GraphModule | NotCompiled, more: int) -> None:
+        """Leave out the lifted tensors that no graph uses, or only such as f adds to."""
+        modules = [(f, args)] + ([] if isinstance(back, NotCompiled) else [(back, more)])
+        inputs = [[n for n in m.graph.nodes if n.op == "placeholder"][start:] for m, start in modules]
+        kept = [i for i in range(len(self.slots)) if any(nodes[i].users for nodes in inputs)]
+        for (module, _), nodes in zip(modules, inputs):
+            for i in set(range(len(self.slots))) - set(kept):
+                module.graph.erase_node(nodes[i])
+            module.recompile()
+        if len(modules) == 2:  # a gradient of each of θ, also of such as were left out
+            (output,) = [n for n in modules[1][0].graph.nodes if n.op == "output"]
+            given = list(output.args[0])
+            left = given[:2] + [x for i, x in enumerate(given[2:]) if i in kept]
+            output.args = (tuple(left),)
+            modules[1][0].graph.eliminate_dead_code()
+            modules[1][0].recompile()
+        self.trained = sum(i < self.trained for i in kept)
+        self.tensors = [self.tensors[i] for i in kept]
+        self.slots = [self.slots[i] for i in kept]
 
     @functools.cached_property
     def f(self) -> Graph:
@@ -326,28 +210,6 @@ class Trace:
         if isinstance(self._vjp, NotCompiled):
             raise NotCompiled(*self._vjp.args)
         return self._vjp
-
-    def _pulled_back(self, field: Field, source: Held) -> Graph:
-        """PyTorch's own backward pass through f, traced: what f detaches, or differentiates by itself, counts."""
-        theta = [source.tensors[i] for i in self.slots[: self.trained]]
-        # The graph of an earlier operation is no part of f: in its place stands a tensor without one.
-        parts = {id(x): x.detach().requires_grad_() for x in theta if not x.is_leaf}
-
-        def product(t: Tensor, h: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-            inputs = [t.detach().requires_grad_(), h.detach().requires_grad_()]
-            inputs += [parts.get(id(x), x) for x in theta]
-            with torch.enable_grad():
-                k = _flat(field, *inputs[:2])
-            grads: Sequence[Tensor | None] = [None] * len(inputs)
-            if k.requires_grad:
-                with unheard(theta):
-                    grads = torch.autograd.grad(k, inputs, v, allow_unused=True, retain_graph=True)
-            return tuple(torch.zeros(x.shape, dtype=x.dtype) if g is None else g for x, g in zip(inputs, grads))
-
-        module, _ = self._traced(field, source, product, self._inputs("t", "h", "v"), parts)
-        _drop_counters(module, source.tensors)
-        _lift(module, [parts.get(id(x), x) for x in source.tensors], self.slots)
-        return Graph(self._functional(module, self._inputs("t", "h", "v")), ("t", "h", "v"))
 
     @functools.cached_property
     def jvp(self) -> Graph:
@@ -425,13 +287,6 @@ def _weight_norm_backward(g: Tensor, v: Tensor, scale: Tensor, norms: Tensor, di
     return scale / norms * (g - unit * along), along
 
 
-def _flat(field: Field, t: Tensor, h: Tensor) -> Tensor:
-    if field.differentiates and not h.requires_grad:
-        with torch.enable_grad():
-            return _flat(field, t, h.detach().requires_grad_())
-    return field.f(t, h if field.flat else h.reshape(field.shape)).reshape(-1)  # type: ignore[arg-type]
-
-
 def _trace(
     f: Callable[..., Any], args: Sequence[Tensor], table: dict[Any, Any] | None = None, *, fake: bool = False
 ) -> fx.GraphModule:
@@ -447,16 +302,12 @@ def _trace(
             if not fake:
                 return make_fx(f, decomposition_table=table)(*args)
             return make_fx(f, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
-    except Escaped as error:
-        raise NotCompiled(str(error)) from error
     except Exception as error:  # whatever f or the tracing of it raises: the callback will raise what f itself does
         if of_a_signal(error):
             raise
         text = str(error).strip().partition("\n")[0]
         if any(word in str(error) for word in _READING):
             text = "f leaves PyTorch: it reads the numbers of t or h, or of what it computes"
-        elif Counter.__name__ in text:
-            text = "f uses a number that it changes when it is called"
         raise NotCompiled(f"PyTorch does not trace it: {text or type(error).__name__}") from error
     finally:
         torch.set_rng_state(rng)
@@ -466,77 +317,45 @@ def _trace(
 _READING = ("data-dependent", "data is not allocated", "access data pointer", "_local_scalar_dense", ".numpy()")
 
 
-def _random_states() -> tuple[Any, ...]:
-    """Of the generators of random numbers that are not PyTorch's."""
-    numpy = sys.modules.get("numpy.random")
-    state = () if numpy is None else numpy.get_state()
-    return random.getstate(), *(x.tobytes() if hasattr(x, "tobytes") else x for x in state)
-
-
-def _lift(module: fx.GraphModule, tensors: list[Tensor], slots: list[int] | None = None) -> tuple[list[int], int]:
-    """Make inputs of the tensors that f holds; the places of these in `tensors`, and how many require grad.
-
-    Args:
-        slots: these places, where they are known.
-    """
-    known = {id(x): i for i, x in enumerate(tensors)}
-    memory = {x.untyped_storage().data_ptr() for x in tensors}
-    found: dict[int, list[fx.Node]] = {}
+def _keep_constants(module: fx.GraphModule) -> None:
+    """The tensors of a trace that f makes of Python's numbers, or that have integers: as tensors with numbers."""
     for node in module.graph.nodes:
         if node.op != "get_attr":
             continue
         value = getattr(module, node.target)
-        i = known.get(id(value))
-        if i is not None:
-            found.setdefault(i, []).append(node)
-            continue
-        numbers = constant(value)
-        if numbers is not None:
-            setattr(module, node.target, value := numbers)
+        if isinstance(value, FakeTensor):
+            if value.constant is None:
+                raise NotCompiled("f makes a tensor whose numbers a trace does not show")
+            setattr(module, node.target, value := value.constant)
         if value.is_complex():
             raise NotCompiled("f computes in complex numbers")
-        literal = isinstance(value, FakeTensor) or (
-            _literal(node) and (numbers is not None or value.untyped_storage().data_ptr() not in memory)
-        )
-        if value.is_floating_point() and not literal:
-            raise NotCompiled(f"f uses a tensor of shape {tuple(value.shape)} that was not found among what it holds")
-    if slots is None:
-        slots = sorted(found, key=lambda i: (not tensors[i].requires_grad, i))
-    elif found.keys() - set(slots):
-        raise NotCompiled("f is differentiated with a tensor that f itself does not use")
-    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    last = placeholders[-1]
-    for i in slots:
-        with module.graph.inserting_after(last):
-            last = module.graph.placeholder(f"held_{i}")
-        nodes = found.get(i, ())
-        for name in {str(node.target) for node in nodes}:
-            delattr(module, name)  # else the trace keeps the tensor of the user's alive
-        for node in nodes:
-            node.replace_all_uses_with(last)
-            module.graph.erase_node(node)
-    module.recompile()
-    return slots, sum(tensors[i].requires_grad for i in slots)
 
 
-def _drop_counters(module: fx.GraphModule, tensors: list[Tensor]) -> dict[int, float]:
-    """Leave out where f adds a number to a tensor that it holds, and makes nothing else of it: what is added, by the
-    place of the tensor."""
-    known, adds = {id(x): i for i, x in enumerate(tensors)}, {}
-    uses: dict[int, list[fx.Node]] = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr" and id(getattr(module, node.target)) in known:
-            uses.setdefault(known[id(getattr(module, node.target))], []).extend(node.users)
-    for i, nodes in uses.items():
-        if all(n.target is aten.add_.Tensor and not n.users and isinstance(n.args[1], (int, float)) for n in nodes):
+def _drop_counters(module: fx.GraphModule, inputs: Sequence[fx.Node], calls: int) -> dict[int, float]:
+    """Leave out where f adds a number to a tensor that it holds, and makes nothing else of it: what is added in one of
+    the `calls` of f, by the place of the tensor."""
+    adds = {}
+    for i, node in enumerate(inputs):
+        nodes = list(_uses(node))
+        if not nodes:
+            continue
+        if all(n.target is aten.add_.Tensor and isinstance(n.args[1], (int, float)) for n in nodes):
             steps: list[Any] = [(n.args[1], n.kwargs.get("alpha", 1)) for n in nodes]
-            adds[i] = sum(float(x * alpha) for x, alpha in steps)
-            for node in nodes:
-                module.graph.erase_node(node)
+            adds[i] = sum(float(x * alpha) for x, alpha in steps) / calls
+            for x in reversed(nodes):
+                module.graph.erase_node(x)
     if adds:
         module.graph.eliminate_dead_code()
         module.recompile()
     return adds
+
+
+def _uses(node: fx.Node) -> Iterator[fx.Node]:
+    """What uses a tensor, and what uses what adding to it in place gives, which is the same tensor."""
+    for user in node.users:
+        yield user
+        if user.target is aten.add_.Tensor and user.args[0] is node:
+            yield from _uses(user)
 
 
 def _replace_copy(graph: fx.Graph, node: fx.Node) -> None:
@@ -548,8 +367,3 @@ def _replace_copy(graph: fx.Graph, node: fx.Node) -> None:
         x = graph.call_function(aten.expand.default, (x, list(like.shape)))
     node.replace_all_uses_with(x)
     graph.erase_node(node)
-
-
-def _literal(node: fx.Node) -> bool:
-    """Whether it is a tensor that f makes of Python numbers."""
-    return all(user.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default) for user in node.users)

@@ -7,7 +7,7 @@ import torch
 
 from pyjlode.bridge import runtime
 from pyjlode.bridge.codegen import scalar
-from pyjlode.bridge.codegen.capture import held
+from pyjlode.bridge.codegen.capture import held_by
 from pyjlode.bridge.codegen.program import FUNCTIONS, Program
 from pyjlode.bridge.codegen.trace import Trace
 from pyjlode.problem import Field
@@ -19,8 +19,8 @@ ROOM = {torch.float64: 1e-9, torch.float32: 3e-4}
 def program_of(f, h0):
     """A program that is not taken from those kept."""
     field = Field(f, h0.shape, (f, h0.shape))
-    source = held(field.source)
-    return Program(Trace(field, source, h0.detach().reshape(-1))), source
+    source = held_by(field, h0.dtype)
+    return Program(Trace(source, h0.detach().reshape(-1))), source
 
 
 def reference(f, h0, params, t, v):

@@ -10,8 +10,8 @@ from torch import nn
 
 import pyjlode
 from pyjlode import odeint, solve
+from pyjlode.bridge.codegen import capture, scalar
 from pyjlode.bridge.codegen import program as programs
-from pyjlode.bridge.codegen import scalar
 from pyjlode.errors import NotCompiled
 from pyjlode.problem import Field
 
@@ -91,7 +91,7 @@ def test_gradients_are_the_native_engines(name, adjoint, mode, monkeypatch):
         if adjoint == "forward":
             pytest.skip("the sensitivities of large fields are not compiled")
         monkeypatch.setattr(scalar, "LIMIT", -1)
-        monkeypatch.setattr(programs, "_programs", type(programs._programs)())
+        monkeypatch.setattr(capture, "_roots", type(capture._roots)())
     f, h0, t = problems()[name]
     params = list(f.parameters()) if isinstance(f, nn.Module) else [c.cell_contents for c in f.__closure__]
 
@@ -285,7 +285,7 @@ def test_errors_of_a_solve_are_as_with_callbacks():
 
 @pytest.mark.parametrize("function", ["f", "vjp", "vjp_p", "jac", "tgrad"])
 def test_wrong_code_is_caught_at_first_use(function, monkeypatch):
-    monkeypatch.setattr(programs, "_programs", type(programs._programs)())
+    monkeypatch.setattr(capture, "_roots", type(capture._roots)())
     p = leaf(1.5, 1.0, 3.0, 1.0)
     f = lotka(p)
     text = programs.Program.text

@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import ctypes
 import functools
+import itertools
 import math
 import pathlib
 import random
@@ -27,6 +28,7 @@ from torch import nn
 
 import pyjlode
 from pyjlode import arguments, odeint, solve
+from pyjlode.bridge.codegen import capture
 from pyjlode.bridge.codegen import program as programs
 from pyjlode.errors import NotCompiled
 from pyjlode.problem import flat_field
@@ -126,7 +128,7 @@ def annealed_temperature():
     temperature = plain(1.0)
     return refused(
         lambda t, h: torch.cos(t) - h / temperature.item(),
-        "a tensor that it holds",
+        "of the numbers of a tensor",
         change=lambda: temperature.mul_(0.7),
     )
 
@@ -282,7 +284,7 @@ def keeps_its_last_result():
             return self.last + torch.cos(t)
 
     f = Keeping()
-    return refused(f, "changes what it holds|not found|uses results", list(f.parameters()))
+    return refused(f, "changes what it holds", list(f.parameters()))
 
 
 config = types.ModuleType("hostile_config")
@@ -308,7 +310,7 @@ RATE = contextvars.ContextVar("rate", default=1.0)
 @kind
 def setting_in_a_context():
     RATE.set(1.0)
-    return Kind(lambda t, h: torch.cos(t) - RATE.get() * h, change=lambda: RATE.set(RATE.get() * 0.5))
+    return refused(lambda t, h: torch.cos(t) - RATE.get() * h, "ContextVar", change=lambda: RATE.set(RATE.get() * 0.5))
 
 
 class Setting:
@@ -346,7 +348,7 @@ def setting_in_an_iterator():
             self.inner = iter([1.0] * 10)
 
     held = Endless()
-    return refused(lambda t, h: torch.cos(t) - (1.0 if held.inner else 0.0) * h, "list_iterator")
+    return Kind(lambda t, h: torch.cos(t) - (1.0 if held.inner else 0.0) * h)
 
 
 def setting_in_a_file(write, read):
@@ -354,7 +356,7 @@ def setting_in_a_file(write, read):
     write(path, 1.0)
     return refused(
         lambda t, h: torch.cos(t) - float(read(path)) * h,
-        "opens a file",
+        "leaves PyTorch|does not capture",
         change=lambda: write(path, 0.5 * float(read(path))),
     )
 
@@ -392,9 +394,7 @@ def memory_by_address():
 @kind
 def ctypes_object():
     rate = ctypes.c_double(1.0)
-    return refused(
-        lambda t, h: torch.cos(t) - rate.value * h, "ctypes", change=lambda: setattr(rate, "value", rate.value / 2)
-    )
+    return Kind(lambda t, h: torch.cos(t) - rate.value * h, change=lambda: setattr(rate, "value", rate.value / 2))
 
 
 @kind
@@ -406,12 +406,12 @@ def sparse_matrix():
 @kind
 def scripted_module():
     net = torch.jit.trace(nn.Linear(2, 2).double(), torch.zeros(2, dtype=F64))
-    return refused(lambda t, h: net(h) - h + torch.cos(t), "torch.jit", list(net.parameters()))
+    return refused(lambda t, h: net(h) - h + torch.cos(t), "leaves PyTorch", list(net.parameters()))
 
 
 @kind
 def clock():
-    return refused(lambda t, h: torch.cos(t) - h + 0 * time.time(), "differs each time")
+    return refused(lambda t, h: torch.cos(t) - h + 0 * time.time(), "leaves PyTorch")
 
 
 @kind
@@ -571,12 +571,147 @@ def lru_cache():
     def table(n):
         return torch.linspace(0.5, 1, n, dtype=F64)
 
-    return refused(lambda t, h: torch.cos(t) - table(2) * h, "not found")
+    return refused(lambda t, h: torch.cos(t) - table(2) * h, "lru_cache")
 
 
 @kind
 def prints():
-    return refused(lambda t, h: print(end=str(t)[:0]) or torch.cos(t) - h, "Python number")
+    return refused(lambda t, h: print(end=str(t)[:0]) or torch.cos(t) - h, "leaves PyTorch")
+
+
+@kind
+def advances_an_iterator():
+    rates = iter([1.0] * 20_000)
+    return refused(lambda t, h: torch.cos(t) - next(rates) * h, "PyTorch|changes")
+
+
+@kind
+def empties_a_list():
+    rates = [1.0] * 20_000
+    return refused(lambda t, h: torch.cos(t) - rates.pop() * h, "changes what it holds")
+
+
+@kind
+def counts_by_itertools():
+    calls = itertools.count()
+    return refused(lambda t, h: torch.cos(t) - (1.0 if next(calls) >= 0 else 2.0) * h, "PyTorch|changes")
+
+
+class Remembering(nn.Module):
+    """Answers by what it answered before, up to a part that is too small to be seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = torch.zeros(2, dtype=F64)
+
+    def forward(self, t, h):
+        self.before = torch.cos(t) - h + 1e-14 * self.before
+        return self.before
+
+
+@kind
+def remembers():
+    return refused(Remembering(), "changes what it holds")
+
+
+@kind
+def keeps_in_a_global():
+    def f(t, h):
+        global LAST
+        LAST = torch.cos(t) - h
+        return LAST
+
+    return refused(f, "changes what it holds")
+
+
+@kind
+def dropout_in_training():
+    drop = nn.Dropout(0.5)
+    return refused(lambda t, h: torch.cos(t) - h + 0 * drop(h), "random")
+
+
+@kind
+def dropout_in_evaluation():
+    drop = nn.Dropout(0.5).eval()
+    return Kind(lambda t, h: torch.cos(t) - drop(h))
+
+
+@kind
+def numbers_that_change():
+    class Rate:
+        value = 1.0
+
+    rate = Rate()
+
+    def change():
+        rate.value *= 0.7
+
+    return Kind(lambda t, h: torch.cos(t) - rate.value * h, change=change)
+
+
+@kind
+def counts_in_a_class():
+    class Counting:
+        calls = 0
+
+        def __call__(self, t, h):
+            Counting.calls += 1
+            return torch.cos(t) - h
+
+    return Kind(Counting())
+
+
+@kind
+def buffers_counters_and_hooks():
+    class Busy(Model):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("shift", torch.tensor([0.1, -0.2], dtype=F64))
+            self.history, self.loss = [], None
+            self.net.register_forward_pre_hook(self.count)
+            self.hooked = 0
+
+        def count(self, module, args):
+            self.hooked += 1
+
+        def forward(self, t, h):
+            return super().forward(t, h) + self.shift
+
+    f = Busy()
+
+    def change():
+        f.history.append(torch.ones(3))
+        f.loss = torch.ones((), requires_grad=True) * 2
+        f.optimizer = torch.optim.Adam(f.parameters())
+
+    return Kind(f, list(f.parameters()), change=change)
+
+
+@kind
+def property_that_changes():
+    class Scaled:
+        scale = 1.0
+
+        @property
+        def rate(self):
+            return 2 * self.scale
+
+        def __call__(self, t, h):
+            return torch.cos(t) - self.rate * h
+
+    f = Scaled()
+    return Kind(f, change=lambda: setattr(f, "scale", f.scale * 0.5))
+
+
+@kind
+def environment():
+    import os
+
+    os.environ["HOSTILE"] = "1.0"
+    return Kind(
+        lambda t, h: torch.cos(t) - float(os.environ["HOSTILE"]) * h,
+        change=lambda: os.environ.update(HOSTILE=str(float(os.environ["HOSTILE"]) / 2)),
+    )
 
 
 def states(x):
@@ -634,8 +769,7 @@ def begin(made, rest):
 
 @pytest.fixture(autouse=True)
 def anew(monkeypatch):
-    monkeypatch.setattr(programs, "_programs", type(programs._programs)())
-    monkeypatch.setattr(programs, "_met", type(programs._met)())
+    monkeypatch.setattr(capture, "_roots", type(capture._roots)())
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:.*[Ss]parse")
@@ -718,20 +852,17 @@ def test_random_numbers_are_not_frozen(julia):
     f = lambda t, h: -h * (1 + 0 * random.random())  # noqa: E731
     h0 = torch.ones(2, dtype=F64)
     stats = [solve(f, h0, T, engine="julia", method="tsit5", **TOL).stats for _ in range(3)]
-    assert "differs each time" in stats[-1].not_compiled
+    assert "leaves PyTorch" in stats[-1].not_compiled
 
 
 def test_engine_torch_is_left_alone(julia, monkeypatch):
-    from pyjlode.bridge.codegen import capture
-
     odeint(lambda t, h: -h, torch.ones(2, dtype=F64), T, engine="julia")
 
     def never(*args):
         raise AssertionError("looked through")
 
-    monkeypatch.setattr(capture, "held", never)
-    monkeypatch.setattr(capture, "held_by", never)
-    monkeypatch.setattr(programs, "held_by", never)
+    monkeypatch.setattr(capture, "root_of", never)
+    monkeypatch.setattr(programs, "root_of", never)
     odeint(lambda t, h: -h, torch.ones(2, dtype=F64), T, engine="torch")
     odeint(lambda t, h: -h, torch.ones(2, dtype=F64), T)  # which "auto" is, in these tests
 

@@ -65,6 +65,7 @@ OPS = {
     "relu": lambda t, h, p, s, w: F.relu(h * p) + F.leaky_relu(h, 0.1) + F.relu6(h * 4),
     "hard": lambda t, h, p, s, w: F.hardtanh(h * p) + F.hardsigmoid(h) + F.hardswish(h * 3) + F.hardshrink(h),
     "softsign": lambda t, h, p, s, w: F.softsign(h * p) + F.softshrink(h) + F.tanhshrink(h),
+    "constant_mm": lambda t, h, p, s, w: h @ torch.tensor([[1.0, 2.0, 0.5]] * h.shape[1], dtype=h.dtype) @ w[:3],
     "mm": lambda t, h, p, s, w: h @ w.T @ w,
     "linear": lambda t, h, p, s, w: F.linear(torch.tanh(F.linear(h, w)), w.T, p),
     "linear_1d": lambda t, h, p, s, w: F.linear(h[0], w, w[:, 0])[:3].expand_as(h) * h,
