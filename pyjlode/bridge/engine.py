@@ -144,7 +144,7 @@ def called_back(p: ODEProblem, gradient: str | None) -> str:
     """Why Julia's solver would call f back, so that the native engine is faster; empty where it would not, or nothing
     is known to be faster.
 
-    A solve without a gradient is faster here even so: benchmarks/training.py --part forward.
+    A solve without a gradient is faster here even so: benchmarks/julia.py --part call.
     """
     if gradient is None or p.compile is not None or p.method.kind not in ("adaptive", "fixed"):
         return ""
