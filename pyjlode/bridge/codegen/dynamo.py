@@ -444,9 +444,11 @@ class _Attempt:
 
     def _is_cache(self, place: str) -> bool:
         try:
-            return isinstance(Slot(place, self.scope).get(), functools._lru_cache_wrapper)
+            f = Slot(place, self.scope).get()
         except Exception:  # a place that Dynamo alone can name
             return True
+        own = str(getattr(f, "__module__", "")).startswith("torch.")  # PyTorch keeps what never changes
+        return isinstance(f, functools._lru_cache_wrapper) and not own
 
     def refuse_values(self, place: str, kind: str) -> None:
         """Have no guard stand on the numbers of t or h: a solver's other times would break it.
