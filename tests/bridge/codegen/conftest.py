@@ -43,13 +43,16 @@ def reference(f, h0, params, t, v):
     by_t = torch.stack([torch.zeros_like(t) if x is None else x for _, x in rows])
     theta = [x for x in params if x.requires_grad]
     by_theta = [torch.zeros_like(x) if g is None else g for x, g in zip(theta, grad(theta, k, v))] if theta else []
+    vjp = v @ J
+    vjp_p = torch.cat([x.reshape(-1) for x in by_theta]) if by_theta else h.new_zeros(0)
     return {
         "f": k.detach(),
         "jac": J.T.reshape(-1),
         "tgrad": by_t,
         "jvp": J @ v,
-        "vjp": v @ J,
-        "vjp_p": torch.cat([x.reshape(-1) for x in by_theta]) if by_theta else h.new_zeros(0),
+        "vjp": vjp,
+        "vjp_p": vjp_p,
+        "pull": torch.cat([vjp, vjp_p]),
     }
 
 
@@ -75,7 +78,8 @@ def check(julia, monkeypatch):
                 with runtime.julia() as calls:
                     address = program.address(calls, name)
                 pattern = program.pattern if name == "jac" else None
-                size = {"jac": n * n, "vjp_p": len(theta)}.get(name, n) if pattern is None else len(pattern.rows)
+                sizes = {"jac": n * n, "vjp_p": len(theta), "pull": n + len(theta)}
+                size = sizes.get(name, n) if pattern is None else len(pattern.rows)
                 # A guard on both sides: nothing is written beside the output.
                 out, work = torch.full((size + 2,), 7.0, dtype=dtype), torch.full((program.work + 2,), 7.0, dtype=dtype)
                 tensors_in = (v, h.reshape(-1), theta, constants)
