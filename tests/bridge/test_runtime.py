@@ -136,7 +136,7 @@ except TimeoutError:
 def test_an_exception_in_a_trace_leaves_nothing_behind():
     code = """
 import random, signal
-from pyjlode.bridge.codegen import program
+from pyjlode.bridge.codegen import capture
 class Late(Exception):
     pass
 def late(*args):
@@ -155,8 +155,7 @@ signal.signal(signal.SIGALRM, late)
 raised = 0
 for i in range(60):
     f = Counting()
-    program._programs.clear()
-    program._met.clear()
+    capture.forget()
     try:
         signal.setitimer(signal.ITIMER_REAL, 1e-3 + 0.15 * random.random())
         pyjlode.odeint(f, h0, t, engine="julia", compile=True, adjoint=True)

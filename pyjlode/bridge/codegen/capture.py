@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...errors import NotCompiled
 from ...problem import Field, Layout
+from ..runtime import undisturbed
 
 if TYPE_CHECKING:
     from .dynamo import Captures, Entry, Slot
@@ -97,17 +98,19 @@ class Root:
             raise NotCompiled(self.refused[looks])
         if self.fruitless >= _FRUITLESS and not patient:
             raise NotCompiled(f"something that f reads is another at each solve{self._which(f)}; make it a tensor")
-        from .dynamo import SwitchedOff
+        # What a handler of a signal's raises would leave an import half done, or be remembered as the reason.
+        with undisturbed():
+            from .dynamo import SwitchedOff
 
-        try:
-            return self._capture(f)
-        except SwitchedOff:
-            raise
-        except NotCompiled as error:
-            if len(self.refused) >= _ENTRIES:
-                self.refused.clear()
-            self.refused[looks] = str(error)
-            raise NotCompiled(*error.args) from None  # without its frames, which hold tensors
+            try:
+                return self._capture(f)
+            except SwitchedOff:
+                raise
+            except NotCompiled as error:
+                if len(self.refused) >= _ENTRIES:
+                    self.refused.clear()
+                self.refused[looks] = str(error)
+                raise NotCompiled(*error.args) from None  # without its frames, which hold tensors
 
     def _capture(self, f: Any) -> Held:
         from . import dynamo

@@ -354,11 +354,12 @@ class Again(Holding, Callbacks):
 
 def agrees(p: ODEProblem, trained: Sequence[Tensor]) -> bool:
     """Whether the tensors that a program has as parameters are those by which the problem is to be differentiated: all
-    that f was seen to use among the latter, and leaves all of them. What f holds besides, it does not read."""
+    that f was seen to use among the latter. What f holds besides, it does not read."""
     ids, wanted = {id(x) for x in trained}, {id(x) for x in p.params}
     lost = any(id(x) not in ids and id(x) in p.reached for x in p.params)
-    # A graph from outside may be in a cache that a capture looks through, and PyTorch does not.
-    return not (lost or p.retain_graph) and all(x.is_leaf for x in trained) and (p.named or ids <= wanted)
+    # A result of earlier operations may lie in a cache that a capture looks through, and PyTorch does not.
+    known = all(x.is_leaf or id(x) in wanted for x in trained)
+    return not (lost or p.retain_graph) and known and (p.named or ids <= wanted)
 
 
 def called_back(p: ODEProblem, gradient: str | None) -> str:
@@ -366,13 +367,12 @@ def called_back(p: ODEProblem, gradient: str | None) -> str:
     try:
         if why := surroundings():
             raise NotCompiled(why)
-        program, held = program_of(p.f, p.y0, at_once=bool(p.compile))
-        for name in ("f", "vjp", "vjp_p") if gradient else ("f",):
+        program, _ = program_of(p.f, p.y0, at_once=bool(p.compile))
+        for name in ("f", "vjp", "vjp_p", "pull") if gradient else ("f",):
             if name in program.refused:
                 raise NotCompiled(program.refused[name])
+        for name in ("f", "vjp") if gradient else ("f",):
             program.text(name)
-        if gradient and not all(x.is_leaf for x in program.read(held)[: program.trace.trained]):
-            raise NotCompiled("f uses results of earlier operations, whose graph a compiled f is no part of")
     except NotCompiled as error:
         return str(error)
     return ""
