@@ -162,11 +162,8 @@ class RHS(Callbacks):
 
     def __init__(self, calls: Calls, p: ODEProblem, gradient: str | None) -> None:
         super().__init__(calls, p)
-        self.joint = gradient in (
-            "discrete",
-            "interpolating",
-            "backsolve",
-        )  # both products are asked for, one after the other
+        # Both products are asked for, one after the other.
+        self.joint = gradient in ("discrete", "interpolating", "backsolve")
         self.pending: list[Tensor | None] | None = None
         self.views = Views(torch.Size([self.n]) if p.f.shape is None else p.f.shape, self.dtype)
         self.functions |= {

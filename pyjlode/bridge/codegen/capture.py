@@ -116,9 +116,7 @@ class Root:
         from . import dynamo
 
         ways = [dynamo.WITH_GRAPH] if self.differentiates else [dynamo.BOTH, dynamo.VALUE]
-        if not self.captures:
-            self.captures = [dynamo.Captures(how, *_example(self.layout)) for how in ways]
-        if sum(len(x.entries) for x in self.captures) >= _ENTRIES:
+        if not self.captures or sum(len(x.entries) for x in self.captures) >= _ENTRIES:
             self.captures = [dynamo.Captures(how, *_example(self.layout)) for how in ways]
         self.fruitless += 1
         varying = self._varying(f)
