@@ -110,7 +110,7 @@ def hidden(x: Tensor) -> bool:
 
 def read(x: Tensor) -> float:
     """The number of a tensor of one element: where `vmap` hides several, the largest, or NaN if one is."""
-    if not transformed():
+    if _level() is None and forward_ad._current_level < 0:  # `transformed`, here without a call
         return float(x)
     values = rows(x)
     with outside():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import gc
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -403,29 +404,45 @@ def _edge(x: Tensor) -> tuple[Any, int]:
 def _walk(roots: Iterable[tuple[Any, int]], cuts: Cuts, mark: int) -> tuple[list[Tensor], dict[int, Tensor], bool]:
     """Walk back through a graph, not past `cuts`: the cuts met, the leaves met, and whether nodes older than `mark`
     are."""
-    # Every call of f in a backward pass is looked at in this way: nothing here may cost much.
+    # Every call of f in a backward pass is looked at in this way, and the whole graph of a short solve: nothing here may
+    # cost much. Each node that is looked at becomes a Python object, and thousands of those would set off the garbage
+    # collector, which has nothing to find here, again and again.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return _walked(roots, cuts, mark)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _walked(roots: Iterable[tuple[Any, int]], cuts: Cuts, mark: int) -> tuple[list[Tensor], dict[int, Tensor], bool]:
+    # Nodes are known by their numbers, and let go at once; but those from before `mark` may have been made in another
+    # thread, with numbers of its own.
     leaf: Any = _leaf_node()
-    used: list[Tensor] = []
+    used: dict[tuple[Any, int], Tensor] = {}
     leaves: dict[int, Tensor] = {}
-    outside = False
-    todo = list(roots)
-    seen = set(todo)
-    while todo:
-        edge = todo.pop()
-        node = edge[0]
-        if node is None:
-            continue
-        if cuts and edge in cuts:
-            used.append(cuts[edge])
-            continue
-        if type(node) is leaf:
-            x = node.variable
-            leaves[id(x)] = x
-            continue
-        if not outside and node._sequence_nr() < mark:
-            outside = True
-        for then in node.next_functions:
-            if then not in seen:
-                seen.add(then)
-                todo.append(then)
-    return used, leaves, outside
+    walked: set[int] = set()
+    before: set[Any] = set()
+    todo: list[Any] = []
+    edges: Iterable[tuple[Any, int]] = roots
+    while True:
+        for edge in edges:
+            node = edge[0]
+            if node is None:
+                continue
+            if cuts and edge in cuts:
+                used[edge] = cuts[edge]
+            elif type(node) is leaf:
+                x = node.variable
+                leaves[id(x)] = x
+            elif (number := node._sequence_nr()) >= mark:
+                if number not in walked:
+                    walked.add(number)
+                    todo.append(node)
+            elif node not in before:
+                before.add(node)
+                todo.append(node)
+        if not todo:
+            return list(used.values()), leaves, bool(before)
+        edges = todo.pop().next_functions

@@ -206,22 +206,26 @@ class Field:
         """
         self.nfe += 1
         given = y
-        y = y if self.flat else y.reshape(self.shape)  # type: ignore[arg-type]
-        watched = self.watched and not y.requires_grad
+        if not self.flat:
+            y = y.reshape(self.shape)  # type: ignore[arg-type]
         if self.differentiates:
             k = self.with_graph(t, y)
         else:
+            recorded = not self.watched or torch.is_grad_enabled() or y.requires_grad
             try:
-                if watched and not torch.is_grad_enabled():
-                    with torch.enable_grad():
-                        k = self.f(t, y)
-                else:
+                if recorded:
                     k = self.f(t, y)
+                else:  # as `torch.enable_grad()`, which takes a microsecond
+                    torch._C._set_grad_enabled(True)
+                    try:
+                        k = self.f(t, y)
+                    finally:
+                        torch._C._set_grad_enabled(False)
             except RuntimeError as error:
                 if not self.wants_graph(error, y):
                     raise
                 k = self.with_graph(t, y)
-            if watched and k.requires_grad:
+            if self.watched and k.requires_grad and not y.requires_grad:
                 self.look(k, t, y, given)
         if self.shape is not None and k.shape != self.shape:
             raise self.changed(numbers.read(t), k)

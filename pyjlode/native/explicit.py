@@ -261,11 +261,14 @@ class Crawl:
         phase = (n - _FIRST) % _PERIOD
         if self.said or n < _FIRST or phase >= _LOOKED_AT:
             return
-        with torch.no_grad():
-            self.hits = (self.hits if phase else 0) + (step.stretch() > self.near)
         interval = step.interval
         left = (end - interval.t1) / (interval.t1 - interval.t0) if math.isfinite(end) else n
-        if self.hits >= _ON_BOUNDARY and left > _CRAWL:
+        if left <= _CRAWL:
+            self.hits = 0
+            return
+        with torch.no_grad():
+            self.hits = (self.hits if phase else 0) + (step.stretch() > self.near)
+        if self.hits >= _ON_BOUNDARY:
             self.said = True
             name, t, dt = step.rk.p.method.name, interval.t1, interval.t1 - interval.t0
             there = f"some {left:.0f} more of them to t={end:.6g}" if math.isfinite(end) else f"{n} so far"
