@@ -404,7 +404,7 @@ def _edge(x: Tensor) -> tuple[Any, int]:
 def _walk(roots: Iterable[tuple[Any, int]], cuts: Cuts, mark: int) -> tuple[list[Tensor], dict[int, Tensor], bool]:
     """Walk back through a graph, not past `cuts`: the cuts met, the leaves met, and whether nodes older than `mark`
     are."""
-    # Every call of f in a backward pass is looked at in this way, and the whole graph of a short solve: nothing here may
+    # Every call of f in a backward pass is looked at in this way, and the whole graph of a short solve: nothing may
     # cost much. Each node that is looked at becomes a Python object, and thousands of those would set off the garbage
     # collector, which has nothing to find here, again and again.
     collecting = gc.isenabled()
