@@ -6,8 +6,8 @@ using CommonSolve: CommonSolve, init, solve!
 using ConstructionBase: setproperties
 using OrdinaryDiffEqCore: CompositeAlgorithm, isimplicit
 using PrecompileTools: @compile_workload, @setup_workload
-using PyJLODE: PyJLODE, AdjointRequest, FAILURE, Field, IMPLICIT, Outcome, Solve, Source, call_adjoint, ode_function,
-    solve_linear, stepping, structure, succeeded, tolerance
+using PyJLODE: PyJLODE, AdjointRequest, FAILURE, Field, IMPLICIT, Outcome, Solve, Source, beside, borrow, call_adjoint,
+    ode_function, solve_linear, stepping, structure, succeeded, tolerance, vectors
 using SciMLBase: ODEProblem, SciMLBase, remake
 using SciMLSensitivity: BacksolveAdjoint, GaussAdjoint, InterpolatingAdjoint, QuadratureAdjoint,
     ReverseDiffVJP, adjoint_sensitivities
@@ -38,10 +38,10 @@ backward_solver(alg, ::Field) = hasproperty(alg, :autodiff) ? remake(alg; autodi
 The forward solution as an implicit solver of the adjoint has use for it: SciMLSensitivity takes the field's own Jacobian
 where it is told what a Jacobian looks like.
 """
-function with_jacobian(s::Solve{T, Field{T}}) where {T}
+function with_jacobian(s::Solve{T, <:Field}) where {T}
     (; prob) = s.sol
     (; mass_matrix) = prob.f
-    f = ode_function(s.field; mass_matrix, jac_prototype = zeros(T, s.field.n, s.field.n))
+    f = ode_function(s.field; mass_matrix, jac_prototype = beside(s.field.parameters, zeros(T, s.field.n, s.field.n)))
     return setproperties(s.sol, (; prob = remake(prob; f)))
 end
 with_jacobian(s::Solve) = s.sol
@@ -84,7 +84,8 @@ end
 
 function PyJLODE.adjoint!(s::Solve{T}, name::String, alg, r::AdjointRequest) where {T}
     times = Vector{Float64}(r.times)
-    cotangents = reshape(Vector{T}(r.g), s.field.n, length(times))
+    V = vectors(s.field)
+    cotangents = reshape(borrow(V, r.g), s.field.n, length(times))
     function dgdu(out, u, p, t, i)
         copyto!(out, view(cotangents, :, i + 1))
         return nothing
@@ -100,14 +101,14 @@ function PyJLODE.adjoint!(s::Solve{T}, name::String, alg, r::AdjointRequest) whe
         adjoint_sensitivities(
             isimplicit(alg) ? with_jacobian(s) : s.sol, solver;
             t = times[2:end], dgdu_discrete = dgdu, sensealg = adjoint_method(name, s.field, reltol, abstol),
-            reltol, abstol, tstops = [restarts; Vector{Float64}(r.stops)], verbose = PyJLODE.SILENT, steps...,
+            reltol = beside(s.field.parameters, reltol), abstol = beside(s.field.parameters, abstol), tstops = [restarts; Vector{Float64}(r.stops)], verbose = PyJLODE.SILENT, steps...,
             checkpoints...
         )
     catch error
         error isa Failed ? (return solver.outcome[]) : rethrow()
     end
-    copyto!(Vector{T}(r.du0), du0)
-    m == 0 || copyto!(Vector{T}(r.dp), dp)
+    copyto!(borrow(V, r.du0), vec(du0))
+    m == 0 || copyto!(borrow(V, r.dp), vec(dp))
     return solver.outcome[]
 end
 

@@ -35,6 +35,19 @@ function answer(f)
     end
 end
 
+"The same, with work going to where the field is."
+answer(f, field::Field{T, V}) where {T, V} = answer(() -> at_place(f, V, field.place))
+answer(f, field) = answer(f)
+
+"Has the work of a field go to another stream from now on."
+function call_stream(field::Int64, stream::Ptr{Cvoid})
+    return answer() do
+        f = HELD[field]
+        f.place = Place(f.place.kind, f.place.device, stream)
+        Int64(1)
+    end
+end
+
 function call_field(bits::Int64, functions::Ptr{Functions})
     return answer() do
         hold(Field{number_type(bits)}(unsafe_load(functions)))
@@ -85,7 +98,7 @@ end
 
 "The number of a [`Solve`](@ref), which looks at the memory of the request for as long as it is held."
 function call_solve(field::Int64, alg::Int64, request::Ptr{Request}, outcome::Ptr{Outcome})
-    return answer() do
+    return answer(HELD[field]) do
         r = unsafe_load(request)
         s, o = solve(solved(HELD[field], r), HELD[alg], r)
         unsafe_store!(outcome, o)
@@ -119,21 +132,21 @@ function call_sweep(field::Int64, alg::Int64, request::Ptr{Request}, systems::Pt
 end
 
 function call_interpolate(s::Int64, times::Int64, out::Int64, m::Int64)
-    return answer() do
+    return answer(HELD[s].field) do
         interpolate!(HELD[s], times, out, m)
         Int64(1)
     end
 end
 
 function call_adjoint(s::Int64, name::Cstring, alg::Int64, request::Ptr{AdjointRequest}, outcome::Ptr{Outcome})
-    return answer() do
+    return answer(HELD[s].field) do
         unsafe_store!(outcome, adjoint!(HELD[s], unsafe_string(name), HELD[alg], unsafe_load(request)))
         Int64(1)
     end
 end
 
 function call_replay(s::Int64, request::Ptr{ReplayRequest}, replayed::Ptr{Replayed})
-    return answer() do
+    return answer(HELD[s].field) do
         unsafe_store!(replayed, replay!(HELD[s], unsafe_load(request)))
         Int64(1)
     end
@@ -155,6 +168,7 @@ function addresses()
         done = Base.unsafe_convert(Ptr{Int64}, DONE),
         failure = @cfunction(call_failure, Ptr{UInt8}, ()),
         field = @cfunction(call_field, Int64, (Int64, Ptr{Functions})),
+        stream = @cfunction(call_stream, Int64, (Int64, Ptr{Cvoid})),
         compiled_field = @cfunction(call_compiled_field, Int64, (Int64, Ptr{CompiledFunctions})),
         compile = @cfunction(call_compile, Int64, (Int64, Cstring)),
         source = @cfunction(call_source, Int64, (Int64, Int64, Int64, Int64, Int64, Int64)),

@@ -270,17 +270,17 @@ function Field{T}(c::CompiledFunctions) where {T}
         SparseMatrixCSC(c.n, c.n, copy(Vector{Int64}(c.columns)), rows, zeros(T, length(rows)))
     end
     return Field{T}(
-        c.n, c.f, c.jac, c.tgrad, c.jvp, c.vjp, c.vjp_p, c.event, Vector{T}[], T[], T[], Vector{T}(c.theta), true,
-        Vector{T}(c.constants), Vector{T}(c.work), pattern
+        c.n, c.f, c.jac, c.tgrad, c.jvp, c.vjp, c.vjp_p, c.event, Vector{T}(c.theta); native = true,
+        constants = Vector{T}(c.constants), work = Vector{T}(c.work), pattern
     )
 end
 
 "The same field with memory of its own for what changes."
 function Base.copy(field::Field{T}) where {T}
     return Field{T}(
-        field.n, field.f, field.jac, field.tgrad, field.jvp, field.vjp, field.vjp_p, field.event, Vector{T}[], T[], T[],
-        copy(field.parameters), field.native, copy(field.constants), copy(field.work),
-        field.pattern === nothing ? nothing : copy(field.pattern)
+        field.n, field.f, field.jac, field.tgrad, field.jvp, field.vjp, field.vjp_p, field.event, copy(field.parameters);
+        field.native, constants = copy(field.constants), work = copy(field.work),
+        pattern = field.pattern === nothing ? nothing : copy(field.pattern)
     )
 end
 
@@ -324,7 +324,7 @@ end
 "A compiled function as Julia's solvers take them, for one that is compiled for it."
 struct Inlined{T, F}
     f::F
-    field::Field{T}
+    field::Field{T, Vector{T}}
 end
 
 function (x::Inlined{T})(du::Contiguous{T}, u::Contiguous{T}, p::Contiguous{T}, t) where {T}

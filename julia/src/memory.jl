@@ -8,11 +8,48 @@ end
 
 lend(a::Array) = Lent(pointer(a), length(a))
 
+"An address, wherever the memory is."
+address_of(a) = Ptr{Cvoid}(UInt(pointer(a)))
+
 "What was lent, as an array: no copy. Whoever calls this keeps the owner of the memory for as long as the array."
 function Base.Vector{T}(lent::Lent) where {T}
     # The address of an empty tensor is 0, which unsafe_wrap refuses.
     return lent.length == 0 ? T[] : unsafe_wrap(Array, Ptr{T}(lent.address), lent.length)
 end
+
+"""
+    DEVICES
+
+What vectors of a device are, by its kind: `(T) -> V`, the type of vectors of `T` there. The state of a field on such a
+device, and all that is as large, are arrays of this kind; times and tolerances are the host's. A package extension that
+adds a kind adds methods of [`borrow`](@ref), and of [`at_place`](@ref) where there are devices and streams to choose.
+"""
+const DEVICES = Dict{Int64, Any}(0 => (T -> Vector{T}))
+
+"Where a field's arrays are: the kind of device (0 is the host), which of them, and the stream that work goes to."
+struct Place
+    kind::Int64
+    device::Int64
+    stream::Ptr{Cvoid}
+end
+Place() = Place(0, 0, C_NULL)
+
+"The type of vectors of `T` at a place."
+function vector_type(::Type{T}, place::Place) where {T}
+    haskey(DEVICES, place.kind) || error("no package for devices of kind $(place.kind) is loaded")
+    return DEVICES[place.kind](T)
+end
+
+"What was lent, as a vector of a kind: no copy."
+borrow(::Type{Vector{T}}, lent::Lent) where {T} = Vector{T}(lent)
+
+"What `f` returns, called where work goes to the place's device and stream."
+at_place(f, ::Type{<:Vector}, place::Place) = f()
+
+"Numbers of the host's as an array like `u`, which may be elsewhere; one number is itself."
+beside(u, x::Number) = x
+beside(u::Array, x::Array) = x
+beside(u, x::Array{T, N}) where {T, N} = copyto!(similar(u, T, size(x)), x)
 
 """
 What a solve is asked for. Layout as in C: the caller fills one in its own memory and passes its address.
@@ -107,12 +144,15 @@ struct Replayed
 end
 
 """
-The C functions of a [`Field`](@ref) over `n` numbers, 0 where there is none, and the number of its parameters. As
-[`Request`](@ref).
+The C functions of a [`Field`](@ref) over `n` numbers, 0 where there is none, the number of its parameters, and its
+[`Place`](@ref). As [`Request`](@ref).
 """
 struct Functions
     n::Int64
     parameters::Int64
+    kind::Int64
+    device::Int64
+    stream::Ptr{Cvoid}
     f::Ptr{Cvoid}
     jac::Ptr{Cvoid}
     tgrad::Ptr{Cvoid}

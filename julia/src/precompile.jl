@@ -21,7 +21,7 @@ for T in (Float32, Float64)
         function linear_field(::Type{$T}; event::Bool = false)
             vjp = @cfunction(c_vjp, Cvoid, (Ptr{$T}, Ptr{$T}, Ptr{$T}, Cdouble))
             return Functions(
-                1, 1,
+                1, 1, 0, 0, C_NULL,
                 @cfunction(c_field, Cvoid, (Ptr{$T}, Ptr{$T}, Cdouble)),
                 @cfunction(c_jacobian, Cvoid, (Ptr{$T}, Ptr{$T}, Cdouble)),
                 @cfunction(c_zero, Cvoid, (Ptr{$T}, Ptr{$T}, Cdouble)),

@@ -2,18 +2,28 @@
 # cotangent pulled back through it. What comes out is the gradient of the numbers that the solve gave.
 
 "The ends of the accepted steps of a solve, from its start on: their times, and the states there, one after the other."
-struct Steps{T}
+struct Steps{S}
     times::Vector{Float64}
-    states::Vector{T}
+    states::S
 end
-Steps{T}() where {T} = Steps{T}(Float64[], T[])
+Steps{S}() where {S} = Steps{S}(Float64[], S())
+
+# The host's lie in one vector, one after the other.
+steps_type(::Type{Vector{T}}) where {T} = Steps{Vector{T}}
+steps_type(::Type{V}) where {V <: AbstractVector} = Steps{Vector{V}}
 
 function note!(steps::Steps, u, t)
     push!(steps.times, t)
-    append!(steps.states, u)
+    put!(steps.states, u)
     return nothing
 end
 note!(::Nothing, u, t) = nothing
+put!(states::Vector{<:Number}, u) = append!(states, u)
+put!(states::Vector{<:AbstractVector}, u) = push!(states, copy(u))
+
+"State k, of n numbers."
+state(states::Vector{<:Number}, n, k) = view(states, ((k - 1) * n + 1):(k * n))
+state(states::Vector{<:AbstractVector}, n, k) = states[k]
 
 """
 An explicit Runge-Kutta method with dense output. Stage `l` of a step of size `dt` from `(t, y)` is the slope at the time
@@ -34,22 +44,22 @@ function Tableau{T}(r::ReplayRequest) where {T}
 end
 
 "What a replay works with: for each stage its point, its slope and the cotangent of that; the cotangents so far."
-struct Replay{T}
-    field::Field{T}
+struct Replay{T, V, F}
+    field::F
     tab::Tableau{T}
-    points::Vector{Vector{T}}
-    slopes::Vector{Vector{T}}
-    bars::Vector{Vector{T}}
-    a::Vector{T}
-    theta::Vector{T}
-    by_start::Vector{T}
-    by_both::Vector{T}  # by the point, and then by the parameters
+    points::Vector{V}
+    slopes::Vector{V}
+    bars::Vector{V}
+    a::V
+    theta::V
+    by_start::V
+    by_both::V  # by the point, and then by the parameters
 end
 
-function Replay(field::Field{T}, tab::Tableau{T}, a::Vector{T}, theta::Vector{T}) where {T}
+function Replay(field::Field{T, V}, tab::Tableau{T}, a::V, theta::V) where {T, V}
     # Vectors, and no matrix: a field may show its callbacks vectors themselves.
-    points, slopes, bars = ([zeros(T, field.n) for _ in tab.c] for _ in 1:3)
-    return Replay{T}(field, tab, points, slopes, bars, a, theta, zero(a), [a; theta])
+    points, slopes, bars = (V[zero(a) for _ in tab.c] for _ in 1:3)
+    return Replay{T, V, typeof(field)}(field, tab, points, slopes, bars, a, theta, zero(a), vcat(a, theta))
 end
 
 """
@@ -58,10 +68,10 @@ end
 The gradient of a loss of the states at the output times with the cotangents `g`, with respect to the first state
 (without `g` there), and to the parameters; `request` is a [`ReplayRequest`](@ref).
 """
-function replay!(steps::Steps{T}, field::Field{T}, r::ReplayRequest) where {T}
-    times, ends = Vector{Float64}(r.times), reshape(steps.states, field.n, :)
-    g = reshape(Vector{T}(r.g), field.n, length(times))
-    work = Replay(field, Tableau{T}(r), fill!(Vector{T}(r.du0), zero(T)), fill!(Vector{T}(r.dp), zero(T)))
+function replay!(steps::Steps, field::Field{T, V}, r::ReplayRequest) where {T, V}
+    times, ends(k) = Vector{Float64}(r.times), state(steps.states, field.n, k)
+    g = reshape(borrow(V, r.g), field.n, length(times))
+    work = Replay(field, Tableau{T}(r), fill!(borrow(V, r.du0), zero(T)), fill!(borrow(V, r.dp), zero(T)))
     nf, apart = 0, 0.0
     direction = times[end] < times[1] ? -1.0 : 1.0
     i = length(times)  # outputs after i are done
@@ -76,8 +86,8 @@ function replay!(steps::Steps{T}, field::Field{T}, r::ReplayRequest) where {T}
             i -= 1
         end
         inside = (i + 1):last
-        nf += step!(work, t0, t1 - t0, view(ends, :, k), !isempty(inside))
-        apart = max(apart, distance(work.points[work.tab.s + 1], view(ends, :, k + 1), view(ends, :, k)))
+        nf += step!(work, t0, t1 - t0, ends(k), !isempty(inside))
+        apart = max(apart, distance(work.points[work.tab.s + 1], ends(k + 1), ends(k)))
         pull!(work, t0, t1 - t0, view(times, inside), view(g, :, inside))
     end
     return Replayed(apart, nf)
@@ -115,7 +125,7 @@ function pull!(work::Replay{T}, t0, dt, times, g) where {T}
         by_start .+= bar
     end
     for l in (isempty(times) ? tab.s + 1 : length(bars)):-1:1
-        if all(iszero, bars[l])
+        if nothing_in(bars[l])
             fill!(by_point, zero(T))
         else
             products!(by_both, by_point, by_theta, field, bars[l], points[l], t0 + tab.c[l] * dt)
@@ -142,8 +152,18 @@ function products!(both, by_point, by_theta, field::Field, v, u, t)
     return nothing
 end
 
+"Whether a cotangent is known to be zero; on a device a look would hold up the work that is queued there."
+nothing_in(bar::Array) = all(iszero, bar)
+nothing_in(bar) = false
+
 "Largest difference of the end of a step from where it is to be, in units of the largest number in the step."
 function distance(u, v, start)
+    largest(x) = mapreduce(abs, max, x; init = zero(eltype(x)))
+    far = largest(u .- v)
+    return iszero(far) ? 0.0 : Float64(far / max(largest(v), largest(start)))
+end
+
+function distance(u::Array, v, start)
     far = size = zero(eltype(u))
     for (x, y, z) in zip(u, v, start)
         far, size = max(far, abs(x - y)), max(size, abs(y), abs(z))
@@ -152,6 +172,11 @@ function distance(u, v, start)
 end
 
 "Add x u to v."
+function add!(v::AbstractVector{T}, x::T, u) where {T}
+    iszero(x) || (v .= muladd.(x, u, v))
+    return nothing
+end
+
 function add!(v::Vector{T}, x::T, u) where {T}
     iszero(x) && return nothing
     @inbounds @simd for i in eachindex(v, u)

@@ -25,7 +25,7 @@ A callback may keep looking at the arrays of `f` after it has returned (a tensor
 be kept by the user): they live for as long as the field does. There are at most $(2PINNED) of them: what a solver makes
 for a moment is copied into one that stays.
 """
-mutable struct Field{T}
+mutable struct Field{T, V <: AbstractVector{T}}
     const n::Int
     const f::Ptr{Cvoid}
     const jac::Ptr{Cvoid}
@@ -34,10 +34,10 @@ mutable struct Field{T}
     const vjp::Ptr{Cvoid}
     const vjp_p::Ptr{Cvoid}
     const event::Ptr{Cvoid}
-    const pinned::Vector{Vector{T}}
-    const u::Vector{T}
-    const du::Vector{T}
-    const parameters::Vector{T}
+    const pinned::Vector{V}
+    const spare::Vector{V}  # a state and a slope, once they were needed
+    const parameters::V
+    place::Place
     # Of functions that are compiled from Julia text; see `CompiledFunctions`.
     const native::Bool
     const constants::Vector{T}
@@ -51,18 +51,27 @@ function Field{T}(
         n::Integer; f, jac = 0, tgrad = 0, jvp = 0, vjp = 0, vjp_p = 0, event = 0, parameters::Integer = 0
     ) where {T}
     pointers = map(pointer_to, (f, jac, tgrad, jvp, vjp, vjp_p, event))
-    return Field{T}(n, pointers..., Vector{T}[], T[], T[], zeros(T, parameters), false, T[], T[], nothing)
+    return Field{T}(n, pointers..., zeros(T, parameters))
+end
+
+function Field{T}(
+        n, f, jac, tgrad, jvp, vjp, vjp_p, event, parameters::V, place = Place(); native = false, constants = T[], work = T[],
+        pattern = nothing
+    ) where {T, V}
+    return Field{T, V}(n, f, jac, tgrad, jvp, vjp, vjp_p, event, V[], V[], parameters, place, native, constants, work, pattern)
 end
 
 function Field{T}(c::Functions) where {T}
-    return Field{T}(
-        c.n, c.f, c.jac, c.tgrad, c.jvp, c.vjp, c.vjp_p, c.event, Vector{T}[], T[], T[], zeros(T, c.parameters), false,
-        T[], T[], nothing
-    )
+    place = Place(c.kind, c.device, c.stream)
+    V = vector_type(T, place)
+    parameters = at_place(() -> fill!(V(undef, c.parameters), zero(T)), V, place)
+    return Field{T}(c.n, c.f, c.jac, c.tgrad, c.jvp, c.vjp, c.vjp_p, c.event, parameters, place)
 end
 
+vectors(::Field{T, V}) where {T, V} = V
+
 "Whether a callback may look at `a` itself."
-function pin!(field::Field{T}, a::Vector{T}) where {T}
+function pin!(field::Field{T, V}, a::V) where {T, V}
     for b in field.pinned
         a === b && return true
     end
@@ -72,8 +81,8 @@ function pin!(field::Field{T}, a::Vector{T}) where {T}
 end
 pin!(::Field, ::AbstractArray) = false
 
-"Numbers of `T`, contiguous: what C functions can be given. Dual numbers, for one, are not."
-const Plain{T} = StridedArray{T}
+"Numbers of `T`, contiguous, wherever they are: what C functions can be given. Dual numbers, for one, are not."
+const Plain{T} = AbstractArray{T}
 
 """
 1 where the callback that was called last has come to its end, which it says itself (`done!`). What it returns would not
@@ -86,7 +95,7 @@ check() = DONE[] == 1 ? nothing : throw(Abandoned())
 function call(f::Ptr{Cvoid}, out, u, t)
     DONE[] = 0
     GC.@preserve out u begin
-        @ccall $f(pointer(out)::Ptr{Cvoid}, pointer(u)::Ptr{Cvoid}, t::Cdouble)::Cvoid
+        @ccall $f(address_of(out)::Ptr{Cvoid}, address_of(u)::Ptr{Cvoid}, t::Cdouble)::Cvoid
     end
     return check()
 end
@@ -95,14 +104,14 @@ function call(f::Ptr{Cvoid}, out, v, u, t)
     DONE[] = 0
     GC.@preserve out v u begin
         @ccall $f(
-            pointer(out)::Ptr{Cvoid}, pointer(v)::Ptr{Cvoid}, pointer(u)::Ptr{Cvoid}, t::Cdouble
+            address_of(out)::Ptr{Cvoid}, address_of(v)::Ptr{Cvoid}, address_of(u)::Ptr{Cvoid}, t::Cdouble
         )::Cvoid
     end
     return check()
 end
 
-struct RHS{T}
-    field::Field{T}
+struct RHS{F <: Field}
+    field::F
 end
 
 function (rhs::RHS)(du, u, p, t)
@@ -111,18 +120,19 @@ function (rhs::RHS)(du, u, p, t)
     if pin!(field, u) && pin!(field, du)
         call(field.f, du, u, t)
     else
-        isempty(field.u) && (resize!(field.u, field.n); resize!(field.du, field.n))
-        copyto!(field.u, u)
-        call(field.f, field.du, field.u, t)
-        copyto!(du, field.du)
+        isempty(field.spare) && push!(field.spare, similar(field.parameters, field.n), similar(field.parameters, field.n))
+        state, slope = field.spare
+        copyto!(state, u)
+        call(field.f, slope, state, t)
+        copyto!(du, slope)
     end
     return nothing
 end
 
-struct Jacobian{T}
-    field::Field{T}
+struct Jacobian{F <: Field}
+    field::F
 end
-function (j::Jacobian{T})(J::Union{Plain{T}, SparseMatrixCSC{T}}, u::Plain{T}, p, t) where {T}
+function (j::Jacobian{<:Field{T}})(J::Plain{T}, u::Plain{T}, p, t) where {T}
     field = j.field
     field.native || return call(field.jac, J, u, t)
     pattern = field.pattern
@@ -135,34 +145,34 @@ function (j::Jacobian{T})(J::Union{Plain{T}, SparseMatrixCSC{T}}, u::Plain{T}, p
     return nothing
 end
 
-struct TimeGradient{T}
-    field::Field{T}
+struct TimeGradient{F <: Field}
+    field::F
 end
-function (g::TimeGradient{T})(dT::Plain{T}, u::Plain{T}, p, t) where {T}
+function (g::TimeGradient{<:Field{T}})(dT::Plain{T}, u::Plain{T}, p, t) where {T}
     field = g.field
     return field.native ? native(field, field.tgrad, dT, u, u, p, t) : call(field.tgrad, dT, u, t)
 end
 
-struct JVP{T}
-    field::Field{T}
+struct JVP{F <: Field}
+    field::F
 end
-function (jvp::JVP{T})(out::Plain{T}, v::Plain{T}, u::Plain{T}, p, t) where {T}
+function (jvp::JVP{<:Field{T}})(out::Plain{T}, v::Plain{T}, u::Plain{T}, p, t) where {T}
     field = jvp.field
     return field.native ? native(field, field.jvp, out, v, u, p, t) : call(field.jvp, out, v, u, t)
 end
 
-struct VJP{T}
-    field::Field{T}
+struct VJP{F <: Field}
+    field::F
 end
-function (vjp::VJP{T})(out::Plain{T}, v::Plain{T}, u::Plain{T}, p, t) where {T}
+function (vjp::VJP{<:Field{T}})(out::Plain{T}, v::Plain{T}, u::Plain{T}, p, t) where {T}
     field = vjp.field
     return field.native ? native(field, field.vjp, out, v, u, p, t) : call(field.vjp, out, v, u, t)
 end
 
-struct ParameterVJP{T}
-    field::Field{T}
+struct ParameterVJP{F <: Field}
+    field::F
 end
-function (vjp::ParameterVJP{T})(out::Plain{T}, v::Plain{T}, u::Plain{T}, p, t) where {T}
+function (vjp::ParameterVJP{<:Field{T}})(out::Plain{T}, v::Plain{T}, u::Plain{T}, p, t) where {T}
     field = vjp.field
     return field.native ? native(field, field.vjp_p, out, v, u, p, t) : call(field.vjp_p, out, v, u, t)
 end
@@ -200,6 +210,7 @@ struct Source{T, F}
 end
 
 Source{T}(n, f, parameters, event = C_NULL) where {T} = Source{T, typeof(f)}(n, f, event, parameters)
+vectors(::Source{T}) where {T} = Vector{T}
 
 "The function `f(du, u, p, t)` that Julia source text defines; the last expression of the text must be it."
 source_function(text::AbstractString) = Core.eval(Module(), Meta.parseall(text))

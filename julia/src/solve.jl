@@ -7,7 +7,7 @@ caller's: the first state. The `steps` are there where they were to be kept.
 struct Solve{T, F}
     field::F
     sol::Any
-    steps::Union{Nothing, Steps{T}}
+    steps::Union{Nothing, Steps}
 end
 
 replay!(s::Solve, r::ReplayRequest) = replay!(s.steps, s.field, r)
@@ -16,18 +16,22 @@ replay!(s::Solve, r::ReplayRequest) = replay!(s.steps, s.field, r)
 Writes the states at the output times as the solver passes them: at time `k` of system `i` to `out[:, i, k]`; and
 notes each step, where that is asked for.
 """
-mutable struct Outputs{T}
+mutable struct Outputs{T, A <: AbstractArray{T, 3}, S}
     const times::Vector{Float64}
-    const out::Array{T, 3}
+    const out::A
     system::Int
     next::Int
-    steps::Union{Nothing, Steps{T}}
+    steps::Union{Nothing, S}
+end
+
+function Outputs(times, out::A, system, next, steps, ::Type{V}) where {T, A <: AbstractArray{T, 3}, V <: AbstractVector{T}}
+    return Outputs{T, A, steps_type(V)}(times, out, system, next, steps)
 end
 
 "Its steps from the first state on, if a request has them kept."
-function first_step(r::Request, u0::Vector{T}) where {T}
+function first_step(r::Request, u0::V) where {V}
     r.keep == 0 && return nothing
-    steps = Steps{T}()
+    steps = steps_type(V)()
     note!(steps, u0, Vector{Float64}(r.times)[1])
     return steps
 end
@@ -35,8 +39,8 @@ end
 due(o::Outputs, t, tdir) = o.next <= length(o.times) && tdir * o.times[o.next] <= tdir * t
 
 "Whether the solver has passed an output time that is not written."
-struct Due{T}
-    outputs::Outputs{T}
+struct Due{O <: Outputs}
+    outputs::O
 end
 
 function (d::Due)(u, t, integrator)
@@ -57,13 +61,13 @@ function (o::Outputs)(integrator)
 end
 
 "The margin of an event: positive before it."
-mutable struct Event{T}
+mutable struct Event{V}
     const call::Ptr{Cvoid}
-    const u::Vector{T}
+    const u::V
     const margin::Vector{Float64}
     time::Float64
 end
-Event(field, ::Type{T}) where {T} = Event{T}(field.event, Vector{T}(undef, field.n), zeros(1), NaN)
+Event(field, u0) = Event(field.event, similar(u0), zeros(1), NaN)
 
 function (event::Event)(u, t, integrator)
     copyto!(event.u, u)
@@ -71,8 +75,8 @@ function (event::Event)(u, t, integrator)
     return event.margin[1]
 end
 
-struct Stop{T}
-    event::Event{T}
+struct Stop{E <: Event}
+    event::E
 end
 
 function (stop::Stop)(integrator)
@@ -95,16 +99,22 @@ function (norm::LargestRMS)(u, t)
     largest = zero(real(float(eltype(u))))
     for k in 2:length(norm.offsets)
         a, b = norm.offsets[k - 1], norm.offsets[k]
-        total = zero(largest)
-        @inbounds @simd for i in (a + 1):b
-            total += abs2(u[i])
-        end
-        rms = sqrt(total / max(b - a, 1))
+        rms = sqrt(squares(u, a + 1, b) / max(b - a, 1))
         isnan(rms) && return rms
         largest = max(largest, rms)
     end
     return largest
 end
+
+"The sum of the squares of u[a:b]."
+function squares(u::Array, a, b)
+    total = zero(real(float(eltype(u))))
+    @inbounds @simd for i in a:b
+        total += abs2(u[i])
+    end
+    return total
+end
+squares(u, a, b) = b < a ? zero(real(float(eltype(u)))) : sum(abs2, view(vec(u), a:b))
 
 const SILENT = DEVerbosity(SciMLLogging.None())
 
@@ -121,11 +131,12 @@ Solve from `u0` at `times[1]` and write the states at all of `times` into `out`.
 """
 function solve(field::Union{Field{T}, Source{T}}, alg, r::Request) where {T}
     times = copy(Vector{Float64}(r.times))
-    u0 = Vector{T}(r.u0)
-    states = reshape(Vector{T}(r.out), field.n, 1, length(times))
+    V = vectors(field)
+    u0 = borrow(V, r.u0)
+    states = reshape(borrow(V, r.out), field.n, 1, length(times))
     copyto!(view(states, :, 1, 1), u0)
-    event = field.event == C_NULL ? nothing : Event(field, T)
-    outputs = Outputs{T}(event === nothing ? times : times[1:1], states, 1, 2, first_step(r, u0))
+    event = field.event == C_NULL ? nothing : Event(field, u0)
+    outputs = Outputs(event === nothing ? times : times[1:1], states, 1, 2, first_step(r, u0), V)
     integrator = prepare(field, alg, r, u0, outputs, event)
     sol = solve!(integrator)
     event === nothing || copyto!(view(states, :, 1, 2), integrator.u)
@@ -134,18 +145,18 @@ function solve(field::Union{Field{T}, Source{T}}, alg, r::Request) where {T}
 end
 
 "A solve to be made again and again from other first states, with the integrator made once: it keeps no dense output."
-struct Repeated{T, F, I}
+struct Repeated{T, F, O, I}
     field::F
     u0::Vector{T}
-    outputs::Outputs{T}
+    outputs::O
     integrator::I
 end
 
 function Repeated(field::Union{Field{T}, Source{T}}, alg, r::Request) where {T}
     times, u0 = copy(Vector{Float64}(r.times)), Vector{T}(r.u0)[1:(field.n)]
-    outputs = Outputs{T}(times, Array{T}(undef, field.n, 1, length(times)), 1, 2, first_step(r, u0))
+    outputs = Outputs(times, Array{T}(undef, field.n, 1, length(times)), 1, 2, first_step(r, u0), Vector{T})
     integrator = prepare(field, alg, r, u0, outputs, nothing)
-    return Repeated{T, typeof(field), typeof(integrator)}(field, u0, outputs, integrator)
+    return Repeated{T, typeof(field), typeof(outputs), typeof(integrator)}(field, u0, outputs, integrator)
 end
 
 """
@@ -161,7 +172,7 @@ function again!(s::Repeated{T, F}, u0::Int64, out::Int64) where {T, F}
     copyto!(view(states, :, 1, 1), s.u0)
     outputs.next = 2
     if outputs.steps !== nothing
-        outputs.steps = Steps{T}()
+        outputs.steps = steps_type(Vector{T})()
         note!(outputs.steps, s.u0, outputs.times[1])
     end
     (; stats) = integrator  # `reinit!` counts on
@@ -192,11 +203,11 @@ function stepping(alg, r::Union{Request, AdjointRequest}, direction, longest)
 end
 
 "The integrator of a solve from `u0`, at the first of the request's times."
-function prepare(field, alg, r::Request, u0::Vector{T}, outputs::Outputs{T}, event) where {T}
+function prepare(field, alg, r::Request, u0::AbstractVector{T}, outputs::Outputs{T}, event) where {T}
     times = Vector{Float64}(r.times)
     direction = times[2] < times[1] ? -1.0 : 1.0
     span = event === nothing ? (times[1], times[end]) : (times[1], direction * Inf)
-    mass = r.mass.length == 0 ? I : copy(reshape(Vector{T}(r.mass), field.n, field.n))
+    mass = r.mass.length == 0 ? I : beside(u0, copy(reshape(Vector{T}(r.mass), field.n, field.n)))
     problem = ODEProblem(ode_function(field; mass_matrix = mass, full = r.full != 0), u0, span, field.parameters)
     written = DiscreteCallback(Due(outputs), outputs; save_positions = (false, false))
     callback = if event === nothing
@@ -216,7 +227,7 @@ function prepare(field, alg, r::Request, u0::Vector{T}, outputs::Outputs{T}, eve
     offsets = r.offsets.length == 0 ? [0, length(u0)] : copy(Vector{Int64}(r.offsets))
     return init(
         problem, alg;
-        reltol = tolerance(r.rtol), abstol = tolerance(r.atol), adaptive, callback, dense, tstops,
+        reltol = beside(u0, tolerance(r.rtol)), abstol = beside(u0, tolerance(r.atol)), adaptive, callback, dense, tstops,
         save_everystep = dense, save_start = dense, save_end = dense, calck,
         # A start that the algebraic equations of a mass matrix do not hold for is the caller's to refuse.
         internalnorm = LargestRMS(offsets), verbose = SILENT, initializealg = NoInit(), steps...
@@ -270,7 +281,7 @@ function sweep(part, own::Field{T}, alg, r::Request, s::Systems, states) where {
     values = reshape(Vector{T}(s.values), length(places), s.count)
     slopes = reshape(Vector{T}(s.slopes), own.n, s.count)
     u0 = states[:, first(part), 1]
-    outputs = Outputs{T}(copy(Vector{Float64}(r.times)), states, first(part), 2, nothing)
+    outputs = Outputs(copy(Vector{Float64}(r.times)), states, first(part), 2, nothing, Vector{T})
     field, integrator = solved(own, r), nothing
     local outcome
     for i in part
@@ -317,7 +328,7 @@ code_name(retcode) = Base.unsafe_convert(Ptr{UInt8}, Symbol(retcode))
 "The state at `m` times, any within the span of a solve that was `dense`, to `out`; both are addresses."
 function interpolate!(s::Solve{T}, times::Int64, out::Int64, m::Int64) where {T}
     n = s.field.n
-    states = reshape(Vector{T}(Lent(pointer_to(out), m * n)), n, m)
+    states = reshape(borrow(vectors(s.field), Lent(pointer_to(out), m * n)), n, m)
     for (column, t) in zip(eachcol(states), Vector{Float64}(Lent(pointer_to(times), m)))
         s.sol(column, t)
     end
