@@ -49,7 +49,7 @@ def _doctor(args: argparse.Namespace) -> int:
 def _setup(args: argparse.Namespace) -> int:
     from . import install
 
-    install.setup(sysimage=args.sysimage)
+    install.setup(cuda=args.cuda, sysimage=args.sysimage)
     return 0
 
 
@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Install Julia and the SciML packages into an environment of their own (with juliapkg) and compile "
         "them ahead. Needs the internet, some minutes, and about 5 GB of disk.",
     )
+    setup.add_argument("--cuda", action="store_true", help="add CUDA.jl: states on a CUDA device are solved there")
     setup.add_argument("--sysimage", action="store_true", help="build a system image too: later starts take a second")
     setup.set_defaults(run=_setup)
     return parser

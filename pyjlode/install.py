@@ -7,14 +7,18 @@ import subprocess
 import time
 from pathlib import Path
 
-from .bridge.runtime import IMAGE
+from .bridge.runtime import IMAGE, without
 from .errors import EngineUnavailable
 
+# As julia/Project.toml has it.
+_CUDA = {"uuid": "052768ef-5323-5732-b1bb-66c8b64840ba", "version": "5.11"}
 
-def setup(*, sysimage: bool = False) -> None:
+
+def setup(*, cuda: bool = False, sysimage: bool = False) -> None:
     """Resolve the Julia environment with juliapkg, then load everything once so that it is compiled.
 
     Args:
+        cuda: add CUDA.jl, by which the Julia engine solves where the state is: on a CUDA device.
         sysimage: then build one system image of all of it with PackageCompiler, which needs a C compiler; later starts
             use it for as long as the packages do not change.
 
@@ -24,11 +28,15 @@ def setup(*, sysimage: bool = False) -> None:
     executable, project = os.getenv("PYTHON_JULIACALL_EXE"), os.getenv("PYTHON_JULIACALL_PROJECT")
     if executable and project:
         print("PYTHON_JULIACALL_EXE and PYTHON_JULIACALL_PROJECT are set: their Julia is used as it is.")
+        if cuda and without("CUDA"):
+            raise EngineUnavailable(f"CUDA.jl is not in {project}: add it there, in Julia's package manager.")
     else:
         import juliapkg
 
         print("Resolving Julia and its packages (juliapkg); the first time downloads about 1 GB.", flush=True)
         try:
+            if cuda:
+                juliapkg.add("CUDA", **_CUDA)
             juliapkg.resolve()
             executable, project = juliapkg.executable(), juliapkg.project()
         except Exception as error:
@@ -36,7 +44,8 @@ def setup(*, sysimage: bool = False) -> None:
                 f"juliapkg could not install Julia or its packages: {error}. It needs the internet; behind a proxy set "
                 "JULIA_PKG_SERVER and HTTPS_PROXY."
             ) from error
-    _julia(executable, project, "using PyJLODE, SciMLSensitivity, PythonCall", "Compiling the packages")
+    packages = "PyJLODE, SciMLSensitivity, PythonCall" + ", CUDA" * cuda
+    _julia(executable, project, f"using {packages}", "Compiling the packages")
     if sysimage:
         target = Path(project) / IMAGE
         _julia(

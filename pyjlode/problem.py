@@ -536,7 +536,9 @@ class ODEProblem:
 
     def time(self, t: float) -> Tensor:
         """`t` as f sees it: a 0-d tensor of the state's dtype and device."""
-        return torch.tensor(t, dtype=self.y0.dtype, device=self.y0.device)
+        if self.y0.device.type == "cpu":
+            return torch.tensor(t, dtype=self.y0.dtype, device=self.y0.device)
+        return torch.full((), t, dtype=self.y0.dtype, device=self.y0.device)  # a launch, and no copy to wait for
 
 
 @dataclass

@@ -37,7 +37,29 @@ def julia():
     return found
 
 
+NO_JLARRAYS, NO_CUDA = "no JLArrays.jl", "no CUDA device"
+
+
+@pytest.fixture(scope="session")
+def jlarrays(julia):
+    """Asked for by tests of what is done on devices, as `julia` is."""
+    if runtime.without("JLArrays"):
+        pytest.skip(NO_JLARRAYS)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason=NO_CUDA))
+
+
 def pytest_terminal_summary(terminalreporter):
-    skipped = [report for report in terminalreporter.stats.get("skipped", []) if NO_JULIA in str(report.longrepr)]
-    if skipped:
-        terminalreporter.write_line(f"{len(skipped)} tests of the Julia engine were skipped: {runtime.find()}")
+    reports = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    for reason, what in (
+        (NO_JULIA, f"tests of the Julia engine were skipped: {runtime.find()}"),
+        (NO_JLARRAYS, "tests of the Julia engine on arrays like a device's were skipped: JLArrays.jl is not there."),
+        (NO_CUDA, "tests were skipped: torch sees no CUDA device."),
+    ):
+        if skipped := sum(reason in report for report in reports):
+            terminalreporter.write_line(f"{skipped} {what}")

@@ -69,7 +69,8 @@ The gradient of a loss of the states at the output times with the cotangents `g`
 (without `g` there), and to the parameters; `request` is a [`ReplayRequest`](@ref).
 """
 function replay!(steps::Steps, field::Field{T, V}, r::ReplayRequest) where {T, V}
-    times, ends(k) = Vector{Float64}(r.times), state(steps.states, field.n, k)
+    ends(k) = state(steps.states, field.n, k)
+    times = Vector{Float64}(r.times)
     g = reshape(borrow(V, r.g), field.n, length(times))
     work = Replay(field, Tableau{T}(r), fill!(borrow(V, r.du0), zero(T)), fill!(borrow(V, r.dp), zero(T)))
     nf, apart = 0, 0.0

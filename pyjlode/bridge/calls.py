@@ -17,6 +17,7 @@ _I, _P = ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "failure": (ctypes.c_char_p,),
     "field": (_I, _I, _P),
+    "stream": (_I, _I, _P),
     "compiled_field": (_I, _I, _P),
     "compile": (_I, _I, ctypes.c_char_p),
     "source": (_I, _I, _I, _I, _I, _I, _I),
@@ -100,6 +101,10 @@ class Calls:
     def field(self, dtype: torch.dtype, functions: Functions) -> Held:
         """A field behind C functions, which the caller keeps for as long as it is called."""
         return self._held(self._c["field"](_bits(dtype), functions.address))
+
+    def stream(self, field: Held, stream: int | None) -> None:
+        """Have the work of a field go to this CUDA stream, None being the default one."""
+        self._check(self._c["stream"](field.number, stream))
 
     def compiled_field(self, dtype: torch.dtype, functions: CompiledFunctions) -> Held:
         """A field of compiled functions, which keeps what was lent."""

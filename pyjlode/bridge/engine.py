@@ -18,7 +18,7 @@ from ..gradients import Gradients, other_function, time_gradient
 from ..methods import ExplicitTableau, Method, hairer
 from ..problem import NO_OPTIONS, AdjointSettings, Field, ODEProblem, SolverOptions, like
 from ..solution import Stats
-from . import runtime
+from . import places, runtime
 from .calls import Calls, Held
 from .function import JuliaFunction
 from .memory import AdjointRequest, Outcome, ReplayRequest, Request
@@ -95,9 +95,10 @@ class DenseOutput:
 
     def __call__(self, times: Tensor) -> Tensor:
         """Times of shape (M,) -> states of shape (M, n)."""
-        out = torch.empty(len(times), self.rhs.n, dtype=self.rhs.dtype)
-        ts = times.detach().to(torch.float64).contiguous()
+        out = torch.empty(len(times), self.rhs.n, dtype=self.rhs.dtype, device=self.rhs.place.device)
+        ts = times.detach().to("cpu", torch.float64).contiguous()
         with torch.no_grad(), runtime.julia() as calls:
+            self.rhs.here(calls)
             _call(self.rhs, calls.interpolate, self.solve, ts, out)
         return out
 
@@ -119,8 +120,10 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
     """Why this engine cannot solve `p` with this gradient method; None if it can."""
     if p.method.julia is None:
         return f"method={p.method.name!r} has no counterpart there"
-    if p.y0.device.type != "cpu":
-        return f"the state lies on {p.y0.device}, and this version hands only CPU tensors to Julia"
+    if p.y0.device.type not in ("cpu", "cuda"):
+        return f"the state lies on {p.y0.device}, and Julia is given tensors on the CPU and on CUDA devices"
+    if p.y0.device.type == "cuda" and (obstacle := runtime.without("CUDA")):
+        return f"the state lies on {p.y0.device}, and {obstacle}"
     if gradient == "discrete" and (obstacle := _cannot_replay(p)):
         return f"adjoint='discrete' takes the steps again there, and that cannot be done {obstacle}"
     if gradient not in (None, "forward", "discrete") and (obstacle := _cannot_adjoin(p, gradient)):
@@ -146,10 +149,13 @@ def called_back(p: ODEProblem, gradient: str | None) -> str:
 
     A solve without a gradient is faster here even so: benchmarks/julia.py --part call.
     """
-    if gradient is None or p.compile is not None or p.method.kind not in ("adaptive", "fixed"):
+    there = p.y0.device.type == "cuda"
+    if (gradient is None and not there) or p.compile is not None or p.method.kind not in ("adaptive", "fixed"):
         return ""
     if isinstance(p.f.f, JuliaFunction):
         return ""
+    if there:
+        return f"the state lies on {p.y0.device}, where Julia's solver calls f back"
     from .codegen.field import called_back  # half the cost of importing this package
 
     return called_back(p, gradient)
@@ -250,7 +256,7 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     assert p.adjoint is not None
     times = p.times if record.event_t is None else [p.times[0], record.event_t]
     settings = p.adjoint
-    a, theta = torch.zeros_like(p.y0), torch.zeros(rhs.params.size, dtype=p.y0.dtype)
+    a, theta = torch.zeros_like(p.y0), p.y0.new_zeros(rhs.params.size)
     o = settings.options
     request = AdjointRequest(first_step=o.first_step or 0.0, **_stepping(settings.method, o))
     # The adjoint is linear in its cotangents: solved with the largest of them 1, it does not depend on their unit.
@@ -261,6 +267,7 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     request.lend_tolerances(settings.rtol, _adjoint_atol(settings, record.ys))
     with torch.no_grad(), runtime.julia() as calls:
         runtime.sensitivity()
+        rhs.here(calls)
         outcome = _call(
             rhs,
             calls.adjoint,
@@ -282,7 +289,7 @@ def _replay(memory: Memory, g: Tensor) -> Gradients:
     """The gradients of the numbers that came out: each step is taken again in Julia, and pulled back through."""
     p, rhs, request = memory.problem, memory.rhs, ReplayRequest()
     assert rhs is not None
-    a, theta = torch.zeros_like(p.y0), torch.zeros(rhs.params.size, dtype=p.y0.dtype)
+    a, theta = torch.zeros_like(p.y0), p.y0.new_zeros(rhs.params.size)
     request.lend(du0=a, dp=theta, g=g.contiguous())
     request.lend_numbers(times=p.times)
     assert isinstance(p.method.tableau, ExplicitTableau)
@@ -290,6 +297,7 @@ def _replay(memory: Memory, g: Tensor) -> Gradients:
     request.lend(**_tableau(p.method.tableau))
     with torch.no_grad(), runtime.julia() as calls:
         rhs.refill()
+        rhs.here(calls)
         replayed = _call(rhs, calls.replay, memory.solve, request)
     if not isinstance(rhs, RHS):
         count(p.f, replayed.nf)
@@ -311,7 +319,7 @@ def _adjoint_atol(settings: AdjointSettings, ys: Tensor) -> Tensor:
     count in proportion. So it does for the adjoint; but more than a thousandth of its largest part always counts.
     """
     largest = float(ys.abs().max()) or 1.0
-    rtol, atol = (torch.as_tensor(x, dtype=torch.float64) for x in (settings.rtol, settings.atol))
+    rtol, atol = (torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in (settings.rtol, settings.atol))
     part = (atol / (rtol * largest)).nan_to_num(1.0).clamp(1e-3, 1.0)
     return torch.where(rtol > 0, rtol * part, atol)
 
@@ -347,7 +355,7 @@ def _solve(
         return Record(p.y0.detach().expand(len(p.times), -1).clone()), None, None
     o = p.options
     y0 = p.y0.detach().contiguous()
-    out = torch.empty(len(p.times), y0.numel(), dtype=y0.dtype)
+    out = y0.new_empty(len(p.times), y0.numel())
     # A method of the user's own keeps to a grid if it is given one.
     fixed = not p.method.adaptive or o.step_size is not None
     request = Request(
@@ -361,13 +369,13 @@ def _solve(
     # Beside the user's tensors there may be sensitivities; and a sweep's norm is of one system.
     if p.layout is not None and p.layout.sizes != [y0.numel()]:
         sizes = [*p.layout.sizes, y0.numel() - sum(p.layout.sizes)]
-        request.lend(offsets=torch.tensor([0, *sizes]).cumsum(0))
+        request.lend(offsets=torch.tensor([0, *sizes], device="cpu").cumsum(0))
     # Not `out` itself: that gets a graph which holds the solve, which holds the request.
     request.lend(u0=y0, out=out.detach())
     request.lend_numbers(times=p.times, stops=o.step_t, jumps=o.jump_t)
     request.lend_tolerances(p.rtol, p.atol)
     if p.mass is not None:
-        request.lend(mass=p.mass.T.contiguous())
+        request.lend(mass=p.mass.T.to("cpu").contiguous())
     if p.batch > 1 and dense:
         raise BadOption(
             "the systems of a batch keep no dense output on the Julia engine: call solve(..., dense=False)."
@@ -487,8 +495,13 @@ def _field(calls: Calls, p: ODEProblem, gradient: str | None, stats: Stats, of: 
     """
     if isinstance(p.f.f, JuliaFunction):
         return Source(calls, p, p.f.f)
-    if p.compile is False:
-        stats.not_compiled = "compile=False"
+    place = places.of(p.y0)
+    if package := places.PACKAGES.get(place.kind):
+        runtime.load(package)
+    if p.compile is False or package:
+        stats.not_compiled = f"the state lies on {place.device}" if package else "compile=False"
+        if p.compile:
+            raise NotCompiled(f"{stats.not_compiled}, and what is compiled runs on the CPU")
         return RHS(calls, p, gradient)
     from .codegen.field import Compiled  # half the cost of importing this package
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .places import CUDA, Place
+
 
 class Lent(ctypes.Structure):
     """`length` numbers at an address; the layout is that of `Lent` in julia/src/memory.jl."""
@@ -42,12 +44,13 @@ class Lender(Shown):
         """Lend the memory of tensors under the names of fields of type `Lent`.
 
         Args:
-            tensors: any shape, contiguous, on the CPU. Row-major (a, b) is column-major (b, a) in Julia.
+            tensors: any shape, contiguous, where Julia looks for them: states and cotangents where the field is, all
+                else on the CPU. Row-major (a, b) is column-major (b, a) in Julia.
         """
         self.tensors |= tensors
         for name, x in tensors.items():
             assert x.is_contiguous()
-            assert x.device.type == "cpu"
+            assert x.device.type == "cpu" or name in _STATES
             setattr(self, name, Lent(x.data_ptr(), x.numel()))
 
     def lend_numbers(self, **numbers: Sequence[float]) -> None:
@@ -61,10 +64,13 @@ class Lender(Shown):
         """One number each, or one for each of the state."""
         for name, tol in (("rtol", rtol), ("atol", atol)):
             if isinstance(tol, Tensor):
-                self.lend(**{name: tol.to(torch.float64).reshape(-1).contiguous()})
+                self.lend(**{name: tol.to("cpu", torch.float64).reshape(-1).contiguous()})
             else:
                 self.lend_numbers(**{name: (tol,)})
 
+
+# What is as large as a state, and lies where the field is.
+_STATES = ("u0", "out", "du0", "dp", "g")
 
 # How steps are chosen.
 _STEPPING = ("first_step", "min_step", "max_step", "beta1", "beta2", "gamma", "qmin", "qmax")
@@ -106,8 +112,8 @@ class Functions(Shown):
     """Addresses of the C functions of a vector field, 0 for none; `Functions` in julia/src/memory.jl."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("n", "parameters")),
-        *((name, ctypes.c_void_p) for name in ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "event")),
+        *((name, ctypes.c_int64) for name in ("n", "parameters", "kind", "device")),
+        *((name, ctypes.c_void_p) for name in ("stream", "f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "event")),
     )
 
 
@@ -144,22 +150,18 @@ class Views(dict[int, Tensor]):
     """Address -> tensor that looks at Julia's array there; made when first asked for.
 
     Args:
-        shape, dtype: of every array.
+        place, shape, dtype: of every array.
         owner: kept by each tensor and by whatever shares its memory: a tensor that the user kept is never left looking
             at memory that Julia has taken back.
     """
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+    def __init__(self, place: Place, shape: torch.Size, dtype: torch.dtype) -> None:
         super().__init__()
-        self.shape, self.dtype = shape, dtype
+        self.place, self.shape, self.dtype = place, shape, dtype
         self.owner: object = None
-        self.nbytes = shape.numel() * dtype.itemsize
 
     def __missing__(self, address: int) -> Tensor:
-        buffer = (ctypes.c_char * self.nbytes).from_address(address)
-        buffer.owner = self.owner  # type: ignore[attr-defined]  # the tensor holds the buffer
-        x = torch.frombuffer(buffer, dtype=self.dtype).view(self.shape)
-        self[address] = x
+        x = self[address] = self.place.look(address, self.shape.numel(), self.dtype, self.owner).view(self.shape)
         return x
 
     def kept(self) -> bool:
@@ -179,9 +181,14 @@ class Clock:
         tensor: 0-d, looks at it.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.cell = ctypes.c_float() if dtype == torch.float32 else ctypes.c_double()
-        self.tensor = torch.frombuffer(self.cell, dtype=dtype).view(())
+    def __init__(self, place: Place, dtype: torch.dtype) -> None:
+        self.cell: Any
+        if place.kind == CUDA:
+            self.tensor = torch.zeros((), dtype=dtype, device=place.device)
+            self.cell = _Filled(self.tensor)
+        else:
+            self.cell = ctypes.c_float() if dtype == torch.float32 else ctypes.c_double()
+            self.tensor = torch.frombuffer(self.cell, dtype=dtype).view(())
         self.storage = self.tensor.untyped_storage()._cdata
         self.references, self.uses = sys.getrefcount(self.tensor), torch._C._storage_Use_Count(self.storage)
 
@@ -190,8 +197,14 @@ class Clock:
         return sys.getrefcount(self.tensor) > self.references or torch._C._storage_Use_Count(self.storage) > self.uses
 
 
-def look(address: int, n: int, dtype: torch.dtype) -> Tensor:
-    """Shape (n,): a tensor that looks at memory for the duration of a callback; never to be given to the user."""
-    if n == 0:
-        return torch.empty(0, dtype=dtype)
-    return torch.frombuffer((ctypes.c_char * (n * dtype.itemsize)).from_address(address), dtype=dtype)
+class _Filled:
+    """A tensor on a device as a cell: a number goes there with the launch that sets it, and nothing waits for it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "value":
+            self.tensor.fill_(value)
+        else:
+            super().__setattr__(name, value)

@@ -19,9 +19,10 @@ from ..events import Margin
 from ..notices import warn_once
 from ..parameters import graph_mark
 from ..problem import Layout, ODEProblem
+from . import places
 from .calls import Calls, Held
 from .function import JuliaFunction
-from .memory import Clock, Functions, Request, Views, look
+from .memory import Clock, Functions, Request, Views
 
 _PLAIN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double)
 _PRODUCT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double)
@@ -48,7 +49,7 @@ class Callbacks:
 
     def __init__(self, calls: Calls, p: ODEProblem) -> None:
         self.p, self.done = p, calls.done
-        self.n, self.dtype = p.y0.numel(), p.y0.dtype
+        self.n, self.dtype, self.place = p.y0.numel(), p.y0.dtype, places.of(p.y0)
         self.error: BaseException | None = None
         self.lost: list[BaseException] = []
         self.functions: dict[str, Any] = {}
@@ -134,9 +135,18 @@ class Callbacks:
         """Of a gradient by the parameters, shape (m,), those by `p.params`."""
         return [x.to(q.device, q.dtype) for x, q in zip(self.params.leaves(theta), self.p.params)]
 
+    def look(self, address: int, n: int | None = None) -> Tensor:
+        """Shape (n,), by default that of the state: a tensor for the duration of a callback, never the user's."""
+        return self.place.look(address, self.n if n is None else n, self.dtype)
+
     def state(self, address: int) -> Tensor:
         """Shape (n,): a copy, for what autograd may keep."""
-        return look(address, self.n, self.dtype).clone()
+        return self.look(address).clone()
+
+    def here(self, calls: Calls) -> None:
+        """Have Julia's work for this field go where PyTorch's goes now."""
+        if self.place.kind == places.CUDA:
+            calls.stream(self.field, self.place.stream())
 
     def event(self, margin: int, u: int, t: float) -> None:
         value = self.margin(t, self.state(u))
@@ -165,14 +175,22 @@ class RHS(Callbacks):
         # Both products are asked for, one after the other.
         self.joint = gradient in ("discrete", "interpolating", "backsolve")
         self.pending: list[Tensor | None] | None = None
-        self.views = Views(torch.Size([self.n]) if p.f.shape is None else p.f.shape, self.dtype)
+        self.views = Views(self.place, torch.Size([self.n]) if p.f.shape is None else p.f.shape, self.dtype)
         self.functions |= {
             "f": self.function(_PLAIN, self.f()),
             **{name: self.function(_PLAIN, self.guard(name)) for name in ("jac", "tgrad")},
             **{name: self.function(_PRODUCT, self.guard(name)) for name in ("jvp", "vjp", "vjp_p")},
         }
         parameters = self.params.size if gradient else 0
-        self.field = calls.field(self.dtype, Functions(n=self.n, parameters=parameters, **self.pointers))
+        functions = Functions(
+            n=self.n,
+            parameters=parameters,
+            kind=self.place.kind,
+            device=self.place.device.index or 0,
+            stream=self.place.stream(),
+            **self.pointers,
+        )
+        self.field = calls.field(self.dtype, functions)
         self.views.owner = self.field
 
     def check_kept(self) -> None:
@@ -186,7 +204,7 @@ class RHS(Callbacks):
 
     def f(self) -> Callable[[int, int, float], None]:
         # The innermost call of all: one Python function, and every name that it uses a local one.
-        views, field, dtype, clock = self.views, self.p.f, self.dtype, Clock(self.dtype)
+        views, field, dtype, place, clock = self.views, self.p.f, self.dtype, self.place, Clock(self.place, self.dtype)
         f, shape, ref, done, lost = field.f, self.views.shape, weakref.ref(self), self.done, self.lost
         note = field.seen.note if field.seen else None
         watched = field.watched
@@ -214,7 +232,7 @@ class RHS(Callbacks):
                     note(t, y.reshape(-1))
                 views[du].copy_(k)
                 if clock.kept():
-                    clock = Clock(dtype)
+                    clock = Clock(place, dtype)
                 done.value = 1
             except BaseException as error:
                 done.value = 0
@@ -224,23 +242,23 @@ class RHS(Callbacks):
         return call
 
     def jac(self, J: int, u: int, t: float) -> None:
-        out = look(J, self.n * self.n, self.dtype).view(self.n, self.n)
+        out = self.look(J, self.n * self.n).view(self.n, self.n)
         time, y = self.p.time(t), self.state(u)
         full = jacobian(self.p, time, y) if self.p.jac is None else self.p.jac(time, y).view(self.n, self.n)
         out.copy_(full.T)
 
     def tgrad(self, dT: int, u: int, t: float) -> None:
         time, y = self.p.time(t), self.state(u)
-        look(dT, self.n, self.dtype).copy_(directional_by_reverse(self.p, time, y, torch.ones_like(time), None))
+        self.look(dT).copy_(directional_by_reverse(self.p, time, y, torch.ones_like(time), None))
 
     def jvp(self, out: int, v: int, u: int, t: float) -> None:
         product = directional(self.p, self.p.time(t), self.state(u), None, self.state(v))
-        look(out, self.n, self.dtype).copy_(product)
+        self.look(out).copy_(product)
 
     def vjp(self, out: int, v: int, u: int, t: float) -> None:
         wrt = None if self.joint else ()
         _, (y_bar, *rest) = vjp(self.p, self.p.time(t), self.state(u), self.state(v), wrt)
-        target = look(out, self.n, self.dtype)
+        target = self.look(out)
         target.zero_() if y_bar is None else target.copy_(y_bar)
         if self.joint:
             self.pending = rest
@@ -253,4 +271,4 @@ class RHS(Callbacks):
                 k = self.p.f(*point)
             grads = pull_back(self.p, k, self.p.params, self.state(v), mark, point)
         filled = [torch.zeros_like(q) if g is None else g for q, g in zip(self.p.params, grads)]
-        look(out, self.params.size, self.dtype).copy_(self.params.flatten_leaves(filled))
+        self.look(out, self.params.size).copy_(self.params.flatten_leaves(filled))

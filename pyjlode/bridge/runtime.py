@@ -217,6 +217,33 @@ def sensitivity() -> None:
         _runtime.seconds["sensitivity"] = time.perf_counter() - start
 
 
+def load(package: str) -> None:
+    """Load a Julia package that not every solve needs, if it is not loaded yet.
+
+    Raises:
+        EngineUnavailable: it is not there, or does not load.
+    """
+    if package in _runtime.seconds:
+        return
+    with julia():
+        start = time.perf_counter()
+        try:
+            evaluate(f"import {package}")
+        except Exception as error:
+            raise EngineUnavailable(f"engine='julia': {package}.jl does not load: {error}") from error
+        _runtime.seconds[package] = time.perf_counter() - start
+
+
+@functools.cache
+def without(package: str) -> str | None:
+    """That a package is not in the project, in words; None where it is."""
+    found = find()
+    manifest = None if isinstance(found, str) else Path(found.project) / "Manifest.toml"
+    if manifest and manifest.exists() and f"[[deps.{package}]]" in manifest.read_text():
+        return None
+    return f"{package}.jl is not among Julia's packages. `pyjlode setup --{package.lower()}` adds it"
+
+
 def _torch_blas() -> tuple[int, ...] | None:
     """Addresses of dgemm, dgemv, sgemm and sgemv (Fortran, 32-bit integers) in PyTorch's own library, if it has them.
 

@@ -170,7 +170,7 @@ class Bdf:
     def rescaled(self, D: Tensor, order: int, ratio: float | Tensor) -> Tensor:
         if not isinstance(ratio, Tensor) and abs(ratio - 1) <= _SAME:
             return D
-        head = rescaling(order, ratio).to(D) @ D[: order + 1]
+        head = rescaling(order, ratio).to(D, non_blocking=True) @ D[: order + 1]
         return torch.cat([head, D[order + 1 :]])
 
     def accept(self, err: float, size: float) -> float:
@@ -242,4 +242,4 @@ class BdfStep:
         theta = fraction(self.interval, times)
         j = torch.arange(self.data.order, dtype=theta.dtype, device=theta.device)
         weights = ((theta[:, None] - 1 + j) / (1 + j)).cumprod(1)
-        return self.y1 + weights.to(self.D) @ self.D[1 : self.data.order + 1]
+        return self.y1 + weights.to(self.D, non_blocking=True) @ self.D[1 : self.data.order + 1]

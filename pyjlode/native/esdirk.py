@@ -172,4 +172,4 @@ class EsdirkStep:
     def interpolate(self, times: list[float] | Tensor) -> Tensor:
         theta, P = fraction(self.interval, times), self.rk.c.P
         weights = interpolation.powers(theta, P.shape[1]) @ P.T.to(theta) * self.interval.dt
-        return self.y + weights.to(self.y) @ self.K
+        return self.y + weights.to(self.y, non_blocking=True) @ self.K

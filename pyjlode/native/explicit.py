@@ -235,7 +235,7 @@ class ExplicitStep:
         if P is None:
             return interpolation.hermite(theta, dt, self.y, self.y1, self.f0, self.f1)
         self.complete()
-        weights = (interpolation.powers(theta, P.shape[1]) @ P.T.to(theta) * dt).to(self.y)
+        weights = (interpolation.powers(theta, P.shape[1]) @ P.T.to(theta) * dt).to(self.y, non_blocking=True)
         return torch.addmm(self.y, weights, self.K.head(self.rk.rows).T)
 
 

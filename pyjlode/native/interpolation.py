@@ -15,16 +15,16 @@ from .step import Step, fraction
 
 def linear(theta: Tensor, y0: Tensor, y1: Tensor) -> Tensor:
     """Straight line: theta (M,), states (n,) -> (M, n)."""
-    theta = theta.to(y0)[:, None]
+    theta = theta.to(y0, non_blocking=True)[:, None]
     return y0 + theta * (y1 - y0)
 
 
 def hermite(theta: Tensor, dt: float | Tensor, y0: Tensor, y1: Tensor, f0: Tensor, f1: Tensor) -> Tensor:
     """Cubic Hermite (Hairer, Nørsett & Wanner II.6.7): theta (M,), states and slopes (n,) -> (M, n)."""
     x = theta[:, None]
-    rise = (x * x * (3 - 2 * x)).to(y0)
-    slope0 = (x * (1 - x) ** 2 * dt).to(y0)
-    slope1 = (x * x * (x - 1) * dt).to(y0)
+    rise = (x * x * (3 - 2 * x)).to(y0, non_blocking=True)
+    slope0 = (x * (1 - x) ** 2 * dt).to(y0, non_blocking=True)
+    slope1 = (x * x * (x - 1) * dt).to(y0, non_blocking=True)
     return y0 + rise * (y1 - y0) + slope0 * f0 + slope1 * f1
 
 

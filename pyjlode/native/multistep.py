@@ -79,7 +79,7 @@ class Adams:
         else:
             x = on_host(nodes)
         like = slopes[0]
-        return torch.mv(torch.stack(slopes, 1), (adams_weights(x) * interval.dt).to(like))
+        return torch.mv(torch.stack(slopes, 1), (adams_weights(x) * interval.dt).to(like, non_blocking=True))
 
     def correct(
         self, interval: Interval, nodes: list[float | Tensor], slopes: tuple[Tensor, ...], y: Tensor, y1: Tensor

@@ -90,7 +90,7 @@ class Radau:
         theta = (interval.t0 - before.t0 + self.tab.C * dt) / (before.t1 - before.t0)
         weights = np.stack([theta, theta**2, theta**3], 1) @ self.tab.P.T
         weights[:, 2] -= 1  # from the end of that step on, where its last stage is
-        return self.T_inverse @ (torch.from_numpy(weights).to(y) @ self.last.Z)
+        return self.T_inverse @ (torch.from_numpy(weights).to(y, non_blocking=True) @ self.last.Z)
 
     def change(self, W: Tensor, t: list[Tensor], y: Tensor, dt: float, systems: list[System]) -> Tensor:
         """Newton's correction in the transformed variables W = T⁻¹ Z, which falls apart into a real and a complex
@@ -210,4 +210,4 @@ class RadauStep:
     def interpolate(self, times: list[float] | Tensor) -> Tensor:
         theta = fraction(self.interval, times)
         weights = interpolation.powers(theta, 3) @ self.P.T.to(theta)
-        return self.y + weights.to(self.y) @ self.Z
+        return self.y + weights.to(self.y, non_blocking=True) @ self.Z

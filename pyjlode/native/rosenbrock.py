@@ -175,5 +175,5 @@ class RosenbrockStep:
     def interpolate(self, times: list[float] | Tensor) -> Tensor:
         P = self.rk.c.P
         theta = fraction(self.interval, times)
-        weights = (interpolation.powers(theta, P.shape[1]) @ P.T.to(theta)).to(self.y)
+        weights = (interpolation.powers(theta, P.shape[1]) @ P.T.to(theta)).to(self.y, non_blocking=True)
         return self.y + weights.to(self.U) @ self.U

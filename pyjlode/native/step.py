@@ -58,6 +58,9 @@ def numpy_dtype(like: Tensor) -> type:
     return _NUMPY[like.dtype]
 
 
+# Numbers of the host's go to a device without a wait (`non_blocking`): CUDA takes them from pageable memory at once.
+
+
 def stage_times(interval: Interval, C: np.ndarray, like: Tensor) -> tuple[Tensor, ...]:
     """Times `t0 + C dt` as f sees them: 0-d tensors of the state's dtype and device.
 
@@ -77,7 +80,7 @@ def stage_times(interval: Interval, C: np.ndarray, like: Tensor) -> tuple[Tensor
         times = torch.from_numpy(_inside(interval, C, dtype))
     else:
         times = torch.from_numpy((C * interval.dt + interval.t0).astype(dtype, copy=False))
-    return (times if like.device.type == "cpu" else times.to(like.device)).unbind()
+    return (times if like.device.type == "cpu" else times.to(like.device, non_blocking=True)).unbind()
 
 
 def _inside(interval: Interval, C: np.ndarray, dtype: type) -> np.ndarray:

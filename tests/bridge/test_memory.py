@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pyjlode import notices, odeint, odeint_dense, solve
-from pyjlode.bridge import engine, memory, runtime
+from pyjlode.bridge import engine, memory, places, runtime
 
 pytestmark = pytest.mark.usefixtures("julia")
 
@@ -172,7 +172,7 @@ def test_views_hold_their_owner():
 
     owner, array = Owner(), (ctypes.c_double * 3)(1.0, 2.0, 3.0)
     alive = weakref.ref(owner)
-    views = memory.Views(torch.Size([3]), F64)
+    views = memory.Views(places.of(torch.zeros(3)), torch.Size([3]), F64)
     views.owner = owner
     part = views[ctypes.addressof(array)][1:]
     del views, owner

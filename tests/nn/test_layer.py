@@ -12,8 +12,7 @@ import pyjlode
 from pyjlode.errors import BadOption, BadShape
 from pyjlode.nn import NeuralODE, TimeMLP
 
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=NO_CUDA)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 def layer(**kwargs) -> NeuralODE:
