@@ -64,8 +64,9 @@ class Flow(nn.Module):
             x = torch.tanh(first(h))
             # tr(W2 diag(1 - x²) W1), which is what D products would add up to for this network.
             return last(x), -((1 - x * x) * (last.weight * first.weight.T).sum(0)).sum(-1)
+        alone = not torch.is_grad_enabled()  # nobody differentiates what comes out
         with torch.enable_grad():
-            h = h if h.requires_grad else h.requires_grad_()
+            h = h.detach().requires_grad_() if alone or not h.requires_grad else h
             k = self.net(h)
             (product,) = torch.autograd.grad(k, h, self.noise, create_graph=True)
         return k, -(product * self.noise).sum(-1)

@@ -42,9 +42,10 @@ class Report:
         versions: of Python, torch, juliacall, Julia and its packages; None for what is not there.
         julia: where Julia was found, or why not.
         seconds: what loading each part of Julia took.
-        trials: by engine.
-        difference: largest difference of the two engines' trials; None where there is one engine.
+        trials: by engine, and by engine and device where that is not the CPU.
+        difference: largest difference of the trials; None where there is one.
         cuda: what torch says of the GPU.
+        memory: of the GPU, in bytes: what is free, what there is, and what the pools of torch and CUDA.jl hold.
         problems: what is wrong, each with what to do about it.
         notes: what is as it should be, but worth knowing.
     """
@@ -55,6 +56,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     trials: dict[str, Trial] = field(default_factory=dict)
     difference: float | None = None
+    memory: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -72,8 +74,10 @@ def examine() -> Report:
         cuda=_cuda(),
     )
     report.trials["torch"] = trial("torch")
+    _try_cuda(report, "torch")
     if isinstance(found, str):
         report.notes.append(f"The Julia engine is not there: {found} Everything else works without it.")
+        _compare(report)
         return report
     try:
         report.trials["julia"] = trial("julia")
@@ -86,19 +90,39 @@ def examine() -> Report:
             f"The Julia engine was found and does not work: {error}\nRun `pyjlode setup` to install its packages anew."
         )
         return report
+    if torch.cuda.is_available() and (why := runtime.without("CUDA")):
+        report.notes.append(f"The Julia engine does not solve on the GPU: {why}.")
+    else:
+        _try_cuda(report, "julia")
     report.seconds = runtime.seconds()
-    pairs = [
-        (a, b)
-        for kind in ("solution", "gradient")
-        for a, b in zip(getattr(report.trials["torch"], kind), getattr(report.trials["julia"], kind))
-    ]
-    report.difference = max(abs(a - b) for a, b in pairs)
+    _compare(report)
+    return report
+
+
+def _try_cuda(report: Report, engine: str) -> None:
+    """Solve on the GPU too, where there is one."""
+    if not torch.cuda.is_available():
+        return
+    try:
+        report.trials[f"{engine} on cuda"] = trial(engine, "cuda")
+        free, total = torch.cuda.mem_get_info()
+        report.memory |= {"free": free, "total": total, "torch": torch.cuda.memory_reserved()}
+        if engine == "julia":
+            report.memory["CUDA.jl"] = runtime.cuda_memory()
+    except Exception as error:
+        report.problems.append(f"The engine {engine!r} does not solve on the GPU: {type(error).__name__}: {error}")
+
+
+def _compare(report: Report) -> None:
+    first, *others = ([*x.solution, *x.gradient] for x in report.trials.values())
+    if not others:
+        return
+    report.difference = max(abs(a - b) for other in others for a, b in zip(first, other))
     if report.difference > 1e-5:
         report.problems.append(
-            f"The engines disagree by {report.difference:.1e} on a problem that they solve to 1e-8. Please report this "
+            f"The trials disagree by {report.difference:.1e} on a problem that is solved to 1e-8. Please report this "
             "with the output of `pyjlode doctor --json`."
         )
-    return report
 
 
 _VERSION_OF = """
@@ -109,13 +133,13 @@ end
 """
 
 
-def trial(engine: str) -> Trial:
+def trial(engine: str, device: str = "cpu") -> Trial:
     """Solve and differentiate the oscillator twice on one engine."""
     walls = []
     for _ in range(2):
         start = time.perf_counter()
-        h0 = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
-        frequency = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+        h0 = torch.tensor([1.0, 0.0], dtype=torch.float64, device=device, requires_grad=True)
+        frequency = torch.tensor(1.0, dtype=torch.float64, device=device, requires_grad=True)
         t = torch.tensor([0.0, 4 * torch.pi], dtype=torch.float64)
 
         def f(t: Any, h: torch.Tensor, w: torch.Tensor = frequency) -> torch.Tensor:
@@ -136,7 +160,7 @@ def _cuda() -> str:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; solved by the native engine in this version"
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
 
 
 def render(report: Report) -> str:
@@ -150,7 +174,9 @@ def render(report: Report) -> str:
             f"{'engine ' + engine:20s} solve and gradient {done.first:.2f} s the first time, {done.second:.3f} s after"
         )
     if report.difference is not None:
-        lines.append(f"{'difference':20s} {report.difference:.1e} between the engines at rtol 1e-8")
+        lines.append(f"{'difference':20s} {report.difference:.1e} between them at rtol 1e-8")
+    if report.memory:
+        lines.append(f"{'GPU memory, MiB':20s} " + ", ".join(f"{k} {v >> 20}" for k, v in report.memory.items()))
     lines += ["", *report.notes, *report.problems] if report.notes or report.problems else []
     lines.append("" if report.problems else "All is well.")
     return "\n".join(lines).rstrip()

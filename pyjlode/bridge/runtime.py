@@ -234,6 +234,13 @@ def load(package: str) -> None:
         _runtime.seconds[package] = time.perf_counter() - start
 
 
+def cuda_memory() -> int:
+    """Bytes that CUDA.jl has taken on the device for its pool."""
+    load("CUDA")
+    with julia():
+        return int(evaluate("CUDA.cached_memory()"))
+
+
 @functools.cache
 def without(package: str) -> str | None:
     """That a package is not in the project, in words; None where it is."""
