@@ -246,6 +246,41 @@ end
         adjoint(r.s, name, "Tsit5()", times, 2 .* r.out; rtol, max_steps = 3)
     end
 
+    # JLArrays.jl is in the package's own test environment, and may not be in that of a caller.
+    if Base.find_package("JLArrays") === nothing
+        @info "Without JLArrays.jl nothing of what is done on devices is tested."
+    else
+        @eval using JLArrays: JLArrays, JLVector
+        JLArrays.allowscalar(false)
+        on_device(::Type{T}; names...) where {T} = Field{T}(
+            structure(Functions; n = 2, parameters = haskey(names, :vjp_p) ? 1 : 0, kind = 2, names...)
+        )
+        @testset "as on a device: $text, $T" for text in ("Tsit5()", "DP5()", "DP8()", "BS3()", "Vern7()"), T in (Float32, Float64)
+            times, rtol = [0.0, 0.3, 1.7, 2.0], T == Float64 ? 1.0e-9 : 1.0e-5
+            r = run(on_device(T; pointers(T).f), text, times; T, rtol)
+            @test r.code == "Success"
+            @test r.out ≈ run(T, text, times; rtol).out rtol = 100eps(T)
+        end
+        @testset "as on a device: event, dense output" begin
+            functions = pointers(Float64)
+            r = run(on_device(Float64; functions.f, functions.event), "Tsit5()", [0.0, 10.0]; rtol = 1.0e-9)
+            @test r.code == "Terminated"
+            @test abs(r.out[1, 2]) < 1.0e-7
+            r = run(on_device(Float64; functions.f), "Tsit5()", [0.0, 2.0]; rtol = 1.0e-9, dense = true)
+            at, out = [0.3, 1.9], zeros(2, 2)
+            GC.@preserve at out interpolate!(r.s, address(at), address(out), 2)
+            @test out ≈ hcat(exact(0.3), exact(1.9)) rtol = 1.0e-6
+        end
+        @testset "as on a device: adjoint $name" for name in ("interpolating", "gauss", "quadrature", "backsolve")
+            times, functions = [0.0, 1.0, 2.5], pointers(Float64)
+            names = (; functions.f, functions.vjp, functions.vjp_p)
+            there = run(on_device(Float64; names...), "Tsit5()", times; rtol = 1.0e-9, dense = true)
+            here = run(Float64, "Tsit5()", times; names = keys(names), rtol = 1.0e-9, dense = true)
+            gradients = map(r -> adjoint(r.s, name, "Tsit5()", times, 2 .* r.out; rtol = 1.0e-9), (there, here))
+            @test all(isapprox.(gradients...; rtol = 1.0e-9))
+        end
+    end
+
     @testset "a field that is Julia code" begin
         text = "function f(du, u, p, t)\n du[1] = u[2]\n du[2] = -u[1] - p[1] * u[2]\n end"
         field = Source{Float64}(2, source_function(text), [0.1])
