@@ -149,13 +149,10 @@ def called_back(p: ODEProblem, gradient: str | None) -> str:
 
     A solve without a gradient is faster here even so: benchmarks/julia.py --part call.
     """
-    there = p.y0.device.type == "cuda"
-    if (gradient is None and not there) or p.compile is not None or p.method.kind not in ("adaptive", "fixed"):
+    if gradient is None or p.compile is not None or p.method.kind not in ("adaptive", "fixed"):
         return ""
     if isinstance(p.f.f, JuliaFunction):
         return ""
-    if there:
-        return f"the state lies on {p.y0.device}, where Julia's solver calls f back"
     from .codegen.field import called_back  # half the cost of importing this package
 
     return called_back(p, gradient)

@@ -69,6 +69,8 @@ def choose(name: str, p: ODEProblem, adjoint: bool | str, *, recorded: bool = Fa
         obstacle = "adjoint=False differentiates through the solver's own operations, which are not PyTorch's there"
     if obstacle is None and name == "auto" and p.compile is None and _large(p):
         return native, "f is large, its own time is what counts, and the native engine asks it less often"
+    if obstacle is None and name == "auto" and p.y0.device.type != "cpu":
+        return native, f"the state lies on {p.y0.device}, where Julia's solver would call f back"
     if obstacle is None and name == "auto" and torch.is_grad_enabled() and (why := julia.called_back(p, gradient)):
         return native, f"Julia's solver would call f back ({why}), and then the native engine is faster"
     if obstacle is None:
