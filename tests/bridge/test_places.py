@@ -62,7 +62,7 @@ def test_tuples_tolerances_of_each_element_and_dense_output():
     h0 = (torch.ones(2, dtype=F64), torch.tensor([[0.1], [0.2], [0.3]], dtype=F64))
 
     def run():
-        tol = {**TOL, "rtol": torch.tensor([1e-6, 1e-7, 1e-8, 1e-6, 1e-9], dtype=F64)}
+        tol = {**TOL, "rtol": (torch.tensor([1e-6, 1e-7], dtype=F64), 1e-8)}
         solution = solve(lambda t, h: (-h[0], h[1] * torch.sin(t)), h0, T, method="tsit5", **tol)
         return [*solution.h, *solution.interpolate(torch.tensor([0.3, 1.1], dtype=F64))]
 
@@ -94,11 +94,11 @@ def test_events(adjoint):
             lambda t, h: -rate * h, torch.tensor([1.0], dtype=F64), torch.tensor(0.0, dtype=F64),
             event_fn=lambda t, h: h[0] - 0.5, method="tsit5", adjoint=adjoint, **TOL,
         )  # fmt: skip
-        return t, *torch.autograd.grad(t, rate)
+        return t.detach(), *torch.autograd.grad(t, rate)
 
     here, there = both(run)
     torch.testing.assert_close(there, here, rtol=1e-9, atol=1e-10)
-    assert float(there[0]) == pytest.approx(math.log(2) / 0.7, rel=1e-7)
+    assert there[0].item() == pytest.approx(math.log(2) / 0.7, rel=1e-7)
 
 
 def test_matrix_free_stiff_systems():
@@ -112,7 +112,9 @@ def test_matrix_free_stiff_systems():
 
     def run():
         t = torch.tensor([0.0, 0.1], dtype=F64)
-        return odeint(heat, torch.sin(math.pi * x), t, method="julia:FBDF(linsolve=KrylovJL_GMRES())", **TOL)[-1]
+        return odeint(
+            heat, torch.sin(math.pi * x), t, method=pyjlode.julia_method("FBDF(linsolve=KrylovJL_GMRES())"), **TOL
+        )[-1]
 
     here, there = both(run)
     torch.testing.assert_close(there, here, rtol=1e-6, atol=1e-9)
