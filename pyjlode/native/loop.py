@@ -219,7 +219,7 @@ def adaptive_steps(
     o, sign = p.options, p.direction
     tab = p.method.tableau
     assert isinstance(tab, ExplicitTableau)
-    rk = ExplicitRK(p, recorded=recorded > 0, keep=keep)
+    rk = p.compiled or ExplicitRK(p, recorded=recorded > 0, keep=keep)
     order = tab.error_order + 1
     t, y = p.times[0], p.y0
     if t == end:
@@ -264,9 +264,12 @@ def adaptive_steps(
         if p.callbacks.step:
             p.callbacks.step(t, shown, reach)
         step = rk.step(Interval(t, t1, at, h, after_jump, t1 in jumps), y, k0)
-        with torch.no_grad():
-            abs_y1 = step.y1.abs()
-            err = step.error(p.rtol, p.atol, abs_y, abs_y1)
+        if p.compiled:
+            err = step.err
+        else:
+            with torch.no_grad():
+                abs_y1 = step.y1.abs()
+                err = step.error(p.rtol, p.atol, abs_y, abs_y1)
         accepted = err <= 1 or (abs(reach) <= o.min_step and math.isfinite(err))
         if accepted:
             stats.naccept += 1
@@ -276,7 +279,9 @@ def adaptive_steps(
             previous, rejected = max(err, 1e-4), math.nan
             record.next_dt = dt
             yield step
-            t, y, abs_y = t1, step.y1, abs_y1
+            t, y = t1, step.y1
+            if not p.compiled:
+                abs_y = abs_y1
             with torch.enable_grad():
                 at = at + h if tracked else t
             if t == end:
@@ -307,7 +312,9 @@ def fixed_steps(p: ODEProblem, stats: Stats, recorded: float, tracked: bool, kee
     o = p.options
     implicit = ImplicitRK(p, recorded=recorded > 0) if p.method.kind == "implicit" else None
     adams = Adams(p, recorded=recorded > 0) if p.method.kind == "adams" else None
-    rk = ExplicitRK(p, recorded=recorded > 0, keep=keep) if p.method.kind == "fixed" else None
+    rk = None
+    if p.method.kind == "fixed":
+        rk = p.compiled or ExplicitRK(p, recorded=recorded > 0, keep=keep)
     y, past = p.y0, None
     f0 = p.f0 if not (tracked or o.perturb or 0 < recorded < math.inf) else None
     for n, interval in enumerate(_grid(p, tracked)):

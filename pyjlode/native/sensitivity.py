@@ -60,7 +60,7 @@ def discrete(p: ODEProblem, record: Record, g: Tensor, *, again: bool) -> Gradie
     step, and at most `GRAPH_BUDGET` for the first steps, whose graph is there already.
     """
     want_t = p.t.requires_grad
-    replay = _Replay(p)
+    replay = Replay(p) if p.compiled is None else p.compiled.replay(p)
     event = record.event_t is not None
     times = p.times if record.event_t is None else [p.times[0], record.event_t]
     sign = p.direction
@@ -84,7 +84,7 @@ def discrete(p: ODEProblem, record: Record, g: Tensor, *, again: bool) -> Gradie
                 inside = p.t[j:i]
         a = replay.pull(kept, a, inside, g[j:i], params)
         i = j
-    replay.check()
+    replay.finish(params)
     if head:
         a = replay.through(head, a, g[1:i], params, again)
     return Gradients(a + g[0], replay.time_gradient() if want_t else None, params.total)
@@ -106,7 +106,7 @@ def graph_steps(p: ODEProblem) -> int:
     return GRAPH_BUDGET // max(step, 4096)  # however small the tensors, each has its node
 
 
-class _Replay:
+class Replay:
     """The adjoint of a step: autograd through the step as it was taken."""
 
     def __init__(self, p: ODEProblem) -> None:
@@ -183,10 +183,11 @@ class _Replay:
             self.sizes.append(torch.linalg.vector_norm(y, torch.inf))
         self.end = step.y.detach()
 
-    def check(self) -> None:
-        """
+    def finish(self, params: Sum) -> None:
+        """All steps were taken again.
+
         Raises:
-            GradientUnavailable: the steps taken again were not those of the forward solve.
+            GradientUnavailable: they were not those of the forward solve.
         """
         if self.apart:
             apart, size = torch.stack(self.apart), torch.stack(self.sizes)

@@ -56,7 +56,7 @@ class Trace:
         self.trained = sum(tensors[i].requires_grad for i in self.slots)
         self.integers = held.integers
         with torch.inference_mode(False):
-            self.like = torch.zeros(like.shape, dtype=like.dtype)
+            self.like = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
             self.tensors = [tensors[i].detach() for i in self.slots]
             self.steps = self._steps(len(held.counters))
             module, self.adds = self._traced(self._value, self._inputs("t", "h"), held)
@@ -135,7 +135,7 @@ class Trace:
         if k.requires_grad:
             with torch.enable_grad():
                 grads = torch.autograd.grad(k, inputs, v, allow_unused=True, retain_graph=True)
-        return tuple(torch.zeros(x.shape, dtype=x.dtype) if g is None else g for x, g in zip(inputs, grads))
+        return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) if g is None else g for x, g in zip(inputs, grads))
 
     def _steps(self, count: int) -> list[float]:
         """What a call adds to counters, wherever they stand.
