@@ -1,4 +1,4 @@
-"""Steps of explicit Runge-Kutta methods as code that PyTorch's compiler makes: one call for a step, one for its product.
+"""Steps of explicit Runge-Kutta methods as code that PyTorch's compiler makes: one call for each, and its product.
 
 What f is, and which tensors it reads, is captured by Dynamo, once for all fields of one piece of code; guards tell at
 the start of each solve which capture f is like. The stages of a step, its error and its slopes for dense output are
@@ -58,7 +58,10 @@ def prepare(p: ODEProblem, stats: Stats, *, gradient: str | None = None, dense: 
         return p
     if obstacle := _obstacle(p, gradient):
         raise NotCompiled(f"{_ASKED}: {obstacle}.")
-    program, held = _program(p)
+    try:
+        program, held = _program(p)
+    except NotCompiled as error:
+        raise NotCompiled(f"{_ASKED}: {error}.") from None
     steps = Steps(p, program, held, dense=dense)
     if gradient is not None or p.f.watched:
         steps.look_for_strangers()
@@ -82,8 +85,8 @@ def _obstacle(p: ODEProblem, gradient: str | None) -> str:
         return "torch.func and forward mode look into the solver's operations, which are then one; use compile=None"
     if p.method.kind not in ("adaptive", "fixed"):
         return (
-            f"{p.method.name!r} is not an explicit Runge-Kutta method, and the steps of no other kind are compiled; use "
-            "one, or compile=None"
+            f"{p.method.name!r} is not an explicit Runge-Kutta method, and the steps of no other kind are compiled; "
+            "use one, or compile=None"
         )
     if gradient == "forward":
         return "adjoint='forward' solves another system, which is not compiled; use adjoint=True, or compile=None"
@@ -104,13 +107,10 @@ def _program(p: ODEProblem) -> tuple[Program, Any]:
     from ..bridge.plans import surroundings
 
     if obstacle := surroundings():
-        raise NotCompiled(f"{_ASKED}: {obstacle}.")
+        raise NotCompiled(obstacle)
     norm = p.norm if p.options.norm is not None else None
     with _lock, lasting():
-        try:
-            held = held_by(p.f, p.y0.dtype, p.y0.device)
-        except NotCompiled as error:
-            raise NotCompiled(f"{_ASKED}: {error}.") from None
+        held = held_by(p.f, p.y0.dtype, p.y0.device)
         tolerances = tuple(isinstance(x, Tensor) and x.ndim > 0 for x in (p.rtol, p.atol))
         sizes = None if p.layout is None else tuple(p.layout.sizes)
         key = (held.key, p.method.name, p.method.adaptive, norm is None, sizes, p.batch, tolerances)
@@ -176,9 +176,21 @@ class Program:
         if found is None:
             with _lock:
                 name, *how = kind
-                made = compiled(getattr(self, f"make_{name}")(*how), examples)
-                found = self.functions[kind] = Graphs(made) if self.device.type == "cuda" else made
+                made = compiled(getattr(self, f"make_{name}")(*how), examples, self.trial(name, examples))
+                found = self.functions[kind] = Graphs(made) if replayed(self.device) else made
         return found
+
+    def trial(self, name: str, examples: Sequence[Tensor]) -> list[Tensor]:
+        """Inputs for which no output is zero, or a matter of rounding, as the error of a good step is."""
+        trial = [x.detach().clone() for x in examples]
+        if name == "step" and self.adaptive:
+            clock, y, k0 = trial[:3]
+            clock[0] = 0.1 * (1 + y.abs().amax()) / (1e-3 + k0.abs().amax())
+            trial[2:5] = [1.5 * k0, torch.ones_like(trial[3]), torch.ones_like(trial[4])]
+        elif name == "pull":
+            held = len(trial) - len(self.slots)
+            trial[2:held] = [torch.ones_like(x) for x in trial[2:held]]
+        return trial
 
     def sum(self, row: Sequence[float], K: Sequence[Tensor]) -> Tensor | None:
         """Σ row_j K_j without the terms that are zero; None where none is left."""
@@ -322,24 +334,31 @@ class Program:
         return pull
 
 
-def compiled(f: Function, examples: Sequence[Tensor]) -> Function:
+def compiled(f: Function, examples: Sequence[Tensor], trial: Sequence[Tensor]) -> Function:
     """f, a function of tensors that returns a tuple of tensors, compiled for inputs of the shapes of `examples`.
 
+    Args:
+        trial: inputs for which the compiled function is compared with the graph that it was made of.
+
     Raises:
-        NotCompiled: PyTorch's compiler fails.
+        NotCompiled: PyTorch's compiler fails, or what it makes gives other numbers.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    examples = [x.detach() for x in examples]
     try:
         with warnings.catch_warnings(), lasting(), torch.no_grad():
             warnings.simplefilter("ignore")
-            module = make_fx(f)(*examples)
+            inputs: list[Any] = [x.detach() for x in examples]
+            module = make_fx(f)(*inputs)
             _share(module)
             for node in module.graph.nodes:  # of other tensors without numbers than the compiler's own
                 node.meta.clear()
-            # Of sizes and strides the guards have made sure, and the solver of its own tensors'.
-            return torch._inductor.compile(module, examples, options={"size_asserts": False})  # type: ignore[return-value]
+            right = module(*trial)
+            made: Any = torch._inductor.compile(module, inputs, options=_OPTIONS)
+            _compare(made(*trial), right)
+            return made
+    except NotCompiled:
+        raise
     except Exception as error:
         from ..bridge.runtime import of_a_signal
 
@@ -347,6 +366,25 @@ def compiled(f: Function, examples: Sequence[Tensor]) -> Function:
             raise
         log.debug("PyTorch's compiler failed", exc_info=True)
         raise NotCompiled(_words(error)) from None
+
+
+# Of sizes and strides the guards have made sure, and the solver of its own tensors'. With `inplace_buffers` the compiler
+# of PyTorch 2.13 writes over what a matrix product has still to read: gradients of the last layer came out wrong.
+_OPTIONS = {"size_asserts": False, "inplace_buffers": False}
+
+
+def _compare(found: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+    """
+    Raises:
+        NotCompiled: they differ by more than rounding.
+    """
+    for x, y in zip(found, right):
+        tol = torch.finfo(found[0].dtype).eps ** 0.5
+        if y.numel() and not torch.allclose(x, y, rtol=tol, atol=tol * float(y.abs().amax()), equal_nan=True):
+            raise NotCompiled(
+                f"{_ASKED}: PyTorch's compiler made code that gives other numbers than PyTorch, by "
+                f"{float((x - y).abs().max()):.3g}; use compile=None, and tell PyTorch."
+            )
 
 
 def _words(error: Exception) -> str:
@@ -374,6 +412,11 @@ def _share(module: torch.fx.GraphModule) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # CUDA graphs
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def replayed(device: torch.device) -> bool:
+    """Whether functions there are replayed as graphs: launching their kernels one by one takes longer than they do."""
+    return device.type == "cuda"
 
 
 class Graphs:
@@ -459,7 +502,9 @@ class Steps:
         self.s, self.fsal = program.s, True
         y = p.y0
         self.originals = [held.tensors[i] for i in program.slots]
-        self.lifted = [x.detach() if x.device == y.device or x.ndim else x.detach().to(y.device) for x in self.originals]
+        self.lifted = [
+            x.detach() if x.device == y.device or x.ndim else x.detach().to(y.device) for x in self.originals
+        ]
         self.versions = self.versions_now()
         self.rtol, self.atol = (as_like(x, y) for x in (p.rtol, p.atol))
         self.numpy = numpy_dtype(y)

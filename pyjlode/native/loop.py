@@ -264,12 +264,9 @@ def adaptive_steps(
         if p.callbacks.step:
             p.callbacks.step(t, shown, reach)
         step = rk.step(Interval(t, t1, at, h, after_jump, t1 in jumps), y, k0)
-        if p.compiled:
-            err = step.err
-        else:
-            with torch.no_grad():
-                abs_y1 = step.y1.abs()
-                err = step.error(p.rtol, p.atol, abs_y, abs_y1)
+        with torch.no_grad():
+            abs_y1 = abs_y if p.compiled else step.y1.abs()  # compiled steps know their errors
+            err = step.error(p.rtol, p.atol, abs_y, abs_y1)
         accepted = err <= 1 or (abs(reach) <= o.min_step and math.isfinite(err))
         if accepted:
             stats.naccept += 1
@@ -279,9 +276,7 @@ def adaptive_steps(
             previous, rejected = max(err, 1e-4), math.nan
             record.next_dt = dt
             yield step
-            t, y = t1, step.y1
-            if not p.compiled:
-                abs_y = abs_y1
+            t, y, abs_y = t1, step.y1, abs_y1
             with torch.enable_grad():
                 at = at + h if tracked else t
             if t == end:

@@ -227,9 +227,7 @@ def forget() -> None:
     _roots.clear()
 
 
-def root_of(
-    field: Field, dtype: torch.dtype, device: torch.device = _CPU, *, make: bool = True
-) -> Root | None:
+def root_of(field: Field, dtype: torch.dtype, device: torch.device = _CPU, *, make: bool = True) -> Root | None:
     """Where captures of a field's code are kept; None where it was not met, and is not to be made.
 
     Raises:
