@@ -46,6 +46,8 @@ def look(
                 raise
             meter = None  # f differentiates by torch.func, which does not let what autograd keeps be looked at
             f0 = call(f)
+        if grad:
+            p.graph_nodes = parameters.graph_mark() - mark
         if held and (changed := held.changed()) and not torch.equal(f0.detach().clone(), call(f)):
             f = parameters.settled(f, changed)
             p.f = flat_field(f, layout, autocast)

@@ -458,6 +458,7 @@ class ODEProblem:
         makes_leaves: f makes leaves of its own in each call; `strange` are those that were seen so far.
         own: leaves that the solver itself made in a step that autograd records.
         graph_bytes: what autograd keeps for one call of f; None where it was not looked at.
+        graph_nodes: how many nodes such a graph has.
         layout: how the user's state lies in `y0`.
         batch: number B of independent systems, which lie in `y0` one after the other.
         mass: (n / B, n / B), M of `M y' = f(t, y)`, the same for each system; None is the identity.
@@ -494,6 +495,7 @@ class ODEProblem:
     strange: dict[int, Tensor] = field(default_factory=dict)
     own: dict[int, Tensor] = field(default_factory=dict)
     graph_bytes: int | None = None
+    graph_nodes: int = 0
     layout: Layout | None = None
     batch: int = 1
     mass: Tensor | None = None

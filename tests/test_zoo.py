@@ -230,6 +230,16 @@ def train(adjoint, *, steps: int = 3, around=None, method: str = "dopri5") -> Te
     return torch.cat([q.detach().reshape(-1) for q in net.parameters()])
 
 
+def test_the_graph_of_a_long_solve_fits_on_the_stack():
+    """PyTorch frees it in a recursion."""
+    net = nn.Sequential(*[layer for _ in range(8) for layer in (nn.Linear(1, 1, dtype=F64), nn.Tanh())])
+    options = {"step_size": 1 / 2500}
+    ys = pyjlode.odeint(
+        lambda t, h: net(h), torch.ones(1, dtype=F64), TIMES, method="rk4", adjoint=True, options=options
+    )
+    assert all(g.isfinite().all() for g in torch.autograd.grad(ys.sum(), list(net.parameters())))
+
+
 @every_adjoint
 def test_training_ends_where_it_ends_through_the_solver(adjoint):
     assert close(train(adjoint), train(False), 1e-6)

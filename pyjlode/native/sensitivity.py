@@ -93,17 +93,21 @@ def discrete(p: ODEProblem, record: Record, g: Tensor, *, again: bool) -> Gradie
 # Bytes that a solve may keep of the graph of its first steps. A graph that is kept need not be made again, which is two
 # fifths of the time of a backward pass through small networks. Solves that need more replay the rest.
 GRAPH_BUDGET = 32 * 2**20
+# As many nodes at most: PyTorch (2.13) frees a graph that Python has walked through, as `check_graph` does, in a
+# recursion that takes 200 bytes of the stack a node. A thread has 8 MB.
+GRAPH_NODES = 20_000
 
 
 def graph_steps(p: ODEProblem) -> int:
-    """How many steps' graphs fit into `GRAPH_BUDGET`."""
+    """How many steps' graphs fit into `GRAPH_BUDGET` and `GRAPH_NODES`."""
     tab = p.method.tableau
     if p.graph_bytes is None or not isinstance(tab, ExplicitTableau) or p.method.kind == "adams":
         return 0
     # Beside what f keeps, each stage keeps the stack of the stages before it.
     stages = tab.stages + tab.fsal
     step = stages * p.graph_bytes + stages * (stages + 7) // 2 * p.y0.nbytes
-    return GRAPH_BUDGET // max(step, 4096)  # however small the tensors, each has its node
+    nodes = stages * (p.graph_nodes + 4)  # a stage is itself four operations
+    return min(GRAPH_BUDGET // max(step, 4096), GRAPH_NODES // nodes)
 
 
 class Replay:
