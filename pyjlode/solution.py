@@ -39,8 +39,9 @@ class Stats:
         wall: seconds for the forward solve.
         nfe_backward: evaluations of f in backward passes through this solve so far (each with its product).
         wall_backward: seconds for these backward passes.
-        compiled: "scalar" or "array", how f was compiled for the Julia engine; "" where it was not.
-        not_compiled: why the Julia engine called f back.
+        compiled: "scalar" or "array", how f was compiled for the Julia engine; "steps" where the native engine's steps
+            were compiled; "" where nothing was.
+        not_compiled: why the Julia engine called f back; what of a compiled solve on the native engine is not compiled.
     """
 
     engine: str

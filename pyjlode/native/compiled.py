@@ -9,6 +9,7 @@ nor when parameters change.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import warnings
@@ -101,11 +102,7 @@ def _program(p: ODEProblem) -> tuple[Program, Any]:
     Raises:
         NotCompiled: f cannot be compiled.
     """
-    # Half a second of imports, and Dynamo's two, are for those who ask for it.
-    from ..bridge.codegen.capture import held_by
-    from ..bridge.codegen.trace import Trace
-    from ..bridge.plans import surroundings
-
+    held_by, Trace, surroundings = _capture()
     if obstacle := surroundings():
         raise NotCompiled(obstacle)
     norm = p.norm if p.options.norm is not None else None
@@ -124,6 +121,16 @@ def _program(p: ODEProblem) -> tuple[Program, Any]:
             while len(programs) > _KEPT:
                 programs.pop(next(iter(programs)))
     return found, held
+
+
+@functools.cache
+def _capture() -> tuple[Any, Any, Any]:
+    """What captures f. Importing it, and Dynamo with it, takes seconds: that is for those who ask for it."""
+    from ..bridge.codegen.capture import held_by
+    from ..bridge.codegen.trace import Trace
+    from ..bridge.plans import surroundings
+
+    return held_by, Trace, surroundings
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,6 +160,7 @@ class Program:
         self.A, self.C, self.P = tab.whole()
         self.rows, self.s = len(self.C), tab.stages
         self.dtype, self.device = p.y0.dtype, p.y0.device
+        self.polynomials = torch.tensor(self.P.T, dtype=torch.float64, device=self.device)
         self.slots, self.trained = trace.slots, trace.trained
         self.counts, self.adds = trace.steps, trace.adds
         self.value = trace.f.module
@@ -368,8 +376,8 @@ def compiled(f: Function, examples: Sequence[Tensor], trial: Sequence[Tensor]) -
         raise NotCompiled(_words(error)) from None
 
 
-# Of sizes and strides the guards have made sure, and the solver of its own tensors'. With `inplace_buffers` the compiler
-# of PyTorch 2.13 writes over what a matrix product has still to read: gradients of the last layer came out wrong.
+# Of sizes and strides the guards have made sure, and the solver of its own tensors'. With `inplace_buffers` PyTorch's
+# compiler (2.13) writes over what a matrix product has still to read: gradients of the last layer came out wrong.
 _OPTIONS = {"size_asserts": False, "inplace_buffers": False}
 
 
@@ -514,7 +522,6 @@ class Steps:
             p.method.adaptive or p.options.step_size is not None or p.options.grid_constructor is not None
         )
         self.slopes = dense or (cubic and self.between)
-        self.P = torch.tensor(program.P.T, dtype=torch.float64, device=y.device)
         self.runs: dict[tuple[Any, ...], Callable[..., Sequence[Tensor]]] = {}
         self.leases: list[Graph] = []
         self.calls = 0  # of f, that its counters have not heard of
@@ -682,10 +689,6 @@ class CompiledStep:
         norms = [self.rk.p.norm(x) for x in errors.unbind()]
         self.err = norms[0] if len(norms) == 1 else float(self.rk.program.combined([on_host(x) for x in norms]))
 
-    def error(self, *tolerances: Any) -> float:
-        """As `ExplicitStep.error`."""
-        return self.err
-
     def stretch(self) -> float:
         """As `ExplicitStep.stretch`."""
         return self.stretched
@@ -707,7 +710,7 @@ class CompiledStep:
 
     def interpolate(self, times: list[float] | Tensor) -> Tensor:
         """Dense output at M times within the step: (M, n)."""
-        theta, P = fraction(self.interval, times), self.rk.P
+        theta, P = fraction(self.interval, times), self.rk.program.polynomials
         weights = powers(theta.to(P.device), P.shape[0]) @ P * self.interval.dt
         return torch.addmm(self.y, weights.to(self.y), self.slopes())
 
