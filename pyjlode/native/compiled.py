@@ -15,7 +15,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from ..gradients import other_function
 from ..numbers import as_like, lasting, on_host
 from ..problem import ODEProblem, like
 from ..solution import Stats
+from . import controller
 from .explicit import ExplicitRK
 from .interpolation import powers
 from .loop import Kept, Record
@@ -194,7 +195,9 @@ class Program:
         if name == "step" and self.adaptive:
             clock, y, k0 = trial[:3]
             clock[0] = 0.1 * (1 + y.abs().amax()) / (1e-3 + k0.abs().amax())
-            trial[2:5] = [1.5 * k0, torch.ones_like(trial[3]), torch.ones_like(trial[4])]
+            tolerances = len(trial) - len(self.slots) - 2
+            trial[2] = 1.5 * k0
+            trial[tolerances : tolerances + 2] = [torch.ones_like(x) for x in trial[tolerances : tolerances + 2]]
         elif name == "pull":
             held = len(trial) - len(self.slots)
             trial[2:held] = [torch.ones_like(x) for x in trial[2:held]]
@@ -217,13 +220,23 @@ class Program:
         dt, *times = clock.to(self.dtype).unbind()
         return dt, tuple(times)
 
-    def make_step(self, slopes: bool) -> Function:
-        """(clock, y, k0, rtol, atol, *lifted) -> y1, f(t1, y1), (error, stretch) and, with `slopes`, K up to row s. Of
-        a fixed step (clock, y, *lifted) -> y1 and, with `slopes`, K.
+    def make_step(self, slopes: bool, ahead: bool = False) -> Function:
+        """(clock, y, k0, rtol, atol, *lifted) -> y1, f(t1, y1), verdict and, with `slopes`, K up to row s. Of a fixed
+        step (clock, y, *lifted) -> y1 and, with `slopes`, K.
 
-        clock: (1 + rows,) float64: dt, and the times of the rows of K. The stretch is |λ dt|, see `ExplicitStep`.
+        clock: (1 + rows,) float64: dt, and the times of the rows of K. verdict: the error, and the stretch, |λ dt|, see
+        `ExplicitStep`. With `ahead`, (clock, y, k0, control, rtol, atol, *lifted) -> y1, f(t1, y1), (error, stretch,
+        next dt), next clock, next control: what `controller.next_factor` makes of it, for a step that begins before
+        the host knows whether this one is accepted.
         """
         s = self.s
+
+        def adaptive_ahead(clock: Tensor, y: Tensor, k0: Tensor, control: Tensor, *rest: Tensor) -> Any:
+            y1, f1, verdict, *K = adaptive(clock, y, k0, *rest)
+            size, following = self.control(clock[0].abs(), verdict[0], control)
+            dt = torch.copysign(size, clock[0])
+            times = clock[1 + s] + dt * torch.tensor(self.C, dtype=torch.float64, device=clock.device)
+            return (y1, f1, torch.cat([verdict, dt[None]]), torch.cat([dt[None], times]), following, *K)
 
         def adaptive(clock: Tensor, y: Tensor, k0: Tensor, rtol: Tensor, atol: Tensor, *lifted: Tensor) -> Any:
             dt, times = self.clock(clock)
@@ -252,7 +265,22 @@ class Program:
             y1 = self.point(s, y, dt, K)
             return (y1, torch.stack(K)) if slopes else (y1,)
 
-        return adaptive if self.adaptive else fixed
+        return adaptive_ahead if ahead else adaptive if self.adaptive else fixed
+
+    @staticmethod
+    def control(dt: Tensor, err: Tensor, control: Tensor) -> tuple[Tensor, Tensor]:
+        """`controller.next_factor` after an accepted step: the size of the next one, and the control of that.
+
+        Args:
+            control: (9,) float64: the error of the step before, the order, safety, ifactor, dfactor, the least and the
+                largest step, and beta1 and beta2 of the PI controller.
+        """
+        previous, order, safety, most, least, shortest, longest, beta1, beta2 = control.unbind()
+        near = err > controller.FAR
+        beta1, beta2 = torch.where(near, beta1, 1 / order), torch.where(near, beta2, 0.0)
+        factor = safety ** (order * (beta1 - beta2)) * err**-beta1 * previous**beta2  # infinite for no error
+        size = torch.clamp(dt * torch.clamp(factor, least, most), shortest, longest)
+        return size, torch.cat([err.clamp_min(1e-4)[None], control[1:]])
 
     def norm(self, x: Tensor) -> Tensor:
         """As `arguments.default_norm`: 0-d."""
@@ -422,6 +450,44 @@ def _share(module: torch.fx.GraphModule) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class Ahead(NamedTuple):
+    """A step that was begun while the verdict on the one before travelled to the host: from (y, k0) at t0, by dt."""
+
+    y: Tensor
+    k0: Tensor
+    t0: float
+    dt: float
+    clock: Tensor
+    control: Tensor
+    outputs: Sequence[Tensor]
+
+    def is_from(self, interval: Interval, y: Tensor, k0: Tensor | None) -> bool:
+        """Whether it is the one that is asked for."""
+        dt = interval.t1 - interval.t0
+        same = y is self.y and k0 is self.k0 and interval.t0 == self.t0 and abs(dt - self.dt) <= 1e-12 * abs(dt)
+        return same and not (interval.after_jump or interval.before_jump)
+
+
+class Verdicts:
+    """Numbers on their way from a GPU, past what it was given to do meanwhile."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.stream = torch.cuda.Stream(like.device)
+        self.numbers = torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+    def mark(self) -> Any:
+        """What was done so far."""
+        return torch.cuda.current_stream(self.stream.device).record_event()
+
+    def read(self, verdict: Tensor, done: Any) -> list[float]:
+        """The numbers of a tensor that was there at a mark."""
+        self.stream.wait_event(done)
+        with torch.cuda.stream(self.stream):
+            self.numbers.copy_(verdict, non_blocking=True)
+            self.stream.record_event().synchronize()
+        return self.numbers.tolist()
+
+
 def replayed(device: torch.device) -> bool:
     """Whether functions there are replayed as graphs: launching their kernels one by one takes longer than they do."""
     return device.type == "cuda"
@@ -441,7 +507,11 @@ class Graphs:
             inputs: of the first call.
             changing: how many of them, the first ones, are others at the next call. The rest is copied once.
         """
-        graph = self.idle.pop() if self.idle else Graph(self, inputs)
+        if self.idle:
+            graph = self.idle.pop()
+        else:
+            with lasting():
+                graph = Graph(self, inputs)
         graph.begin(inputs, changing)
         return graph
 
@@ -525,7 +595,13 @@ class Steps:
         self.runs: dict[tuple[Any, ...], Callable[..., Sequence[Tensor]]] = {}
         self.leases: list[Graph] = []
         self.calls = 0  # of f, that its counters have not heard of
-        weakref.finalize(self, _give_back, self.leases)
+        weakref.finalize(self, _give_back, self.leases).atexit = False
+        # On a GPU the next step is begun before the host knows that there will be one.
+        self.looks_ahead = replayed(y.device) and program.adaptive and program.fused
+        self.ahead: Ahead | None = None
+        self.verdicts: Any = None
+        self.last: tuple[Tensor, float] = (y, 1.0)  # where the last step ended, and its error
+        self.previous = 1.0  # the error of the last accepted step
 
     def versions_now(self) -> list[int]:
         return [0 if x.is_inference() else x._version for x in self.originals]
@@ -562,6 +638,8 @@ class Steps:
 
     def step(self, interval: Interval, y: Tensor, k0: Tensor | None, *, estimate: bool = True) -> CompiledStep:
         """As `ExplicitRK.step`."""
+        if self.looks_ahead:
+            return self.step_ahead(interval, y, k0)
         program, clock = self.program, self.clock(interval)
         if not program.adaptive:
             y1, *K = self.run(("step", self.slopes), clock, y)
@@ -569,17 +647,58 @@ class Steps:
             step = CompiledStep(self, interval, clock, y, y1, None, None, *K)
         else:
             if k0 is None:
-                k0 = self.p.f(self.p.time(float(clock[1])) if clock.is_cpu else clock[1].to(y), y)
+                k0 = self.p.f(clock[1].to(y), y)
             y1, f1, verdict, *rest = self.run(("step", self.slopes), clock, y, k0, more=(self.rtol, self.atol))
             self.count(self.s)
             error: list[Tensor] = []
             if not program.fused:
                 error.append(rest.pop(0))
             step = CompiledStep(self, interval, clock, y, y1, k0, f1, *rest)
-            step.judge(verdict, *error)
+            if program.fused:
+                step.err, step.stretched = verdict.tolist()
+            else:
+                step.judge(verdict, *error)
         if not program.checked:
             self.compare(step, k0)
         return step
+
+    def step_ahead(self, interval: Interval, y: Tensor, k0: Tensor | None) -> CompiledStep:
+        """The same, of a step that may have been begun already; and the next one is begun, as if this were accepted and
+        no stop came near. Where that is wrong nothing but its time is lost."""
+        if y is self.last[0]:
+            self.previous = max(self.last[1], 1e-4)
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None and ahead.is_from(interval, y, k0):
+            clock, k0, control, outputs = ahead.clock, ahead.k0, ahead.control, ahead.outputs
+        else:
+            clock, control = self.clock(interval), self.control()
+            k0 = self.p.f(clock[1].to(y), y) if k0 is None else k0
+            outputs = self.launch(clock, y, k0, control)
+        y1, f1, verdict, clock1, control1, *K = outputs
+        if self.verdicts is None:
+            self.verdicts = Verdicts(verdict)
+        done, following = self.verdicts.mark(), None
+        if interval.t1 != self.p.times[-1] and not interval.before_jump:
+            following = self.launch(clock1, y1, f1, control1)
+        step = CompiledStep(self, interval, clock, y, y1, k0, f1, *K)
+        step.err, step.stretched, dt = self.verdicts.read(verdict, done)
+        self.last = (y1, step.err)
+        if following is not None:
+            self.ahead = Ahead(y1, f1, interval.t1, dt, clock1, control1, following)
+        if not self.program.checked:
+            self.compare(step, k0)
+        return step
+
+    def launch(self, clock: Tensor, y: Tensor, k0: Tensor, control: Tensor) -> Sequence[Tensor]:
+        self.count(self.s)
+        return self.run(("step", self.slopes, True), clock, y, k0, control, more=(self.rtol, self.atol))
+
+    def control(self) -> Tensor:
+        """As `Program.control` takes it."""
+        o, order = self.p.options, self.program.tab.error_order + 1
+        steps = (o.min_step, o.max_step)
+        numbers = (self.previous, order, o.safety, o.ifactor, o.dfactor, *steps, *self.p.method.pi)
+        return on_host(numbers).to(self.p.y0.device, non_blocking=True)
 
     def compare(self, step: CompiledStep, k0: Tensor | None) -> None:
         """The first step of a program beside PyTorch's own.
@@ -680,11 +799,8 @@ class CompiledStep:
         """f at the start of the step, shape (n,)."""
         return self.k0
 
-    def judge(self, verdict: Tensor, errors: Tensor | None = None) -> None:
-        """Read the step's error, which is the one thing that the host waits for."""
-        if errors is None:
-            self.err, self.stretched = verdict.tolist()
-            return
+    def judge(self, verdict: Tensor, errors: Tensor) -> None:
+        """Have the user's own norm measure the step's error."""
         (self.stretched,) = verdict.tolist()
         norms = [self.rk.p.norm(x) for x in errors.unbind()]
         self.err = norms[0] if len(norms) == 1 else float(self.rk.program.combined([on_host(x) for x in norms]))

@@ -429,9 +429,50 @@ def replayed(monkeypatch, graphs):
         recorded.append(outputs)
         return replay, outputs
 
+    class Verdicts:
+        def __init__(self, like):
+            pass
+
+        def mark(self):
+            pass
+
+        def read(self, verdict, done):
+            return verdict.tolist()
+
+    monkeypatch.setattr(compiled, "Verdicts", Verdicts)
     monkeypatch.setattr(compiled, "replayed", lambda device: True)
     monkeypatch.setattr(compiled, "record", record)
     return recorded
+
+
+AHEAD = [
+    {},
+    {"first_step": 0.3},  # too long: it is rejected
+    {"step_t": [0.1, 0.4], "max_step": 0.07},
+    {"jump_t": [0.25, 0.6], "min_step": 1e-4},
+    {"norm": lambda h: h.abs().max()},
+]
+
+
+@pytest.mark.parametrize("options", AHEAD)
+@pytest.mark.parametrize("backward", [False, True])
+def test_steps_that_begin_before_the_verdict_on_the_last_one(options, backward, replayed):
+    class Field(Small):  # code of its own: no other test has compiled it
+        def forward(self, t, h):
+            return super().forward(t, h) * (1 + 0.3 * torch.cos(9 * h))
+
+    f, t = Field(), TIMES.flip(0) if backward else TIMES
+    kwargs = {"method": "bosh3", "adjoint": True, "t": t, "moving": False, "options": options}
+    same(answer(f, compile=True, **kwargs), answer(f, **kwargs), 1e-9)
+    stats = [
+        solve(f, H0, t, method="bosh3", compile=compile, options=options, dense=False, **HOW).stats
+        for compile in (True, None)
+    ]
+    assert stats[0].naccept == stats[1].naccept
+    assert stats[0].nreject == stats[1].nreject
+    # In vain: one step for each that was rejected, at each stop, and where the step had to be cut.
+    vain = stats[1].nreject + len(options.get("step_t", [])) + len(options.get("jump_t", [])) + 2
+    assert stats[0].nfe <= stats[1].nfe + 3 * vain
 
 
 @pytest.mark.parametrize("method", ["bosh3", "rk4"])
@@ -441,6 +482,8 @@ def test_graphs_that_are_replayed(method, replayed):
             return super().forward(t, h) * (1 + 0.1 * h)
 
     f, kwargs = Field(), {"method": method, "adjoint": True}
+    with torch.inference_mode():
+        odeint(f, H0, TIMES, compile=True, method=method, **HOW)
     same(answer(f, compile=True, **kwargs), answer(f, **kwargs))
     count = len(replayed)
     with torch.no_grad():
