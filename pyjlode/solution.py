@@ -194,7 +194,7 @@ def interpolant(
         if blind and torch.is_grad_enabled():
             raise GradientUnavailable(
                 "the dense output of a solve with an adjoint carries no gradient: ask for these times in t, solve with "
-                "adjoint=False, or interpolate under torch.no_grad()."
+                "adjoint=False (and without compile=True), or interpolate under torch.no_grad()."
             )
         times = t.reshape(-1)
         ys = record.ys[:1].expand(len(values), -1) if record.dense is None else record.dense(times)

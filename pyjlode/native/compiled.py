@@ -90,6 +90,8 @@ def _obstacle(p: ODEProblem, gradient: str | None) -> str:
             f"{p.method.name!r} is not an explicit Runge-Kutta method, and the steps of no other kind are compiled; "
             "use one, or compile=None"
         )
+    if getattr(p, "rows", None) is not None:
+        return "each system of a batch has steps of its own, which are not compiled; use compile=None"
     if gradient == "forward":
         return "adjoint='forward' solves another system, which is not compiled; use adjoint=True, or compile=None"
     if not p.y0.numel():
@@ -164,7 +166,8 @@ class Program:
         self.polynomials = torch.tensor(self.P.T, dtype=torch.float64, device=self.device)
         self.slots, self.trained = trace.slots, trace.trained
         self.counts, self.adds = trace.steps, trace.adds
-        self.value = trace.f.module
+        field = trace.f.module
+        self.value = lambda *args: field(*args).to(self.dtype)
         self.checked = False
         try:
             self.product = trace.vjp.module
@@ -181,13 +184,12 @@ class Program:
         Raises:
             NotCompiled: PyTorch's compiler does not make it.
         """
-        found = self.functions.get(kind)
-        if found is None:
-            with _lock:
+        with _lock:
+            if kind not in self.functions:
                 name, *how = kind
                 made = compiled(getattr(self, f"make_{name}")(*how), examples, self.trial(name, examples))
-                found = self.functions[kind] = Graphs(made) if replayed(self.device) else made
-        return found
+                self.functions[kind] = Graphs(made) if replayed(self.device) else made
+            return self.functions[kind]
 
     def trial(self, name: str, examples: Sequence[Tensor]) -> list[Tensor]:
         """Inputs for which no output is zero, or a matter of rounding, as the error of a good step is."""
@@ -584,7 +586,7 @@ class Steps:
             x.detach() if x.device == y.device or x.ndim else x.detach().to(y.device) for x in self.originals
         ]
         self.versions = self.versions_now()
-        self.rtol, self.atol = (as_like(x, y) for x in (p.rtol, p.atol))
+        self.rtol, self.atol = (as_like(x, y).contiguous() for x in (p.rtol, p.atol))
         self.numpy = numpy_dtype(y)
         cubic = p.method.adaptive or p.options.interp == "cubic"
         # Whether outputs may lie within steps, and not only at their ends.
@@ -612,6 +614,7 @@ class Steps:
         Args:
             changing: inputs that are others at each call. more: inputs that are not, before those that f holds.
         """
+        changing = tuple([x if x.is_contiguous() else x.contiguous() for x in changing])
         run = self.runs.get(kind)
         if run is None:
             rest = (*more, *self.lifted)
@@ -912,8 +915,10 @@ class CompiledReplay(Replay):
         for x, bar in zip(self.steps.originals, self.sums.total):
             if bar is None:
                 continue
-            if id(x) in place:
-                total[place[id(x)]] = bar
+            i = place.get(id(x))
+            if i is not None:
+                known = total[i]
+                total[i] = bar if known is None else known + bar
             elif not x.is_leaf:  # a result that parameters were made into outside of f
                 between.append((x, bar))
         params.add(total)

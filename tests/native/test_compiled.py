@@ -135,11 +135,9 @@ def test_the_last_state_alone(graphs):
     same(answer(f, compile=True, **kwargs), answer(f, **kwargs))
 
 
-@pytest.mark.parametrize("batch", [0, 1])
-def test_batches_in_single_precision(batch, graphs):
+def test_batches_in_single_precision(graphs):
     f, h0 = Net(torch.float32), torch.randn(5, 2)
     kwargs = {"method": "bosh3", "rtol": 1e-4, "atol": 1e-5, "h0": h0, "adjoint": True, "t": TIMES.float()}
-    kwargs["options"] = {"batch_dims": batch}
     same(answer(f, compile=True, **kwargs), answer(f, **kwargs), 1e-4)
 
 
@@ -209,6 +207,15 @@ def test_without_gradients(context, graphs):
         a, b = (odeint(f, h0, TIMES, method="bosh3", compile=compile, **HOW) for compile in (True, None))
     same([a.clone()], [b.clone()])
     same(answer(f, method="bosh3", compile=True), answer(f, method="bosh3"))  # what was made there serves gradients too
+
+
+def test_states_that_do_not_lie_in_one_piece(the_compiler):
+    """What is compiled for one layout in memory would read another one wrong."""
+    h0 = torch.tensor([0.8, 9.0, -0.5, 9.0], dtype=F64)
+    f, how = lambda t, h: torch.sin(h.flip(0) + t), {"method": "midpoint", **HOW}
+    for h in (h0[::2].clone(), h0[::2], h0[::2].clone()):
+        same([odeint(f, h, TIMES, compile=True, **how)], [odeint(f, h, TIMES, **how)])
+    assert len(the_compiler) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
