@@ -120,4 +120,4 @@ class Discovered(GradientUnavailable):
 
 
 class NotCompiled(PyJLODEError, RuntimeError):
-    """`f` cannot be compiled to Julia, and `compile=True` asked for that; the message says what stands in the way."""
+    """`compile=True`, and `f` or a step of the solver cannot be compiled; the message says what stands in the way."""

@@ -35,7 +35,7 @@ def look(
     held = parameters.Held(f) if grad else None
     mark = parameters.graph_mark() if grad else 0
     probe = y0.detach().requires_grad_(grad) if gradient else y0
-    meter = parameters.GraphMeter() if grad and gradient == "discrete" else None
+    meter = parameters.GraphMeter() if grad and gradient == "discrete" and not p.compile else None
     call = partial(_call, p=p, probe=probe, autocast=autocast)
     with contextlib.nullcontext() if p.transformed else torch.set_grad_enabled(grad):
         try:
@@ -46,6 +46,8 @@ def look(
                 raise
             meter = None  # f differentiates by torch.func, which does not let what autograd keeps be looked at
             f0 = call(f)
+        if grad:
+            p.graph_nodes = parameters.graph_mark() - mark
         if held and (changed := held.changed()) and not torch.equal(f0.detach().clone(), call(f)):
             f = parameters.settled(f, changed)
             p.f = flat_field(f, layout, autocast)

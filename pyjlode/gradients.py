@@ -131,7 +131,7 @@ class _Solve(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise GradientUnavailable(
                 f"adjoint={memory.gradient!r} gives first derivatives only, and create_graph=True asks for more. "
-                "Solve with adjoint=False, which can be differentiated again."
+                "Solve with adjoint=False (and without compile=True), which can be differentiated again."
             )
         _, t, ys, *_ = ctx.saved_tensors
         p = memory.problem
@@ -278,7 +278,8 @@ def solve(engine: Engine, p: ODEProblem, stats: Stats, gradient: str | None, nee
         try:
             with torch.no_grad(), parameters.unheard(p.params):
                 memory = engine.solve_for_vjp(leaf, stats, gradient, dense=dense)
-                sight = Sight.of(leaf, memory.record) if memory.asks_again and not stats.compiled else None
+                in_julia = stats.compiled and engine.NAME == "julia"
+                sight = Sight.of(leaf, memory.record) if memory.asks_again and not in_julia else None
             break
         except Discovered as error:
             if attempt == _BEGINNINGS:

@@ -80,7 +80,10 @@ def odeint(
         adjoint_params: the tensors besides `h0` and `t` to differentiate by; by default all that `f` is found to use.
         compile: for the Julia engine, which can translate `f` to Julia, so that no Python runs in the solve (nor what
             else `f` does in Python). None does so from the second solve of the same `f` on, where it can be done, and
-            `Stats.not_compiled` says why not; True does it at once, or raises; False never does.
+            `Stats.not_compiled` says why not; True does it at once, or raises; False never does. With True the native
+            engine has PyTorch's compiler make one function of each step of an explicit Runge-Kutta method, and one of
+            its product, or raises; that takes it seconds once, and pays for small networks. `adjoint=False` then
+            replays these steps, for first derivatives only.
 
     Returns:
         The states: the pytree of `h0` with (T, ...) in front of each leaf's shape. With `event_fn`: `(event_t,

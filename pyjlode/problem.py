@@ -462,15 +462,17 @@ class ODEProblem:
         makes_leaves: f makes leaves of its own in each call; `strange` are those that were seen so far.
         own: leaves that the solver itself made in a step that autograd records.
         graph_bytes: what autograd keeps for one call of f; None where it was not looked at.
+        graph_nodes: how many nodes such a graph has.
         layout: how the user's state lies in `y0`.
         batch: number B of independent systems, which lie in `y0` one after the other.
         mass: (n / B, n / B), M of `M y' = f(t, y)`, the same for each system; None is the identity.
         blind_to_time: f is known to read t as a number.
         products: `v -> J v` and `v -> Jᵀ v` at a time t, `(t: 0-d, v: (n,)) -> (n,)`, for a large linear f.
         jac: `(t: 0-d, y: (n,)) -> (B, n / B, n / B)` or what reshapes to it, the user's df/dy.
-        compile: whether the Julia engine must (True), may (None) or must not (False) compile f.
+        compile: whether the engine must (True), may (None: Julia's) or must not (False) compile f.
         transformed: `torch.func` or forward mode is at work: tensors may be wrapped at any moment (by what f holds), so
             that nothing is written in place, and what steers the solve is read by `numbers`. The solve is recorded.
+        compiled: the native engine's compiled steps, where it has them.
         repeats: what an engine keeps for problems that are this one but for f's tensors and the values of y0; None
             where there is no other known.
     """
@@ -497,6 +499,7 @@ class ODEProblem:
     strange: dict[int, Tensor] = field(default_factory=dict)
     own: dict[int, Tensor] = field(default_factory=dict)
     graph_bytes: int | None = None
+    graph_nodes: int = 0
     layout: Layout | None = None
     batch: int = 1
     mass: Tensor | None = None
@@ -507,6 +510,7 @@ class ODEProblem:
     callbacks: Callbacks = field(default_factory=Callbacks)
     compile: bool | None = None
     transformed: bool = False
+    compiled: Any = None
     repeats: dict[str, Any] | None = None
 
     def asked(self, t: float, toward: float) -> Tensor:

@@ -39,8 +39,9 @@ class Stats:
         wall: seconds for the forward solve.
         nfe_backward: evaluations of f in backward passes through this solve so far (each with its product).
         wall_backward: seconds for these backward passes.
-        compiled: "scalar" or "array", how f was compiled for the Julia engine; "" where it was not.
-        not_compiled: why the Julia engine called f back.
+        compiled: "scalar" or "array", how f was compiled for the Julia engine; "steps" where the native engine's steps
+            were compiled; "" where nothing was.
+        not_compiled: why the Julia engine called f back; what of a compiled solve on the native engine is not compiled.
     """
 
     engine: str
@@ -193,7 +194,7 @@ def interpolant(
         if blind and torch.is_grad_enabled():
             raise GradientUnavailable(
                 "the dense output of a solve with an adjoint carries no gradient: ask for these times in t, solve with "
-                "adjoint=False, or interpolate under torch.no_grad()."
+                "adjoint=False (and without compile=True), or interpolate under torch.no_grad()."
             )
         times = t.reshape(-1)
         ys = record.ys[:1].expand(len(values), -1) if record.dense is None else record.dense(times)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from . import arguments, first, gradients, mistakes, numbers, progress, transforms
 from .engines import choice
 from .engines.crossing import crossing
-from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, NotCompiled, SolveError
+from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, SolveError
 from .methods import Method
 from .notices import log_once, warn
 from .problem import (
@@ -240,9 +240,14 @@ class Solver:
         gradient = gradients.find(self.adjoint, chosen, p)
         if p.transformed:  # every adjoint is: through the solver
             gradient = None
+        elif gradient is None and self._pulls_back(chosen):
+            gradient = chosen.recommended(p)
         f0, needed = first.look(p, e.f, named, gradient, autocast)
         if needed and gradient is None:
             chosen, reason = found = choice.confirm(found, engine, p, self.adjoint, recorded=True)
+            if self._pulls_back(chosen) and not p.transformed:
+                gradient = chosen.recommended(p)
+                f0, needed = first.look(p, e.f, named, gradient, autocast)
         if gradient and self.adjoint is True and torch.is_grad_enabled() and not self._says_backward:
             gradient = chosen.recommended(p, asked=True)
         first.keep(p, f0, gradient)
@@ -252,12 +257,14 @@ class Solver:
         if not p.transformed and self._has_backward(gradient):
             p.adjoint = self._adjoint(e, p, reading)
             chosen, reason = choice.confirm(found, engine, p, self.adjoint)
-        if self.compile and chosen.NAME != "julia":
-            raise NotCompiled(f"compile=True is for the Julia engine, and this is the native one: {reason}.")
         leaf = e.h0 if isinstance(e.h0, Tensor) else pytree.tree_leaves(e.h0)[0]
         copied = not p.transformed and y0.numel() > 0 and y0.data_ptr() != leaf.data_ptr()
         log_once(chosen.NAME, reason, p.method.name, gradient or "through the solver")
         return Prepared(p, Stats(chosen.NAME, reason, p.method.name, copied), chosen, gradient, needed)
+
+    def _pulls_back(self, engine: Any) -> bool:
+        """Whether `adjoint=False` is the replay of the steps: autograd does not look into compiled ones."""
+        return bool(self.compile) and engine.NAME == "torch" and torch.is_grad_enabled()
 
     def _problem(
         self, e: Equation, reading: Reading, y0: Tensor, t: Tensor, times: list[float], autocast: bool
@@ -511,7 +518,7 @@ def solved(how: Solver | dict[str, Any], e: Equation, *, dense: bool) -> Solutio
         ys, ts = torch.stack([ys[0], ran.event_y]), torch.stack([p.t[0], event_t])
     stats.nfe = p.f.nfe
     stats.wall = time.perf_counter() - start
-    if call and stats.compiled and not known:
+    if call and stats.compiled and not known and stats.engine == "julia":
         call.keep(ran.made)
     output = None
     if dense:

@@ -17,7 +17,7 @@ from zoo import CONTINUOUS, F64, ZOO, Energy, Specimen
 
 import pyjlode
 from pyjlode.bridge import engine as julia_engine
-from pyjlode.errors import GradientUnavailable
+from pyjlode.errors import GradientUnavailable, NotCompiled
 from pyjlode.native import sensitivity
 
 TIMES = torch.tensor([0.0, 0.35, 0.7, 1.0], dtype=F64)
@@ -138,6 +138,51 @@ def test_kinks_at_known_times_are_seen_on_julia(adjoint, julia):
     check("interpolated_data", adjoint=adjoint, engine="julia", options={"jump_t": TIMES.new_tensor([0.25, 0.5, 0.75])})
 
 
+# The stages of one step as one graph: where tensors lie, what is kept of a call, and what the call does.
+IN_GRAPHS = [
+    "closure",
+    "partial_of_function",
+    "containers",
+    "behind_a_weak_reference",
+    "counts_its_calls",
+    "encoded",
+    "encoded_and_direct",
+    "context_exchanged_before_backward",
+    "hypernetwork",
+    "hamiltonian",
+    "dictionary_state",
+    "number_state",
+    "written_in_place",
+    "attention",
+    "own_function",
+    "partly_detached",
+    "shared_and_unused",
+]
+NO_GRAPHS = [
+    "keeps_its_last_result",
+    "memoised_weights",
+    "old_spectral_norm",
+    "later_in_time",
+    "divergence",
+    "complex_state",
+    "sparse_matrix",
+    "interpolated_data",
+]
+
+
+@pytest.mark.parametrize("kind", IN_GRAPHS)
+def test_every_gradient_is_the_same_in_compiled_steps(kind, monkeypatch):
+    monkeypatch.setattr(torch._inductor, "compile", lambda module, inputs, options: module)  # as it is: seconds faster
+    how = {"method": "bosh3", "rtol": 1e-5, "atol": 1e-7, "adjoint": True}
+    assert close(gradient_of(kind, compile=True, **how), gradient_of(kind, **how), 1e-10)
+
+
+@pytest.mark.parametrize("kind", NO_GRAPHS)
+def test_steps_are_not_compiled_wrong(kind):
+    with pytest.raises(NotCompiled):
+        gradient_of(kind, compile=True)
+
+
 @settings(max_examples=60)
 @given(
     st.sampled_from(sorted(ZOO)),
@@ -183,6 +228,16 @@ def train(adjoint, *, steps: int = 3, around=None, method: str = "dopri5") -> Te
         ys.square().mean().backward()
         optimizer.step()
     return torch.cat([q.detach().reshape(-1) for q in net.parameters()])
+
+
+def test_the_graph_of_a_long_solve_fits_on_the_stack():
+    """PyTorch frees it in a recursion."""
+    net = nn.Sequential(*[layer for _ in range(8) for layer in (nn.Linear(1, 1, dtype=F64), nn.Tanh())])
+    options = {"step_size": 1 / 2500}
+    ys = pyjlode.odeint(
+        lambda t, h: net(h), torch.ones(1, dtype=F64), TIMES, method="rk4", adjoint=True, options=options
+    )
+    assert all(g.isfinite().all() for g in torch.autograd.grad(ys.sum(), list(net.parameters())))
 
 
 @every_adjoint

@@ -40,7 +40,7 @@ def initial_step(p: ODEProblem, f0: Tensor, order: int, limit: float) -> float:
 
 
 # Below this the step is far from the tolerance: nothing to smooth, and the I controller gets there sooner.
-_FAR = 0.1
+FAR = 0.1
 
 
 def next_factor(
@@ -62,6 +62,6 @@ def next_factor(
         return o.ifactor
     if not accepted:
         return max(o.dfactor, min(1.0, o.safety * err ** (-1 / order))) if math.isfinite(err) else o.dfactor
-    beta1, beta2 = pi if err > _FAR else (1 / order, 0.0)
+    beta1, beta2 = pi if err > FAR else (1 / order, 0.0)
     factor = o.safety ** (order * (beta1 - beta2)) * err**-beta1 * previous**beta2
     return min(o.ifactor, max(o.dfactor, factor))

@@ -16,7 +16,7 @@ from ..numbers import on_host
 from ..parameters import graph_mark
 from ..problem import Callback, ODEProblem, like
 from ..solution import Stats, Steps
-from . import dae, interpolation, loop, sample_events, scipy_ivp, sensitivity
+from . import compiled, dae, interpolation, loop, sample_events, scipy_ivp, sensitivity
 from .loop import Record
 from .sensitivity import Gradients
 from .step import Step
@@ -42,11 +42,16 @@ class Memory:
     def asks_again(self) -> bool:
         """Whether the product calls f again: not where all of its graph is kept, or its sensitivities are."""
         head = self.record.head
+        if self.gradient == "discrete" and self.problem.compiled is not None:
+            return False
         return self.sensitivities is None and (head is None or head.steps < len(self.record.kept))
 
 
 def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = False) -> Record:
     """Solve `p`; with `recorded`, under autograd."""
+    if p.compile:
+        p = compiled.prepare(p, stats, dense=dense)
+        return compiled.finished(p, lambda: loop.solve(p, stats, dense=dense))
     if p.method.kind == "scipy":
         if p.transformed:
             raise BadOption(
@@ -110,6 +115,10 @@ def output_slope(p: ODEProblem, step: Step, t: float) -> Tensor:
 def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = False) -> Memory:
     """Solve `p` and keep what `vjp` needs for the gradient method named."""
     kept = dense or gradient in ("interpolating", "quadrature", "gauss")
+    if p.compile:
+        p = compiled.prepare(p, stats, gradient=gradient, dense=kept)
+        steps = gradient == "discrete"
+        return Memory(p, compiled.finished(p, lambda: loop.solve(p, stats, steps=steps, dense=kept)), gradient)
     if p.method.kind == "scipy":
         if gradient not in ("backsolve", "interpolating"):
             raise BadOption(

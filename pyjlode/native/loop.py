@@ -15,7 +15,7 @@ from torch import Tensor
 from ..ends import no_event, stops, too_many_steps, too_small
 from ..errors import BadOption, NonFiniteState
 from ..numbers import listed, on_host, rows
-from ..problem import ODEProblem, is_finite
+from ..problem import Callbacks, ODEProblem, is_finite
 from ..solution import Stats
 from . import controller
 from .events import EventFinder
@@ -219,7 +219,7 @@ def adaptive_steps(
     o, sign = p.options, p.direction
     tab = p.method.tableau
     assert isinstance(tab, ExplicitTableau)
-    rk = ExplicitRK(p, recorded=recorded > 0, keep=keep)
+    rk: Any = p.compiled or ExplicitRK(p, recorded=recorded > 0, keep=keep)
     order = tab.error_order + 1
     t, y = p.times[0], p.y0
     if t == end:
@@ -240,6 +240,7 @@ def adaptive_steps(
     err, previous, abs_y = 0.0, 1.0, y.detach().abs()
     after_jump, n, made = False, 0, 0
     crawl = Crawl(tab) if p.layout else None
+    called, shown = p.callbacks != Callbacks(), y
     rejected = math.nan  # where a step from here ended that was not accepted
     while t != end:
         if n == o.max_num_steps:
@@ -255,18 +256,22 @@ def adaptive_steps(
             raise too_small(p, t, sign * dt, err)
         if math.isinf(t1):
             raise no_event(p, t, sign * dt)
-        reach = t1 - t
+        reach, start = t1 - t, at
         h: float | Tensor = reach
         if tracked:
             with torch.enable_grad():
                 h = length(p, at, t1, reach, end, stop)
-        shown = y if recorded == math.inf else y.detach()
+        if called:
+            shown = y if recorded == math.inf else y.detach()
         if p.callbacks.step:
             p.callbacks.step(t, shown, reach)
         step = rk.step(Interval(t, t1, at, h, after_jump, t1 in jumps), y, k0)
-        with torch.no_grad():
-            abs_y1 = step.y1.abs()
-            err = step.error(p.rtol, p.atol, abs_y, abs_y1)
+        if p.compiled:
+            abs_y1, err = abs_y, step.err
+        else:
+            with torch.no_grad():
+                abs_y1 = step.y1.abs()
+                err = step.error(p.rtol, p.atol, abs_y, abs_y1)
         accepted = err <= 1 or (abs(reach) <= o.min_step and math.isfinite(err))
         if accepted:
             stats.naccept += 1
@@ -277,8 +282,10 @@ def adaptive_steps(
             record.next_dt = dt
             yield step
             t, y, abs_y = t1, step.y1, abs_y1
-            with torch.enable_grad():
-                at = at + h if tracked else t
+            at = t
+            if tracked:
+                with torch.enable_grad():
+                    at = start + h
             if t == end:
                 return
             after_jump = t in jumps
@@ -307,7 +314,9 @@ def fixed_steps(p: ODEProblem, stats: Stats, recorded: float, tracked: bool, kee
     o = p.options
     implicit = ImplicitRK(p, recorded=recorded > 0) if p.method.kind == "implicit" else None
     adams = Adams(p, recorded=recorded > 0) if p.method.kind == "adams" else None
-    rk = ExplicitRK(p, recorded=recorded > 0, keep=keep) if p.method.kind == "fixed" else None
+    rk = None
+    if p.method.kind == "fixed":
+        rk = p.compiled or ExplicitRK(p, recorded=recorded > 0, keep=keep)
     y, past = p.y0, None
     f0 = p.f0 if not (tracked or o.perturb or 0 < recorded < math.inf) else None
     for n, interval in enumerate(_grid(p, tracked)):

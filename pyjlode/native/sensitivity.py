@@ -60,7 +60,7 @@ def discrete(p: ODEProblem, record: Record, g: Tensor, *, again: bool) -> Gradie
     step, and at most `GRAPH_BUDGET` for the first steps, whose graph is there already.
     """
     want_t = p.t.requires_grad
-    replay = _Replay(p)
+    replay = Replay(p) if p.compiled is None else p.compiled.replay(p)
     event = record.event_t is not None
     times = p.times if record.event_t is None else [p.times[0], record.event_t]
     sign = p.direction
@@ -84,7 +84,7 @@ def discrete(p: ODEProblem, record: Record, g: Tensor, *, again: bool) -> Gradie
                 inside = p.t[j:i]
         a = replay.pull(kept, a, inside, g[j:i], params)
         i = j
-    replay.check()
+    replay.finish(params)
     if head:
         a = replay.through(head, a, g[1:i], params, again)
     return Gradients(a + g[0], replay.time_gradient() if want_t else None, params.total)
@@ -93,20 +93,24 @@ def discrete(p: ODEProblem, record: Record, g: Tensor, *, again: bool) -> Gradie
 # Bytes that a solve may keep of the graph of its first steps. A graph that is kept need not be made again, which is two
 # fifths of the time of a backward pass through small networks. Solves that need more replay the rest.
 GRAPH_BUDGET = 32 * 2**20
+# As many nodes at most: PyTorch (2.13) frees a graph that Python has walked through, as `check_graph` does, in a
+# recursion that takes 200 bytes of the stack a node. A thread has 8 MB.
+GRAPH_NODES = 20_000
 
 
 def graph_steps(p: ODEProblem) -> int:
-    """How many steps' graphs fit into `GRAPH_BUDGET`."""
+    """How many steps' graphs fit into `GRAPH_BUDGET` and `GRAPH_NODES`."""
     tab = p.method.tableau
     if p.graph_bytes is None or not isinstance(tab, ExplicitTableau) or p.method.kind == "adams":
         return 0
     # Beside what f keeps, each stage keeps the stack of the stages before it.
     stages = tab.stages + tab.fsal
     step = stages * p.graph_bytes + stages * (stages + 7) // 2 * p.y0.nbytes
-    return GRAPH_BUDGET // max(step, 4096)  # however small the tensors, each has its node
+    nodes = stages * (p.graph_nodes + 4)  # a stage is itself four operations
+    return min(GRAPH_BUDGET // max(step, 4096), GRAPH_NODES // nodes)
 
 
-class _Replay:
+class Replay:
     """The adjoint of a step: autograd through the step as it was taken."""
 
     def __init__(self, p: ODEProblem) -> None:
@@ -183,10 +187,11 @@ class _Replay:
             self.sizes.append(torch.linalg.vector_norm(y, torch.inf))
         self.end = step.y.detach()
 
-    def check(self) -> None:
-        """
+    def finish(self, params: Sum) -> None:
+        """All steps were taken again.
+
         Raises:
-            GradientUnavailable: the steps taken again were not those of the forward solve.
+            GradientUnavailable: they were not those of the forward solve.
         """
         if self.apart:
             apart, size = torch.stack(self.apart), torch.stack(self.sizes)

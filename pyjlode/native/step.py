@@ -83,6 +83,15 @@ def stage_times(interval: Interval, C: np.ndarray, like: Tensor) -> tuple[Tensor
     return (times if like.device.type == "cpu" else times.to(like.device, non_blocking=True)).unbind()
 
 
+def host_times(interval: Interval, C: np.ndarray, dtype: type) -> np.ndarray:
+    """The same as numbers in float64, that `dtype` has too where the step is next to a jump."""
+    if interval.before_jump:
+        C = np.minimum(C, 1.0)
+    if interval.after_jump or interval.before_jump:
+        return _inside(interval, C, dtype)
+    return C * (interval.t1 - interval.t0) + interval.t0
+
+
 def _inside(interval: Interval, C: np.ndarray, dtype: type) -> np.ndarray:
     first, last = dtype(interval.t0), dtype(interval.t1)
     times: np.ndarray = (C * (interval.t1 - interval.t0) + interval.t0).astype(dtype)

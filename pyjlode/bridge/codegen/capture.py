@@ -202,7 +202,7 @@ class Root:
                 numbers[kind[1]] = x if isinstance(x, Tensor) else torch.tensor(x, dtype=self.layout.dtype)
         tensors += [numbers[i] for i in sorted(numbers)]
         counters = [Slot(place, {"L": {"f": f}, "G": captures.scope}) for place in entry.counters]
-        content = tuple([x.detach().contiguous().numpy().tobytes() for x in integers])
+        content = tuple([x.detach().cpu().contiguous().numpy().tobytes() for x in integers])
         order = list(range(len(tensors)))
         return Held(entry, (id(entry), entry, content), tensors, order, integers, counters, self.layout)
 
@@ -217,6 +217,7 @@ def _number(f: Any, place: str, captures: Captures) -> Any:
         return None
 
 
+_CPU = torch.device("cpu")
 _roots: collections.OrderedDict[Any, Root] = collections.OrderedDict()
 _lock = threading.RLock()
 
@@ -226,7 +227,7 @@ def forget() -> None:
     _roots.clear()
 
 
-def root_of(field: Field, dtype: torch.dtype, *, make: bool = True) -> Root | None:
+def root_of(field: Field, dtype: torch.dtype, device: torch.device = _CPU, *, make: bool = True) -> Root | None:
     """Where captures of a field's code are kept; None where it was not met, and is not to be made.
 
     Raises:
@@ -238,10 +239,10 @@ def root_of(field: Field, dtype: torch.dtype, *, make: bool = True) -> Root | No
     if _in_parts(field):
         of = field.shape
     shape = (str(of.spec), *of.shapes, *of.dtypes) if isinstance(of, Layout) else (of, dtype)
-    key = (_code(f), shape, _in_parts(field))
+    key = (_code(f), shape, device, _in_parts(field))
     root = _roots.get(key)
     if root is None and make:
-        layout = of if isinstance(of, Layout) else Layout(torch.empty(of, dtype=dtype))
+        layout = of if isinstance(of, Layout) else Layout(torch.empty(of, dtype=dtype, device=device))
         if any(layout.complex):
             raise NotCompiled("f computes in complex numbers")
         if not _plain(layout.unflatten(torch.zeros(layout.size, dtype=layout.dtype))):
@@ -256,17 +257,17 @@ def root_of(field: Field, dtype: torch.dtype, *, make: bool = True) -> Root | No
     return root
 
 
-def held_by(field: Field, dtype: torch.dtype, *, patient: bool = True) -> Held:
+def held_by(field: Field, dtype: torch.dtype, device: torch.device = _CPU, *, patient: bool = True) -> Held:
     """What a vector field holds; it is captured if it was not yet.
 
     Args:
-        dtype: of its state.
+        dtype, device: of its state.
         patient: else it is not captured where earlier captures of the same code were of no use.
 
     Raises:
         NotCompiled: it cannot be.
     """
-    root = root_of(field, dtype)
+    root = root_of(field, dtype, device)
     assert root is not None
     assert field.source is not None
     f = field.source[0]
@@ -333,9 +334,9 @@ def _held_in_parts(field: Field, dtype: torch.dtype, root: Root, f: Any) -> Held
 def _example(layout: Layout) -> tuple[Any, Tensor]:
     """A state, and a time."""
     with torch.inference_mode(False):
-        flat = torch.zeros(layout.size, dtype=layout.dtype)
+        flat = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
         state = torch.utils._pytree.tree_map(torch.clone, layout.unflatten(flat))
-        return state, torch.zeros((), dtype=layout.dtype)
+        return state, torch.zeros((), dtype=layout.dtype, device=layout.device)
 
 
 def _plain(state: Any) -> bool:

@@ -101,6 +101,7 @@ class Entry:
         reason: why it is not to be used.
         without_graph: why there is no value with a graph.
         programs: made of it, by the numbers of its integer tensors.
+        steps: what the native engine made of it.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -116,6 +117,7 @@ class Entry:
         self.floats: dict[str, float] = {}
         self.reason = self.without_graph = ""
         self.programs: dict[Any, Any] = {}
+        self.steps: dict[Any, Any] = {}
 
     def found(self, *values: Any) -> NoReturn:
         raise Found(self, values)
@@ -532,7 +534,7 @@ def _unfit(x: Any) -> str:
         return "f computes in complex numbers"
     if x.is_quantized:
         return "f holds a quantized tensor"
-    if not x.is_floating_point() and (x.numel() > _CONTENT or x.device.type != "cpu"):
+    if not x.is_floating_point() and x.numel() > _CONTENT:
         return f"f holds an integer tensor of shape {tuple(x.shape)}, too large to be a part of the code"
     return ""
 

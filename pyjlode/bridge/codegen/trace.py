@@ -56,7 +56,7 @@ class Trace:
         self.trained = sum(tensors[i].requires_grad for i in self.slots)
         self.integers = held.integers
         with torch.inference_mode(False):
-            self.like = torch.zeros(like.shape, dtype=like.dtype)
+            self.like = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
             self.tensors = [tensors[i].detach() for i in self.slots]
             self.steps = self._steps(len(held.counters))
             module, self.adds = self._traced(self._value, self._inputs("t", "h"), held)
@@ -135,7 +135,9 @@ class Trace:
         if k.requires_grad:
             with torch.enable_grad():
                 grads = torch.autograd.grad(k, inputs, v, allow_unused=True, retain_graph=True)
-        return tuple(torch.zeros(x.shape, dtype=x.dtype) if g is None else g for x, g in zip(inputs, grads))
+        return tuple(
+            torch.zeros(x.shape, dtype=x.dtype, device=x.device) if g is None else g for x, g in zip(inputs, grads)
+        )
 
     def _steps(self, count: int) -> list[float]:
         """What a call adds to counters, wherever they stand.
@@ -164,7 +166,7 @@ class Trace:
         module = _trace(f, (*args, *self.tensors, *counters), fake=True)
         module.graph.eliminate_dead_code()
         for node in module.graph.nodes:
-            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            if _is_random(node):
                 raise NotCompiled("f draws random numbers")
             shape = getattr(node.meta.get("val"), "shape", ())
             if not all(isinstance(n, int) for n in shape):
@@ -311,6 +313,18 @@ def _trace(
         raise NotCompiled(f"PyTorch does not trace it: {text or type(error).__name__}") from error
     finally:
         torch.set_rng_state(rng)
+
+
+def _is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers: attention does so for its dropout, if it has any."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for i, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.args[i] if i < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
+            return bool(given)
+    return True
 
 
 # In what PyTorch says when the numbers of a tensor without any are asked for.
