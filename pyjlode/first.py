@@ -87,7 +87,7 @@ def _call(f: Any, p: ODEProblem, probe: Tensor, autocast: bool) -> Tensor:
     Args:
         probe: stands for y0.
     """
-    t, layout = p.asked(p.times[0], p.times[-1]), p.layout
+    t, layout = p.start, p.layout
     version = None if p.transformed or probe.is_inference() else probe._version
     assert layout is not None
     p.f.nfe += 1

@@ -1,0 +1,430 @@
+"""The integration loop of independent systems: all step together, each with a step, an end and an event of its own.
+
+An attempt is one batched step. What steers it is (B,) numbers on the host, read once a step. A system that has come to
+its end rests, as a step of length zero: f may hold tensors with a part for each system, which must keep their places.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...ends import no_event, too_many_steps, too_small
+from ...errors import NonFiniteState, SolveError
+from ...problem import ODEProblem
+from ...solution import Stats, SystemStats
+from . import events
+from .dense import Dense
+from .steps import Maker, Spans, between, host
+
+# How the length of a step depends on the user's times: not at all; it ends at the last of them; it ends at a stop.
+FREE, LAST, STOP = 0, 1, 2
+# Where outputs lie that no step made: at the start; nowhere, the system failed before.
+AT_START, NOWHERE = -1, -2
+
+
+class Trail:
+    """The accepted steps of all systems, the k-th of each in row k: what is needed to take them again.
+
+    Args:
+        states: keep the states at their starts.
+    """
+
+    def __init__(self, p: ODEProblem, *, states: bool) -> None:
+        self.B, self.p = p.batch, p
+        self.count = np.zeros(self.B, dtype=np.int64)
+        self.t0, self.dt = np.zeros((16, self.B)), np.zeros((16, self.B))
+        self.kind = np.zeros((16, self.B), dtype=np.int8)
+        jumps = bool(p.options.jump_t)
+        self.after = np.zeros((16, self.B), dtype=bool) if jumps else None
+        self.before = np.zeros((16, self.B), dtype=bool) if jumps else None
+        self.states: list[Tensor] | None = [] if states else None
+
+    def __len__(self) -> int:
+        return int(self.count.max(initial=0))
+
+    def add(self, spans: Spans, kind: np.ndarray, y: Tensor, accepted: np.ndarray) -> None:
+        if int(self.count.max()) == len(self.t0):
+            for name in ("t0", "dt", "kind", "after", "before"):
+                if (x := getattr(self, name)) is not None:
+                    setattr(self, name, np.concatenate([x, np.zeros_like(x)]))
+        systems = accepted.nonzero()[0]
+        at = (self.count[systems], systems)
+        self.t0[at], self.dt[at], self.kind[at] = spans.t0[systems], spans.dt[systems], kind[systems]
+        if self.after is not None and self.before is not None:
+            assert spans.after is not None
+            assert spans.before is not None
+            self.after[at], self.before[at] = spans.after[systems], spans.before[systems]
+        if self.states is not None:
+            self._keep(y.view(self.B, -1), at)
+        self.count[systems] += 1
+
+    def _keep(self, y: Tensor, at: tuple[np.ndarray, np.ndarray]) -> None:
+        assert self.states is not None
+        k, systems = at
+        while k.max() // _CHUNK >= len(self.states):
+            self.states.append(y.new_zeros(_CHUNK, *y.shape))
+        for chunk in np.unique(k // _CHUNK):
+            here = k // _CHUNK == chunk
+            rows, columns = (torch.from_numpy(x[here]).to(y.device) for x in (k % _CHUNK, systems))
+            self.states[chunk][rows, columns] = y[columns]
+
+    def state(self, k: int) -> Tensor:
+        """(B, d): the states at the starts of the k-th steps, anything where there is none."""
+        assert self.states is not None
+        return self.states[k // _CHUNK][k % _CHUNK]
+
+
+_CHUNK = 32
+
+
+@dataclass
+class SystemsRecord:
+    """What a solve of independent systems leaves behind; as `native.loop.Record` where that has the same names.
+
+    Attributes:
+        ys: (T, n) states at the output times; with events, at the start and at each system's own.
+        trail: the accepted steps.
+        made: (T, B) which step an output lies in; node: (T, B) whether at its end, as its state.
+        event_t: (B,) times of the events; NaN where there is none.
+        met: the steps that the events lie in.
+        end: times (B,) and state (n,) at the ends, of systems that did not fail.
+        failed: (B,) which did.
+    """
+
+    ys: Tensor
+    trail: Trail
+    made: np.ndarray
+    node: np.ndarray
+    end: tuple[Tensor, Tensor]
+    failed: np.ndarray
+    dense: Any = None
+    event_t: Any = None
+    met: events.Met | None = None
+    event: Tensor | None = None
+    size: Tensor | None = None
+    nodes: list[float] | None = None
+    next_dt: float | None = None
+    last: Any = None
+    kept: list[Any] = field(default_factory=list)
+    head: Any = None
+
+
+class Search:
+    """One solve, without a graph.
+
+    Args:
+        states: keep the states at the starts of steps. dense: keep the dense output. outputs: make the outputs.
+    """
+
+    def __init__(
+        self, p: ODEProblem, stats: Stats, maker: Maker, *, states: bool, dense: bool, outputs: bool
+    ) -> None:
+        assert p.rows is not None
+        self.p, self.stats, self.maker, self.rows = p, stats, maker, p.rows
+        self.B, self.d, self.T = p.batch, p.y0.numel() // p.batch, p.rows.times.shape[1]
+        self.sign, self.o = p.direction, p.options
+        self.y = p.y0 if p.transformed else p.y0.detach()
+        self.t = p.rows.starts.copy()
+        self.finder = events.Finder(p, maker) if p.event_fn is not None else None
+        self.end = np.full(self.B, self.sign * math.inf) if self.finder else p.rows.ends.copy()
+        self.live = self.t != self.end
+        self.failed = np.zeros(self.B, dtype=bool)
+        self.why: dict[int, str] = {}
+        self.naccept, self.nreject, self.nfe = (np.zeros(self.B, dtype=np.int64) for _ in range(3))
+        self.trail = Trail(p, states=states)
+        self.made = np.full((self.T, self.B), NOWHERE, dtype=np.int64)
+        self.node = np.zeros((self.T, self.B), dtype=bool)
+        self.ys = self.y.new_full((self.T, self.B, self.d), math.nan) if outputs and not self.finder else None
+        self.dense = Dense(p, maker) if dense else None
+        self.size = self.y.abs() if p.adjoint else None
+        inside = {t for t in (*self.o.step_t, *self.o.jump_t) if self.sign * t < self.sign * math.inf}
+        self.stops = np.array(sorted(self.sign * t for t in inside))
+        self.jumps = np.array(sorted(self.o.jump_t))
+        self.previous = np.ones(self.B)
+        self._start_outputs()
+
+    # --- Outputs ------------------------------------------------------------------------------------------------------
+
+    def _start_outputs(self) -> None:
+        times = self.rows.times
+        self.ordered = self.sign * times
+        at_start = times == times[:, :1]
+        self.next = at_start.sum(1)
+        self.made[at_start.T] = AT_START
+        if self.ys is not None:
+            self.ys[0] = self.y.view(self.B, self.d)
+            for j in range(1, self.T):  # rows of one time
+                if not at_start[:, j].any():
+                    break
+                systems = torch.from_numpy(at_start[:, j].nonzero()[0]).to(self.y.device)
+                self.ys[j, systems] = self.ys[0, systems]
+        self._next_times()
+
+    def _next_times(self) -> None:
+        """The time of the next output of each system, in the order of integration."""
+        padded = np.minimum(self.next, self.T - 1)
+        found = self.ordered[np.arange(self.B), padded]
+        self.next_time = np.where(self.next < self.T, found, math.inf)
+
+    def _outputs(self, step: Any, t1: np.ndarray, accepted: np.ndarray) -> None:
+        ordered = self.sign * t1
+        hit = accepted & (ordered >= self.next_time)
+        if not hit.any():
+            return
+        systems = hit.nonzero()[0]
+        if self.rows.own:
+            until = (self.ordered[systems] <= ordered[systems, None]).sum(1)
+        else:
+            until = np.searchsorted(self.ordered[0], ordered[systems], side="right")
+        first = self.next[systems]
+        many = until - first
+        i = np.repeat(systems, many)
+        j = np.arange(len(i)) + np.repeat(first - np.concatenate([[0], np.cumsum(many)[:-1]]), many)
+        times = self.rows.times[i, j]
+        at_end = times == t1[i]
+        if self.p.moving:  # an output moves past the end of a step, unless that is the end of all
+            at_end &= times == self.end[i]
+        self.made[j, i], self.node[j, i] = self.trail.count[i], at_end
+        self.next[systems] = until
+        self._next_times()
+        if self.ys is None:
+            return
+        inside = ~at_end
+        if inside.any():
+            where = self._index(j[inside]), self._index(i[inside])
+            self.ys[where] = between(self.maker, step, i[inside], torch.from_numpy(times[inside]))
+        if at_end.any():
+            where = self._index(j[at_end]), self._index(i[at_end])
+            self.ys[where] = step.y1.view(self.B, self.d)[where[1]]
+
+    def _index(self, x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x).to(self.y.device)
+
+    # --- Failures -----------------------------------------------------------------------------------------------------
+
+    def fail(self, which: np.ndarray, error: Callable[[int], SolveError]) -> None:
+        """Some systems cannot go on.
+
+        Raises:
+            SolveError: unless that was to be noted alone.
+        """
+        for i in which.nonzero()[0].tolist():
+            said = error(i)
+            if self.o.on_failure == "raise":
+                raise type(said)(
+                    f"{self.rows.name(i)} of the batch: {said} (options={{'on_failure': 'nan'}} goes on with the "
+                    "others.)",
+                    t=said.t,
+                    dt=said.dt,
+                )
+            self.why[i] = str(said)
+        self.failed |= which
+        self.live &= ~which
+
+    # --- Steps --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> SystemsRecord:
+        with np.errstate(all="ignore"):
+            self._run()
+        return self._record()
+
+    def _begin(self) -> np.ndarray:
+        """The slope at the start, and the sizes of the first steps."""
+        p, before = self.p, self.p.f.nfe
+        k0 = p.f0 if p.f0 is not None else p.f(p.start, self.y)
+        k0 = k0 if p.transformed else k0.detach()
+        finite = host(torch.isfinite(torch.cat([k0.view(self.B, -1), self.y.view(self.B, -1)], 1)).all(1).to(k0)) > 0
+        if not finite.all():
+            self.fail(
+                self.live & ~finite,
+                lambda i: NonFiniteState(
+                    f"h0 or f is NaN or infinity at the start, t={self.t[i]:.6g}.", t=float(self.t[i]), dt=0.0
+                ),
+            )
+            self.failed |= ~finite
+        self.maker.start(k0)
+        self.nfe += 1
+        limit = np.minimum(self.o.max_step, np.abs(self.end - self.t))
+        if self.o.first_step:
+            return np.minimum(self.o.first_step, limit)
+        size = self._first_size(k0, limit)
+        self.nfe += max(p.f.nfe - before - (p.f0 is None), 0)
+        return size
+
+    def _first_size(self, k0: Tensor, limit: np.ndarray) -> np.ndarray:
+        """As `controller.initial_step`, for each system."""
+        p, norms, y = self.p, self.maker.errors, self.y  # type: ignore[attr-defined]
+        scale = p.atol + y.abs() * p.rtol
+        d0, d1 = norms(y, scale), norms(k0, scale)
+        first = self.rows.times[:, min(1, self.T - 1)]
+        span = np.where(np.isfinite(limit), limit, np.abs(first - self.t))
+        h0 = 1e-6 * span
+        h0 = np.where(
+            d1 * span > 1e-10, np.where(d0 >= 1e-5, 0.01 * d0 / d1, np.minimum(h0, 1e4 / d1)), h0
+        )
+        h0 = np.nan_to_num(np.minimum(h0, limit))
+        dt = self.sign * h0
+        ahead = y + (k0.view(self.B, -1) * p.moments(dt)[:, None]).view(-1)
+        d2 = norms(p.f(p.moments(self.t + dt), ahead) - k0, scale) / h0
+        unit = np.where(d2 > 0, np.minimum(100 * h0, np.maximum(d1 / d2, h0)), 100 * h0)
+        d = np.maximum(d1 * unit, d2 * unit * unit)
+        h1 = np.where(d > 1e-15, unit * (0.01 / d) ** (1 / self.maker.order), unit)
+        size = np.minimum(np.minimum(100 * h0, h1), limit)
+        return np.where(np.isfinite(d2), size, h0 * 1e-3)
+
+    def _run(self) -> None:
+        p, o, sign, maker = self.p, self.o, self.sign, self.maker
+        dt = self._begin() if self.live.any() else np.zeros(self.B)
+        rejected = np.full(self.B, math.nan)
+        err = np.zeros(self.B)
+        after = np.zeros(self.B, dtype=bool) if len(self.jumps) else None
+        tries = np.zeros(self.B, dtype=np.int64)
+        n = 0
+        while self.live.any():
+            if n >= o.max_num_steps and (late := self.live & (tries >= o.max_num_steps)).any():
+                self._late(late, dt)
+                continue
+            n += 1
+            tries += self.live
+            dt = np.minimum(np.maximum(dt, o.min_step), o.max_step)
+            t, t1 = self.t, self.t + sign * dt
+            stop = self.end
+            if len(self.stops):
+                place = np.searchsorted(self.stops, sign * t, side="right")
+                found = np.append(self.stops, math.inf)[place]
+                stop = sign * np.minimum(found, sign * self.end)
+            # A step that would end just short of a stop ends on it: no sliver is left over.
+            t1 = np.where(sign * (t1 - stop) >= -1e-10 * dt, stop, t1)
+            if (stuck := self.live & ((t1 == t) | (t1 == rejected) | ~np.isfinite(t1))).any():
+                self._stuck(stuck, t1, dt, err)
+                continue
+            reach = np.where(self.live, t1 - t, 0.0)
+            before = None if after is None else np.isin(t1, self.jumps) & self.live
+            spans = Spans(t, reach, after, before)
+            calls = p.f.nfe
+            step, err = maker.attempt(spans, self.y)
+            size = np.abs(reach)
+            accepted = self.live & ((err <= 1) | ((size <= o.min_step) & np.isfinite(err)))
+            if o.min_step and (small := self.live & ~accepted & (size <= o.min_step)).any():
+                self.fail(small, lambda i, reach=reach, err=err: too_small(p, float(self.t[i]), float(reach[i]), float(err[i])))
+                continue
+            dt = np.where(self.live, size * self._factors(err, accepted), dt)
+            rejected = np.where(accepted, math.nan, t1)
+            self.naccept += accepted
+            self.nreject += self.live & ~accepted
+            if accepted.any():
+                self._advance(step, spans, t1, stop, accepted)
+                if after is not None:
+                    after = np.where(accepted, np.isin(self.t, self.jumps), after)
+                    spans = spans._replace(after=after)
+                everywhere = bool(accepted.all())
+                mask = None if everywhere else self._index(accepted)[:, None]
+                maker.accept(step, accepted, mask, spans._replace(t0=self.t, dt=np.full(self.B, sign)), self.y)
+            self.nfe += (p.f.nfe - calls) * (self.live | accepted)
+
+    def _advance(self, step: Any, spans: Spans, t1: np.ndarray, stop: np.ndarray, accepted: np.ndarray) -> None:
+        """Go on from a step to t1, where it was accepted."""
+        at_stop = accepted & (t1 == stop)
+        at_end = at_stop & (t1 == self.end)
+        kind = np.where(at_end, LAST, np.where(at_stop, STOP, FREE))
+        if self.dense is not None:
+            self.dense.add(step, accepted)
+        going = accepted
+        if self.finder:
+            met, bad = self.finder.look(step, accepted, self.trail.count)
+            if bad.any():
+                self.fail(bad, lambda i: NonFiniteState(f"event_fn returned NaN near t={self.t[i]:.6g}.", t=float(self.t[i]), dt=0.0))
+            going = accepted & ~met & ~bad
+            self.live &= ~met
+        else:
+            self._outputs(step, t1, accepted)
+        self.trail.add(spans, kind, self.y, accepted)
+        if self.size is not None:
+            y1 = torch.where(self._index(accepted)[:, None], step.y1.view(self.B, -1).abs(), 0.0).view(-1)
+            self.size = torch.maximum(self.size, y1)
+        if going.all():
+            self.y = step.y1
+        else:
+            going_on = self._index(going)[:, None]
+            self.y = torch.where(going_on, step.y1.view(self.B, -1), self.y.view(self.B, -1)).view(-1)
+        self.t = np.where(going, t1, self.t)
+        self.live = self.live & ~at_end
+
+    def _factors(self, err: np.ndarray, accepted: np.ndarray) -> np.ndarray:
+        """As `controller.next_factor`, for each system."""
+        o, order, (beta1, beta2) = self.o, self.maker.order, self.p.method.pi
+        near = o.safety ** (order * (beta1 - beta2)) * err**-beta1 * self.previous**beta2
+        far = o.safety * err ** (-1 / order)
+        up = np.minimum(o.ifactor, np.maximum(o.dfactor, np.where(err > _FAR, near, far)))
+        down = np.where(np.isfinite(err), np.maximum(o.dfactor, np.minimum(1.0, far)), o.dfactor)
+        self.previous = np.where(accepted, np.maximum(err, 1e-4), self.previous)
+        return np.where(accepted, np.where(err == 0, o.ifactor, up), down)
+
+    def _late(self, late: np.ndarray, dt: np.ndarray) -> None:
+        if self.finder:
+            self.live &= ~late
+            return
+        self.fail(late, lambda i: too_many_steps(self.p, float(self.t[i]), float(dt[i]), float(self.end[i])))
+
+    def _stuck(self, stuck: np.ndarray, t1: np.ndarray, dt: np.ndarray, err: np.ndarray) -> None:
+        if self.finder and (away := stuck & np.isinf(t1)).any():
+            self.live &= ~away
+            return
+        self.fail(stuck, lambda i: too_small(self.p, float(self.t[i]), self.sign * float(dt[i]), float(err[i])))
+
+    def _record(self) -> SystemsRecord:
+        p, s = self.p, self.stats
+        s.naccept += int(self.naccept.sum())
+        s.nreject += int(self.nreject.sum())
+        shape = self.rows.shape
+        counts = [torch.from_numpy(x.reshape(shape)) for x in (self.nfe, self.naccept, self.nreject, self.failed)]
+        s.systems = SystemStats(*counts, {_place(i, shape): why for i, why in self.why.items()})
+        good = self._index(~self.failed)[:, None]
+        end = torch.where(good, self.y.view(self.B, -1), self.safe())
+        record = SystemsRecord(
+            self.y, self.trail, self.made, self.node, (p.moments(self.t), end.view(-1)), self.failed, size=self.size
+        )
+        if self.dense is not None:
+            self.dense.close(self.trail, self.failed)
+            record.dense = self.dense
+        if self.finder:
+            record.met = self.finder.close()
+            record.event_t = record.met.times
+            found = torch.where(self._index(record.met.found)[:, None], record.met.states(self.maker), math.nan)
+            record.ys = torch.stack([p.y0.detach(), found.view(-1)])
+        elif self.ys is not None:
+            record.ys = self.ys.view(self.T, -1)
+        return record
+
+    def safe(self) -> Tensor:
+        """(B, d): for each system a state at which f was finite."""
+        return safe_start(self.p, self.failed, self.trail)[1]
+
+
+_FAR = 0.1
+
+
+def _place(i: int, shape: tuple[int, ...]) -> Any:
+    place = tuple(int(x) for x in np.unravel_index(i, shape))
+    return place[0] if len(place) == 1 else place
+
+
+def safe_start(p: ODEProblem, failed: np.ndarray, trail: Trail) -> tuple[np.ndarray, Tensor]:
+    """Times (B,) and states (B, d) at which a system rests where it has no step: its own start, or where f is not
+    finite there that of another."""
+    assert p.rows is not None
+    y0, times = p.y0.view(p.batch, -1), p.rows.starts
+    y0 = y0 if p.transformed else y0.detach()
+    bad = failed & (trail.count == 0)
+    if not bad.any() or bad.all():
+        return times, y0 if not bad.all() else torch.zeros_like(y0)
+    other = int((~bad).argmax())
+    index = np.where(bad, other, np.arange(p.batch))
+    return times[index], y0[torch.from_numpy(index).to(y0.device)]
