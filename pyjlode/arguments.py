@@ -137,8 +137,8 @@ def rows(t: Any, batch: tuple[int, ...]) -> tuple[Tensor, list[float], Rows]:
     all, and those between where all have the same; and the rows.
 
     Args:
-        t: as `times` takes it, or with a row for each system: a tensor of shape (*batch, T), or a list of 1-D tensors or
-            sequences of floats. Rows of different length are filled up with their last time.
+        t: as `times` takes it, or with a row for each system: a tensor of shape (*batch, T), or a list of 1-D tensors
+            or sequences of floats. Rows of different length are filled up with their last time.
     """
     if isinstance(t, (list, tuple)) and t and all(isinstance(x, (list, tuple)) or _is_row(x) for x in t):
         t = _filled(t)
@@ -156,8 +156,10 @@ def rows(t: Any, batch: tuple[int, ...]) -> tuple[Tensor, list[float], Rows]:
     if t.shape[-1] == 0:
         raise BadTime("t is empty; its first element is the time of h0.")
     if numbers.hidden(t):
-        raise BadTime("t has rows, and torch.func.vmap makes it another for each of its samples: give one or the other.")
-    host = numbers.rows(t)[0].cpu().double().numpy().reshape(-1, t.shape[-1])
+        raise BadTime("t has a row for each system, and torch.func.vmap makes it another for each of its samples.")
+    plain = numbers.rows(t)[0]
+    with numbers.outside():
+        host = plain.cpu().double().numpy().reshape(-1, t.shape[-1])
     found = Rows(batch, host, True)
     if not np.isfinite(host).all():
         raise BadTime("t holds NaN or infinity.")

@@ -190,10 +190,11 @@ def odeint_event(
         EventNotFound: no element crosses zero; and what `odeint` raises.
     """
     t0 = t0 if isinstance(t0, Tensor) else on_host(float(t0))
-    if t0.numel() != 1:
+    each = bool((kwargs.get("options") or {}).get("batch_dims"))
+    if t0.numel() != 1 and not each:
         raise BadTime(f"t0 must be one time; it has shape {tuple(t0.shape)}.")
-    t0 = t0.reshape(-1)
-    t = torch.cat([t0, t0.detach() + (-1.0 if reverse_time else 1.0)])
+    t0 = t0.reshape(()) if t0.numel() == 1 else t0
+    t = torch.stack([t0, t0.detach() + (-1.0 if reverse_time else 1.0)], -1)
     return odeint_interface(f, h0, t, event_fn=event_fn, **kwargs)
 
 

@@ -488,11 +488,11 @@ class Rows:
 
     @property
     def starts(self) -> np.ndarray:
-        return self.times[:, 0]
+        return np.array(self.times[:, 0])
 
     @property
     def ends(self) -> np.ndarray:
-        return self.times[:, -1]
+        return np.array(self.times[:, -1])
 
     def name(self, i: int) -> str:
         """System number i, as the user counts them."""

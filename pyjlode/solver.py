@@ -396,9 +396,11 @@ Solver.__init__ = mistakes.front(arguments.OPTIONS)(Solver.__init__)  # type: ig
 
 def _times(t: Any, reading: Reading) -> tuple[Tensor, list[float], Rows | None]:
     """The times of a call, with a row for each system where the state is a batch of them."""
-    dims = reading.options.batch_dims
+    dims, shape = reading.options.batch_dims, reading.layout.shapes[0]
     if dims:
-        return arguments.rows(t, tuple(reading.layout.shapes[0][:dims]))
+        return arguments.rows(t, tuple(shape[:dims]))
+    if reading.layout.size == 0 and isinstance(t, Tensor) and t.ndim > 1:  # of no systems, or of systems of nothing
+        t = t.sum(tuple(range(t.ndim - 1))) * 0 + torch.arange(t.shape[-1]).to(t)
     return *arguments.times(t), None
 
 

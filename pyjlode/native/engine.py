@@ -17,7 +17,6 @@ from ..parameters import graph_mark
 from ..problem import Callback, ODEProblem, like
 from ..solution import Stats, Steps
 from . import dae, interpolation, loop, sample_events, samples, scipy_ivp, sensitivity
-from .loop import Record
 from .sensitivity import Gradients
 from .step import Step
 

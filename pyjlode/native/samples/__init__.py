@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import BadOption
 from ...gradients import Gradients
+from ...methods import METHODS
 from ...problem import ODEProblem
 from ...solution import Stats
 from ..stiff_tableaus import RosenbrockTableau
-from ..tableaus import ExplicitTableau
 from . import events, replay
 from .explicit import Explicit
 from .field import fitted, fitted_event
 from .loop import Search, SystemsRecord
+from .rosenbrock import Rosenbrock
 from .steps import Maker
 
 __all__ = ["OWN_STEPS", "SystemsRecord", "cannot", "crossing", "discrete", "fitted", "fitted_event", "solve"]
 
 # Names of the methods that give each system steps of its own: explicit pairs, and Rosenbrock methods.
-OWN_STEPS = ("dopri5", "tsit5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "vern7", "vern9")
+OWN_STEPS = tuple(
+    row.name
+    for row in METHODS.values()
+    if row.kind == "adaptive" or (row.kind == "stiff" and isinstance(row.tableau, RosenbrockTableau))
+)
+# The largest systems of which a step of a Rosenbrock method is recorded with its Jacobian.
+_LARGEST = 32
 
 
-def make(p: ODEProblem, *, keep: bool = False) -> Maker:
+def make(p: ODEProblem, stats: Stats | None = None, *, keep: bool = False) -> Maker:
+    """Makes the steps of the problem's method. Args: keep: steps are kept after the next one is made."""
+    if isinstance(p.method.tableau, RosenbrockTableau):
+        return Rosenbrock(p, stats or Stats("", "", ""))
     return Explicit(p, keep=keep)
 
 
@@ -34,6 +43,10 @@ def cannot(p: ODEProblem) -> str | None:
     """Why the systems of `p` cannot have steps of their own; None if they can."""
     if p.method.name not in OWN_STEPS:
         return f"{p.method.name} takes the same steps for all systems of a batch"
+    if p.method.controlled and p.y0.numel() > _LARGEST * p.batch:
+        return f"{p.method.name} takes the same steps for all systems where these have more than {_LARGEST} numbers"
+    if p.jac is not None:
+        return "jac= is of all systems at one time, which makes them take the same steps"
     if p.mass is not None:
         return "a mass_matrix makes all systems of a batch take the same steps"
     if p.options.norm is not None:
@@ -56,8 +69,8 @@ def solve(
             "options['batch_dims'] with event_fn does not work under torch.func and forward mode: map the solve of one "
             "system by torch.func.vmap, which gives each its own event."
         )
-    maker = make(p, keep=dense and not recorded)
-    search = Search(p, stats, maker, states=states, dense=dense and not recorded, outputs=not recorded)
+    maker = make(p, stats, keep=dense and not recorded)
+    search = Search(p, stats, maker, steps=recorded, states=states, dense=dense and not recorded, outputs=not recorded)
     with contextlib.nullcontext() if p.transformed else torch.no_grad():
         record = search.run()
     return replay.forward(p, record, make(p), dense=dense) if recorded else record

@@ -77,7 +77,7 @@ class Finder:
         self.t0, self.dt = p.rows.starts.copy(), np.ones(self.B)
         self.a, self.b, self.ga, self.gb = (np.zeros(self.B) for _ in range(4))
 
-    def look(self, step: Any, accepted: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def look(self, step: Any, accepted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The systems that meet their event in a step that they accepted; and those whose event function is NaN."""
         spans, systems = step.spans, accepted.nonzero()[0]
         met, bad = np.zeros(self.B, dtype=bool), np.zeros(self.B, dtype=bool)

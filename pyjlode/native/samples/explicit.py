@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,13 @@ class ExplicitStep:
         return self.k1
 
     def pieces(self, systems: Tensor) -> Tensor:
+        # Of a solve without a graph nothing has one, wherever its dense output is asked for.
+        with torch.no_grad() if isinstance(self.K, Buffer) else contextlib.nullcontext():
+            self.complete()
+        return self.K.of(systems)
+
+    def complete(self) -> None:
+        """Evaluate what dense output needs beyond the step's own stages."""
         self.finish()
         rk = self.rk
         if self.done < rk.rows:
@@ -111,7 +119,6 @@ class ExplicitStep:
             for i, t in enumerate(times, self.done):
                 self.K.put(i, rk.p.f.shaped(t, self.K.add_to(self.y, i, rk.c.rows[i])), self.dt)
             self.done = rk.rows
-        return self.K.of(systems)
 
 
 class Buffer:
@@ -124,10 +131,17 @@ class Buffer:
         columns = self.all.T
         self.heads = [columns.narrow(1, 0, i) for i in range(rows + 1)]
         self.shape = self.each[0].shape
+        # As f returns them, where that is one real tensor.
+        self.shaped = self.each if p.f.shape is None else self.all.view(rows, *p.f.shape).unbind(0)
+        self.own = self.shaped[0].shape
+        self.dt = (*p.rows.shape, *(1,) * (len(self.own) - len(p.rows.shape))) if p.rows and p.f.shape else (p.batch, 1)
 
     def put(self, i: int, k: Tensor, dt: Tensor) -> None:
         """Stage i as f returned it."""
-        torch.mul(k.reshape(self.shape), dt, out=self.each[i])
+        if k.shape == self.own:
+            torch.mul(k, dt.view(self.dt), out=self.shaped[i])
+        else:
+            torch.mul(k.reshape(self.shape), dt, out=self.each[i])
 
     def head(self, i: int) -> Tensor:
         """Shape (n, i): the first i stages."""

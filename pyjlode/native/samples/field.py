@@ -83,7 +83,8 @@ def of_each(value: Tensor, count: int) -> Tensor:
     """What an event function returned, by systems: (B, m)."""
     if value.numel() % count or not value.numel():
         raise BadShape(
-            f"event_fn must return numbers for each of the {count} systems of the batch; got shape {tuple(value.shape)}."
+            f"event_fn must return numbers for each of the {count} systems of the batch; it returned a tensor of shape "
+            f"{tuple(value.shape)}."
         )
     return value.reshape(count, -1)
 
@@ -128,8 +129,8 @@ class _Probe:
         self.times = p.moments(rows.starts + part * (rows.ends - rows.starts))
         y = p.y0 if p.transformed else p.y0.detach()
         y = torch.nan_to_num(y, 0.0, 0.0, 0.0)
-        noise = torch.randn(y.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
-        self.y, self.moved = y, y + 0.01 * (y.abs() + y.abs().mean()) * noise.to(y)
+        noise = torch.from_numpy(np.random.default_rng(0).standard_normal(y.numel())).to(y)
+        self.y, self.moved = y, y + 0.01 * (y.abs() + y.abs().mean()) * noise
 
     def call(self, f: Callable[[Tensor, Any], Any], t: Tensor, y: Tensor) -> Tensor:
         """f there: (B, d)."""
@@ -194,11 +195,11 @@ def _found(p: ODEProblem, f: Any, read: Read) -> str:
             try:
                 if probe.agree(g, f, how):
                     return how
-                refused[how] = "gives a system something else beside systems at other times"
+                refused[how] = "gives a system another slope beside systems at other times"
             except OSError:  # a time limit, a file: nothing that another shape would mend
                 raise
             except Exception as error:
-                refused[how] = f"{type(error).__name__}: {error}".split("\n")[0][:160]
+                refused[how] = "fails (" + f"{type(error).__name__}: {error}".split("\n")[0][:120] + ")"
         try:
             probe.call(f, probe.times[0], probe.y)
         except Exception:

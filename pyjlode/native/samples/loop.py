@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...ends import no_event, too_many_steps, too_small
+from ...ends import too_many_steps, too_small
 from ...errors import NonFiniteState, SolveError
 from ...problem import ODEProblem
 from ...solution import Stats, SystemStats
@@ -33,11 +33,11 @@ class Trail:
     """The accepted steps of all systems, the k-th of each in row k: what is needed to take them again.
 
     Args:
-        states: keep the states at their starts.
+        states: keep the states at their starts. counted: keep nothing but their number.
     """
 
-    def __init__(self, p: ODEProblem, *, states: bool) -> None:
-        self.B, self.p = p.batch, p
+    def __init__(self, p: ODEProblem, *, states: bool, counted: bool = False) -> None:
+        self.B, self.p, self.counted = p.batch, p, counted
         self.count = np.zeros(self.B, dtype=np.int64)
         self.t0, self.dt = np.zeros((16, self.B)), np.zeros((16, self.B))
         self.kind = np.zeros((16, self.B), dtype=np.int8)
@@ -50,6 +50,9 @@ class Trail:
         return int(self.count.max(initial=0))
 
     def add(self, spans: Spans, kind: np.ndarray, y: Tensor, accepted: np.ndarray) -> None:
+        if self.counted:
+            self.count += accepted
+            return
         if int(self.count.max()) == len(self.t0):
             for name in ("t0", "dt", "kind", "after", "before"):
                 if (x := getattr(self, name)) is not None:
@@ -93,7 +96,7 @@ class SystemsRecord:
         trail: the accepted steps.
         made: (T, B) which step an output lies in; node: (T, B) whether at its end, as its state.
         event_t: (B,) times of the events; NaN where there is none.
-        met: the steps that the events lie in.
+        met: the steps that the events lie in. at_events: times (B,) near them -> states (B, d), in a recorded solve.
         end: times (B,) and state (n,) at the ends, of systems that did not fail.
         failed: (B,) which did.
     """
@@ -107,6 +110,7 @@ class SystemsRecord:
     dense: Any = None
     event_t: Any = None
     met: events.Met | None = None
+    at_events: Any = None
     event: Tensor | None = None
     size: Tensor | None = None
     nodes: list[float] | None = None
@@ -120,11 +124,12 @@ class Search:
     """One solve, without a graph.
 
     Args:
-        states: keep the states at the starts of steps. dense: keep the dense output. outputs: make the outputs.
+        steps: keep what the steps were. states: and the states at their starts. dense: keep the dense output.
+        outputs: make the outputs.
     """
 
     def __init__(
-        self, p: ODEProblem, stats: Stats, maker: Maker, *, states: bool, dense: bool, outputs: bool
+        self, p: ODEProblem, stats: Stats, maker: Maker, *, steps: bool, states: bool, dense: bool, outputs: bool
     ) -> None:
         assert p.rows is not None
         self.p, self.stats, self.maker, self.rows = p, stats, maker, p.rows
@@ -137,8 +142,8 @@ class Search:
         self.live = self.t != self.end
         self.failed = np.zeros(self.B, dtype=bool)
         self.why: dict[int, str] = {}
-        self.naccept, self.nreject, self.nfe = (np.zeros(self.B, dtype=np.int64) for _ in range(3))
-        self.trail = Trail(p, states=states)
+        self.naccept, self.tries, self.nfe = (np.zeros(self.B, dtype=np.int64) for _ in range(3))
+        self.trail = Trail(p, states=states, counted=not (steps or states or dense))
         self.made = np.full((self.T, self.B), NOWHERE, dtype=np.int64)
         self.node = np.zeros((self.T, self.B), dtype=bool)
         self.ys = self.y.new_full((self.T, self.B, self.d), math.nan) if outputs and not self.finder else None
@@ -147,7 +152,7 @@ class Search:
         inside = {t for t in (*self.o.step_t, *self.o.jump_t) if self.sign * t < self.sign * math.inf}
         self.stops = np.array(sorted(self.sign * t for t in inside))
         self.jumps = np.array(sorted(self.o.jump_t))
-        self.previous = np.ones(self.B)
+        self.previous = np.zeros(self.B)  # log of the error of the last accepted step
         self._start_outputs()
 
     # --- Outputs ------------------------------------------------------------------------------------------------------
@@ -198,8 +203,9 @@ class Search:
             return
         inside = ~at_end
         if inside.any():
-            where = self._index(j[inside]), self._index(i[inside])
+            where, calls = (self._index(j[inside]), self._index(i[inside])), self.p.f.nfe
             self.ys[where] = between(self.maker, step, i[inside], torch.from_numpy(times[inside]))
+            self.nfe[np.unique(i[inside])] += self.p.f.nfe - calls
         if at_end.any():
             where = self._index(j[at_end]), self._index(i[at_end])
             self.ys[where] = step.y1.view(self.B, self.d)[where[1]]
@@ -266,9 +272,7 @@ class Search:
         first = self.rows.times[:, min(1, self.T - 1)]
         span = np.where(np.isfinite(limit), limit, np.abs(first - self.t))
         h0 = 1e-6 * span
-        h0 = np.where(
-            d1 * span > 1e-10, np.where(d0 >= 1e-5, 0.01 * d0 / d1, np.minimum(h0, 1e4 / d1)), h0
-        )
+        h0 = np.where(d1 * span > 1e-10, np.where(d0 >= 1e-5, 0.01 * d0 / d1, np.minimum(h0, 1e4 / d1)), h0)
         h0 = np.nan_to_num(np.minimum(h0, limit))
         dt = self.sign * h0
         ahead = y + (k0.view(self.B, -1) * p.moments(dt)[:, None]).view(-1)
@@ -285,15 +289,14 @@ class Search:
         rejected = np.full(self.B, math.nan)
         err = np.zeros(self.B)
         after = np.zeros(self.B, dtype=bool) if len(self.jumps) else None
-        tries = np.zeros(self.B, dtype=np.int64)
-        n = 0
+        tries = self.tries
+        n, bounded = 0, o.min_step > 0 or o.max_step < math.inf
         while self.live.any():
             if n >= o.max_num_steps and (late := self.live & (tries >= o.max_num_steps)).any():
                 self._late(late, dt)
                 continue
-            n += 1
-            tries += self.live
-            dt = np.minimum(np.maximum(dt, o.min_step), o.max_step)
+            if bounded:
+                dt = np.minimum(np.maximum(dt, o.min_step), o.max_step)
             t, t1 = self.t, self.t + sign * dt
             stop = self.end
             if len(self.stops):
@@ -305,20 +308,23 @@ class Search:
             if (stuck := self.live & ((t1 == t) | (t1 == rejected) | ~np.isfinite(t1))).any():
                 self._stuck(stuck, t1, dt, err)
                 continue
+            n += 1
+            tries += self.live
             reach = np.where(self.live, t1 - t, 0.0)
             before = None if after is None else np.isin(t1, self.jumps) & self.live
             spans = Spans(t, reach, after, before)
             calls = p.f.nfe
             step, err = maker.attempt(spans, self.y)
+            self.nfe += (p.f.nfe - calls) * self.live
             size = np.abs(reach)
-            accepted = self.live & ((err <= 1) | ((size <= o.min_step) & np.isfinite(err)))
+            good = (err <= 1) | ((size <= o.min_step) & np.isfinite(err)) if o.min_step else err <= 1
+            accepted = self.live & good
             if o.min_step and (small := self.live & ~accepted & (size <= o.min_step)).any():
-                self.fail(small, lambda i, reach=reach, err=err: too_small(p, float(self.t[i]), float(reach[i]), float(err[i])))
+                self._stuck(small, t1, size, err)
                 continue
             dt = np.where(self.live, size * self._factors(err, accepted), dt)
             rejected = np.where(accepted, math.nan, t1)
             self.naccept += accepted
-            self.nreject += self.live & ~accepted
             if accepted.any():
                 self._advance(step, spans, t1, stop, accepted)
                 if after is not None:
@@ -326,8 +332,9 @@ class Search:
                     spans = spans._replace(after=after)
                 everywhere = bool(accepted.all())
                 mask = None if everywhere else self._index(accepted)[:, None]
+                calls = p.f.nfe
                 maker.accept(step, accepted, mask, spans._replace(t0=self.t, dt=np.full(self.B, sign)), self.y)
-            self.nfe += (p.f.nfe - calls) * (self.live | accepted)
+                self.nfe += (p.f.nfe - calls) * accepted
 
     def _advance(self, step: Any, spans: Spans, t1: np.ndarray, stop: np.ndarray, accepted: np.ndarray) -> None:
         """Go on from a step to t1, where it was accepted."""
@@ -338,9 +345,16 @@ class Search:
             self.dense.add(step, accepted)
         going = accepted
         if self.finder:
-            met, bad = self.finder.look(step, accepted, self.trail.count)
+            calls = self.p.f.nfe
+            met, bad = self.finder.look(step, accepted)
+            self.nfe += (self.p.f.nfe - calls) * accepted
             if bad.any():
-                self.fail(bad, lambda i: NonFiniteState(f"event_fn returned NaN near t={self.t[i]:.6g}.", t=float(self.t[i]), dt=0.0))
+                self.fail(
+                    bad,
+                    lambda i: NonFiniteState(
+                        f"event_fn returned NaN near t={self.t[i]:.6g}.", t=float(self.t[i]), dt=0.0
+                    ),
+                )
             going = accepted & ~met & ~bad
             self.live &= ~met
         else:
@@ -360,12 +374,15 @@ class Search:
     def _factors(self, err: np.ndarray, accepted: np.ndarray) -> np.ndarray:
         """As `controller.next_factor`, for each system."""
         o, order, (beta1, beta2) = self.o, self.maker.order, self.p.method.pi
-        near = o.safety ** (order * (beta1 - beta2)) * err**-beta1 * self.previous**beta2
-        far = o.safety * err ** (-1 / order)
-        up = np.minimum(o.ifactor, np.maximum(o.dfactor, np.where(err > _FAR, near, far)))
-        down = np.where(np.isfinite(err), np.maximum(o.dfactor, np.minimum(1.0, far)), o.dfactor)
-        self.previous = np.where(accepted, np.maximum(err, 1e-4), self.previous)
-        return np.where(accepted, np.where(err == 0, o.ifactor, up), down)
+        size, safety = np.log(err), math.log(o.safety)
+        far = np.exp(safety - size / order)
+        near = np.exp(safety * order * (beta1 - beta2) - beta1 * size + beta2 * self.previous)
+        up = np.clip(np.where(err > _FAR, near, far), o.dfactor, o.ifactor)
+        self.previous = np.where(accepted, np.maximum(size, _LEAST), self.previous)
+        if accepted.all():
+            return up
+        down = np.clip(np.where(np.isfinite(err), far, 0.0), o.dfactor, max(1.0, o.dfactor))
+        return np.where(accepted, up, down)
 
     def _late(self, late: np.ndarray, dt: np.ndarray) -> None:
         if self.finder:
@@ -381,11 +398,15 @@ class Search:
 
     def _record(self) -> SystemsRecord:
         p, s = self.p, self.stats
+        self.nreject = self.tries - self.naccept
         s.naccept += int(self.naccept.sum())
         s.nreject += int(self.nreject.sum())
         shape = self.rows.shape
-        counts = [torch.from_numpy(x.reshape(shape)) for x in (self.nfe, self.naccept, self.nreject, self.failed)]
-        s.systems = SystemStats(*counts, {_place(i, shape): why for i, why in self.why.items()})
+        nfe, naccept, nreject, failed = (
+            torch.from_numpy(x.reshape(shape)) for x in (self.nfe, self.naccept, self.nreject, self.failed)
+        )
+        why = {_place(i, shape): said for i, said in self.why.items()}
+        s.systems = SystemStats(nfe, naccept, nreject, failed, why)
         good = self._index(~self.failed)[:, None]
         end = torch.where(good, self.y.view(self.B, -1), self.safe())
         record = SystemsRecord(
@@ -408,7 +429,8 @@ class Search:
         return safe_start(self.p, self.failed, self.trail)[1]
 
 
-_FAR = 0.1
+# As in `controller`.
+_FAR, _LEAST = 0.1, math.log(1e-4)
 
 
 def _place(i: int, shape: tuple[int, ...]) -> Any:

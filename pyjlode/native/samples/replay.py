@@ -82,24 +82,22 @@ def _forward(r: Replay, dense: bool) -> SystemsRecord:
     p, record, maker, trail, B = r.p, r.record, r.maker, r.trail, r.B
     y = p.y0.view(B, -1)
     tracked = p.moving
-    first = last = at = None
+    last = at = p.t.new_zeros(())
     if tracked:
         t = p.t.to(torch.float64)
         t = t.reshape(-1, t.shape[-1]) if r.rows.own else t.expand(B, -1)
-        first, last = t[:, 0], t.gather(1, _ends(r.rows, t))[:, 0]
-        at = first
+        at, last = t[:, 0], t.gather(1, _ends(r.rows, t))[:, 0]
     keeper = Dense(p, maker) if dense else None
-    blocks, places = [], []
+    blocks: list[Tensor] = []
+    places: list[np.ndarray] = []
     T = r.rows.times.shape[1]
-    met_y = met_pieces = met_t0 = met_dt = None
+    met: Any = None
     for k in range(len(trail)):
         live = r.live(k)
         mask, spans = r.mask(live), r.spans(k)
         if tracked:
-            assert at is not None
-            assert first is not None
-            assert last is not None
-            spans = spans._replace(at=torch.where(_host(live, at), at, torch.from_numpy(r.safe_t).to(at)), reach=_reach(r, k, at, last))
+            rest, reach = torch.from_numpy(r.safe_t).to(at), _reach(r, k, at, last)
+            spans = spans._replace(at=torch.where(_host(live, at), at, rest), reach=reach)
         start = y if mask is None else torch.where(mask, y, r.safe_y)
         step = maker.again(spans, start.reshape(-1))
         if keeper is not None:
@@ -119,14 +117,15 @@ def _forward(r: Replay, dense: bool) -> SystemsRecord:
             everyone = torch.arange(B, device=y.device)
             chosen = torch.from_numpy(here).to(y.device)
             parts = step.pieces(everyone)
-            t0, dt = (spans.at, spans.reach) if tracked else (torch.from_numpy(spans.t0), torch.from_numpy(spans.dt))
-            met_y = start if met_y is None else torch.where(chosen[:, None], start, met_y)
-            met_pieces = parts if met_pieces is None else torch.where(chosen[:, None, None], parts, met_pieces)
-            met_t0 = t0 if met_t0 is None else torch.where(_host(here, t0), t0, met_t0)
-            met_dt = dt if met_dt is None else torch.where(_host(here, dt), dt, met_dt)
+            t0, dt = (torch.from_numpy(x) for x in (spans.t0, spans.dt))
+            if spans.at is not None and spans.reach is not None:
+                t0, dt = spans.at, spans.reach
+            of_rows = chosen[:, None], chosen[:, None, None], _host(here, t0), _host(here, dt)
+            new_met = start, parts, t0, dt
+            met = new_met if met is None else tuple(map(torch.where, of_rows, new_met, met))
         y = step.y1.view(B, -1) if mask is None else torch.where(mask, step.y1.view(B, -1), y)
         if tracked:
-            at = torch.where(_host(live, at), at + spans.reach, at)
+            at = torch.where(_host(live, at), at + reach, at)
     new = replace(record)
     if keeper is not None:
         keeper.close(trail, record.failed)
@@ -136,14 +135,14 @@ def _forward(r: Replay, dense: bool) -> SystemsRecord:
 
         def at_events(times: Tensor) -> Tensor:
             """(B,) times near the events, with their graph -> (B, d)."""
-            if met_y is None:
+            if met is None:
                 return p.y0.view(B, -1)
-            which = torch.from_numpy(found)
+            which, (met_y, met_pieces, met_t0, met_dt) = torch.from_numpy(found), met
             theta = torch.where(which, (times - met_t0) / torch.where(which, met_dt, 1.0), 0.0)
             states = polynomial(maker.P, met_y, met_pieces, theta)
             return torch.where(which.to(states.device)[:, None], states, p.y0.view(B, -1))
 
-        new.at_events = at_events  # type: ignore[attr-defined]
+        new.at_events = at_events
         there = at_events(torch.from_numpy(np.where(found, record.met.times, r.rows.starts)))
         there = torch.where(torch.from_numpy(found).to(y.device)[:, None], there, math.nan)
         new.ys = torch.stack([p.y0, there.reshape(-1)])

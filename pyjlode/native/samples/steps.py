@@ -37,7 +37,7 @@ class Spans(NamedTuple):
     def times(self, C: np.ndarray, like: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """The times t0 + C dt as f sees them, (B,) each, and the lengths, (B, 1), of the state's dtype and device."""
         dtype = numpy_dtype(like)
-        values = np.empty((len(C) + 1, len(self.t0)), dtype=dtype)
+        values: Any = np.empty((len(C) + 1, len(self.t0)), dtype=dtype)
         values[:-1] = self.t0 + C[:, None] * self.dt
         values[-1] = self.dt
         if self.before is not None:
@@ -51,7 +51,7 @@ class Spans(NamedTuple):
         shift = torch.from_numpy(values[:-1]).to(like) - numbers.constant(exact)
         return (exact + shift).unbind(), self.reach.to(like)[:, None]
 
-    def _inside(self, values: np.ndarray, C: np.ndarray, dtype: type) -> None:
+    def _inside(self, values: Any, C: np.ndarray, dtype: Any) -> None:
         """Next to a jump of f times move by one rounding unit into the step, as in `step.stage_times`."""
         first, last = self.t0.astype(dtype), (self.t0 + self.dt).astype(dtype)
         moving = self.dt != 0
