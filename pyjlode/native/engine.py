@@ -42,6 +42,8 @@ class Memory:
     def asks_again(self) -> bool:
         """Whether the product calls f again: not where all of its graph is kept, or its sensitivities are."""
         head = self.record.head
+        if self.problem.rows is not None:
+            return self.gradient != "discrete" or self.record.tape is None
         return self.sensitivities is None and (head is None or head.steps < len(self.record.kept))
 
 
@@ -165,7 +167,7 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     p, record = memory.problem, memory.record
     with torch.no_grad():
         if memory.gradient == "discrete" and p.rows is not None:
-            return samples.discrete(p, record, g)
+            return samples.discrete(p, record, g, again=again)
         if memory.gradient == "discrete":
             return sensitivity.discrete(p, record, g, again=again)
         if memory.gradient == "forward":

@@ -10,6 +10,7 @@ from torch import nn
 
 from pyjlode import METHODS, errors, odeint, odeint_event, solve
 from pyjlode.derivatives import load_forward_mode
+from pyjlode.native import sensitivity
 from pyjlode.native.samples import OWN_STEPS, field
 
 F64 = torch.float64
@@ -308,7 +309,22 @@ def test_other_adjoints(adjoint):
             odeint(Field(), H0, adjoint=adjoint, **{"options": OWN, **more})
 
 
-def test_a_function_that_changed_is_no_gradient():
+@pytest.mark.parametrize("method", ["dopri5", "tsit5", "vern7"])
+def test_graphs_that_are_kept_and_steps_taken_again_give_the_same(method, monkeypatch):
+    def of():
+        f, h0 = Field(MU / 3), H0.clone().requires_grad_()
+        h = odeint(f, h0, ROWS, adjoint=True, method=method, rtol=1e-5, atol=1e-7, options=OWN)
+        first = torch.autograd.grad(h.square().sum(), (h0, f.mu), retain_graph=True)
+        return [*first, *torch.autograd.grad(h.square().sum(), (h0, f.mu))]
+
+    kept = of()
+    monkeypatch.setattr(sensitivity, "GRAPH_BUDGET", 0)
+    for a, b in zip(kept, of()):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_function_that_changed_is_no_gradient(monkeypatch):
+    monkeypatch.setattr(sensitivity, "GRAPH_BUDGET", 0)
     f = Field(MU / 6)
     f.scale = 1.0
     h = odeint(lambda t, h: f.scale * f(t, h), H0, T, adjoint=True, options=OWN)

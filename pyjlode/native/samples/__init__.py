@@ -76,9 +76,9 @@ def solve(
     return replay.forward(p, record, make(p), dense=dense) if recorded else record
 
 
-def discrete(p: ODEProblem, record: SystemsRecord, g: Tensor) -> Gradients:
-    """The gradients of a loss with cotangents g (T, n) of the outputs, by taking each step again."""
-    return replay.discrete(p, record, g, make(p))
+def discrete(p: ODEProblem, record: SystemsRecord, g: Tensor, *, again: bool) -> Gradients:
+    """The exact gradients of a loss with cotangents g (T, n) of the outputs. Args: again: they are asked for again."""
+    return replay.discrete(p, record, g, make(p), again=again)
 
 
 def crossing(p: ODEProblem, record: SystemsRecord, gradient: str | None) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,8 @@ class Explicit:
 
     def attempt(self, spans: Spans, y: Tensor) -> tuple[ExplicitStep, np.ndarray]:
         """One step of each system (HNW II.1), and the norms of its error."""
-        f, K, rows, s = self.p.f.shaped, self.stages(self.functional), self.c.rows, self.s
+        functional = self.functional or torch.is_grad_enabled()
+        f, K, rows, s = self.p.f.shaped, self.stages(functional), self.c.rows, self.s
         t, dt = spans.times(self.C, y)
         K.put(0, self.k0, dt)
         for i in range(1, s):
@@ -54,9 +55,10 @@ class Explicit:
         step = ExplicitStep(self, spans, y, y1, K, s, dt, t[s])
         if self.fsal:
             step.finish()
-        head = K.head(s + self.fsal)
-        scale = self.errors.scale(y, y1)
-        errors = [self.errors(torch.mv(head, row), scale) for row in self.c.E]
+        with torch.no_grad() if functional and not self.p.transformed else contextlib.nullcontext():
+            head = K.head(s + self.fsal)
+            scale = self.errors.scale(y, y1)
+            errors = [self.errors(torch.mv(head, row), scale) for row in self.c.E]
         if len(errors) == 1:
             return step, errors[0]
         # DOP853: the fifth-order error damped by the third-order one (HNW II.10).
@@ -66,6 +68,7 @@ class Explicit:
     def accept(self, step: ExplicitStep, accepted: np.ndarray | None, mask: Tensor | None, t: Spans, y: Tensor) -> None:
         """Go on from a step that some systems accepted (None: all), at starts `t` and states `y`."""
         k1 = step.slope1().reshape(-1)
+        k1 = k1 if self.p.transformed else k1.detach()
         self.k0 = k1 if mask is None else torch.where(mask, k1.view(self.B, -1), self.k0.view(self.B, -1)).view(-1)
         if t.after is not None and accepted is not None and t.after.any():
             (at,), _ = t.times(np.zeros(1), y)

@@ -6,6 +6,7 @@ its end rests, as a step of length zero: f may hold tensors with a part for each
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from ...solution import Stats, SystemStats
 from . import events
 from .dense import Dense
 from .steps import Maker, Spans, between, host
+from .tape import Piece, Tape, taped
 
 # How the length of a step depends on the user's times: not at all; it ends at the last of them; it ends at a stop.
 FREE, LAST, STOP = 0, 1, 2
@@ -93,7 +95,7 @@ class SystemsRecord:
 
     Attributes:
         ys: (T, n) states at the output times; with events, at the start and at each system's own.
-        trail: the accepted steps.
+        trail: the accepted steps. tape: their graphs, where these were kept.
         made: (T, B) which step an output lies in; node: (T, B) whether at its end, as its state.
         event_t: (B,) times of the events; NaN where there is none.
         met: the steps that the events lie in. at_events: times (B,) near them -> states (B, d), in a recorded solve.
@@ -108,6 +110,7 @@ class SystemsRecord:
     end: tuple[Tensor, Tensor]
     failed: np.ndarray
     dense: Any = None
+    tape: Tape | None = None
     event_t: Any = None
     met: events.Met | None = None
     at_events: Any = None
@@ -148,6 +151,8 @@ class Search:
         self.node = np.zeros((self.T, self.B), dtype=bool)
         self.ys = self.y.new_full((self.T, self.B, self.d), math.nan) if outputs and not self.finder else None
         self.dense = Dense(p, maker) if dense else None
+        self.tape = Tape.of(p) if states and not dense and taped(maker) else None
+        self.inside: Tensor | None = None
         self.size = self.y.abs() if p.adjoint else None
         inside = {t for t in (*self.o.step_t, *self.o.jump_t) if self.sign * t < self.sign * math.inf}
         self.stops = np.array(sorted(self.sign * t for t in inside))
@@ -202,9 +207,13 @@ class Search:
         if self.ys is None:
             return
         inside = ~at_end
+        self.places = j[inside], i[inside], (j[at_end], i[at_end])
         if inside.any():
             where, calls = (self._index(j[inside]), self._index(i[inside])), self.p.f.nfe
-            self.ys[where] = between(self.maker, step, i[inside], torch.from_numpy(times[inside]))
+            with torch.enable_grad() if self.tape is not None else contextlib.nullcontext():
+                values = between(self.maker, step, i[inside], torch.from_numpy(times[inside]))
+            self.ys[where] = values.detach()
+            self.inside = values
             self.nfe[np.unique(i[inside])] += self.p.f.nfe - calls
         if at_end.any():
             where = self._index(j[at_end]), self._index(i[at_end])
@@ -244,7 +253,7 @@ class Search:
     def _begin(self) -> np.ndarray:
         """The slope at the start, and the sizes of the first steps."""
         p, before = self.p, self.p.f.nfe
-        k0 = p.f0 if p.f0 is not None else p.f(p.start, self.y)
+        k0 = p.f0 if p.f0 is not None else p.f(p.start, self.y) if self.tape is None else self.tape.k0
         k0 = k0 if p.transformed else k0.detach()
         finite = host(torch.isfinite(torch.cat([k0.view(self.B, -1), self.y.view(self.B, -1)], 1)).all(1).to(k0)) > 0
         if not finite.all():
@@ -314,7 +323,10 @@ class Search:
             before = None if after is None else np.isin(t1, self.jumps) & self.live
             spans = Spans(t, reach, after, before)
             calls = p.f.nfe
-            step, err = maker.attempt(spans, self.y)
+            if self.tape is None:
+                step, err = maker.attempt(spans, self.y)
+            else:
+                step, err = self._recorded(spans)
             self.nfe += (p.f.nfe - calls) * self.live
             size = np.abs(reach)
             good = (err <= 1) | ((size <= o.min_step) & np.isfinite(err)) if o.min_step else err <= 1
@@ -327,6 +339,8 @@ class Search:
             self.naccept += accepted
             if accepted.any():
                 self._advance(step, spans, t1, stop, accepted)
+                if self.tape is not None:
+                    self._keep(step, accepted)
                 if after is not None:
                     after = np.where(accepted, np.isin(self.t, self.jumps), after)
                     spans = spans._replace(after=after)
@@ -335,6 +349,26 @@ class Search:
                 calls = p.f.nfe
                 maker.accept(step, accepted, mask, spans._replace(t0=self.t, dt=np.full(self.B, sign)), self.y)
                 self.nfe += (p.f.nfe - calls) * accepted
+
+    def _recorded(self, spans: Spans) -> tuple[Any, np.ndarray]:
+        """An attempt with a graph of its own."""
+        self.y = self.y.detach().requires_grad_()
+        self.maker.start(self.maker.k0.detach().requires_grad_())  # type: ignore[attr-defined]
+        self.leaves = self.y, self.maker.k0  # type: ignore[attr-defined]
+        self.inside, nothing = None, np.zeros(0, dtype=np.int64)
+        self.places = nothing, nothing, (nothing, nothing)
+        with torch.enable_grad():
+            return self.maker.attempt(spans, self.y)
+
+    def _keep(self, step: Any, accepted: np.ndarray) -> None:
+        assert self.tape is not None
+        with torch.enable_grad():
+            k1 = step.slope1().reshape(-1)
+        j, i, at_end = self.places
+        piece = Piece(*self.leaves, step.y1, k1, accepted, self.inside, j, i, at_end)
+        if not self.tape.add(piece):
+            self.tape = None  # too many for the memory: they will be taken again
+        self.y = self.y.detach()
 
     def _advance(self, step: Any, spans: Spans, t1: np.ndarray, stop: np.ndarray, accepted: np.ndarray) -> None:
         """Go on from a step to t1, where it was accepted."""
@@ -412,6 +446,9 @@ class Search:
         record = SystemsRecord(
             self.y, self.trail, self.made, self.node, (p.moments(self.t), end.view(-1)), self.failed, size=self.size
         )
+        if self.tape is not None:
+            self.tape.close()
+            record.tape = self.tape
         if self.dense is not None:
             self.dense.close(self.trail, self.failed)
             record.dense = self.dense

@@ -25,6 +25,7 @@ from ..sensitivity import Sum
 from .dense import Dense
 from .loop import AT_START, LAST, STOP, SystemsRecord, safe_start
 from .steps import Maker, Spans, between, polynomial
+from .tape import Tape
 
 
 class Replay:
@@ -190,13 +191,29 @@ def _times(r: Replay, j: np.ndarray, i: np.ndarray, tracked: bool) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def discrete(p: ODEProblem, record: SystemsRecord, g: Tensor, maker: Maker) -> Gradients:
-    """Take each accepted step again, last one first, and pull the cotangent back through it. Memory: one state a step.
+def discrete(p: ODEProblem, record: SystemsRecord, g: Tensor, maker: Maker, *, again: bool) -> Gradients:
+    """Pull the cotangents back through each step, last one first: through its graph, where that was kept, else it is
+    taken again, which needs the memory of one state a step.
 
     Args:
-        g: (T, n), or (2, n) with events.
+        g: (T, n), or (2, n) with events. again: this record will be used once more.
     """
+    if record.tape is None:
+        return _Backward(p, record, maker).run(g)
+    grads = _through(p, record, record.tape, g.view(len(g), p.batch, -1), again)
+    # What a step makes of its cotangent has no part in what does not count in it, but for infinite derivatives there.
+    if bool(torch.isfinite(torch.stack([x.sum() for x in (grads.y0, *grads.params) if x is not None])).all()):
+        return grads
     return _Backward(p, record, maker).run(g)
+
+
+def _through(p: ODEProblem, record: SystemsRecord, tape: Tape, g: Tensor, again: bool) -> Gradients:
+    params = Sum(p.params)
+    a = tape.pull(torch.zeros_like(g[0]), g, params, again)
+    j, i = np.nonzero(record.made == AT_START)
+    index = torch.from_numpy(i).to(a.device)
+    a = a.index_add(0, index, g[torch.from_numpy(j).to(a.device), index])
+    return Gradients(a.reshape(-1), None, params.total)
 
 
 class _Backward(Replay):
