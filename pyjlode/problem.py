@@ -480,11 +480,13 @@ class Rows:
         shape: of the batch; B systems in all.
         times: (B, T) float64 on the host. A row that is shorter than others is filled up with its last time.
         own: whether t was given with a row for each system; else all rows are the same.
+        asked: the shape in which f wants a time for each system, so that a solver can give it that; (B,) will do, too.
     """
 
     shape: tuple[int, ...]
     times: np.ndarray
     own: bool
+    asked: tuple[int, ...] | None = None
 
     @property
     def starts(self) -> np.ndarray:

@@ -71,7 +71,8 @@ def solve(
         )
     maker = make(p, stats, keep=dense and not recorded)
     search = Search(p, stats, maker, steps=recorded, states=states, dense=dense and not recorded, outputs=not recorded)
-    with contextlib.nullcontext() if p.transformed else torch.no_grad():
+    # An f that is watched is called with gradients on, as in `native.loop.solve`.
+    with contextlib.nullcontext() if p.transformed else torch.set_grad_enabled(p.f.watched and not p.method.controlled):
         record = search.run()
     return replay.forward(p, record, make(p), dense=dense) if recorded else record
 

@@ -35,6 +35,7 @@ class Explicit:
         self.functional = functional or p.transformed
         self.buffer = None if keep or self.functional else Buffer(self.rows, p)
         self.k0 = p.y0
+        self.asked = p.rows.asked if p.rows else None
 
     def stages(self, functional: bool) -> Buffer | Listed:
         return Listed(self.B) if functional else self.buffer or Buffer(self.rows, self.p)
@@ -43,11 +44,11 @@ class Explicit:
         """The slope at the starts, (n,)."""
         self.k0 = k0
 
-    def attempt(self, spans: Spans, y: Tensor) -> tuple[ExplicitStep, np.ndarray]:
+    def attempt(self, spans: Spans, y: Tensor, *, recorded: bool = False) -> tuple[ExplicitStep, np.ndarray]:
         """One step of each system (HNW II.1), and the norms of its error."""
-        functional = self.functional or torch.is_grad_enabled()
+        functional = self.functional or recorded
         f, K, rows, s = self.p.f.shaped, self.stages(functional), self.c.rows, self.s
-        t, dt = spans.times(self.C, y)
+        t, dt = spans.times(self.C, y, self.asked)
         K.put(0, self.k0, dt)
         for i in range(1, s):
             K.put(i, f(t[i], K.add_to(y, i, rows[i])), dt)
@@ -138,11 +139,14 @@ class Buffer:
         self.shaped = self.each if p.f.shape is None else self.all.view(rows, *p.f.shape).unbind(0)
         self.own = self.shaped[0].shape
         self.dt = (*p.rows.shape, *(1,) * (len(self.own) - len(p.rows.shape))) if p.rows and p.f.shape else (p.batch, 1)
+        self.viewed = self.dt != (p.batch, 1)
 
     def put(self, i: int, k: Tensor, dt: Tensor) -> None:
         """Stage i as f returned it."""
+        if k.requires_grad:
+            k = k.detach()
         if k.shape == self.own:
-            torch.mul(k, dt.view(self.dt), out=self.shaped[i])
+            torch.mul(k, dt.view(self.dt) if self.viewed else dt, out=self.shaped[i])
         else:
             torch.mul(k.reshape(self.shape), dt, out=self.each[i])
 

@@ -8,6 +8,7 @@ import math
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,9 @@ def shaped(f: Any, how: str, batch: Sequence[int], leaves: Sequence[torch.Size])
 
 
 def _at(f: Any, shape: tuple[int, ...], t: Tensor, h: Any) -> Any:
-    return f(t.reshape(shape) if t.dim() else t.expand(shape), h)
+    if t.shape != shape:
+        t = t.reshape(shape) if t.dim() else t.expand(shape)
+    return f(t, h)
 
 
 def _mapped(f: Any, batch: tuple[int, ...], t: Tensor, h: Any) -> Any:
@@ -63,7 +66,10 @@ def fitted(p: ODEProblem, f: Any) -> Callable[[Tensor, Any], Any]:
     assert p.layout is not None
     assert p.rows is not None
     batch, leaves = p.rows.shape, p.layout.shapes
-    return shaped(f, _how(p, f, _Probe.slope), batch, leaves)
+    made: Any = shaped(f, _how(p, f, _Probe.slope), batch, leaves)
+    if made.func is _at:
+        p.rows = replace(p.rows, asked=made.args[1])
+    return made
 
 
 def fitted_event(p: ODEProblem, event_fn: Any) -> Callable[[Tensor, Tensor], Tensor]:

@@ -7,6 +7,7 @@ its end rests, as a step of length zero: f may hold tensors with a part for each
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -52,9 +53,6 @@ class Trail:
         return int(self.count.max(initial=0))
 
     def add(self, spans: Spans, kind: np.ndarray, y: Tensor, accepted: np.ndarray) -> None:
-        if self.counted:
-            self.count += accepted
-            return
         if int(self.count.max()) == len(self.t0):
             for name in ("t0", "dt", "kind", "after", "before"):
                 if (x := getattr(self, name)) is not None:
@@ -145,7 +143,9 @@ class Search:
         self.live = self.t != self.end
         self.failed = np.zeros(self.B, dtype=bool)
         self.why: dict[int, str] = {}
-        self.naccept, self.tries, self.nfe = (np.zeros(self.B, dtype=np.int64) for _ in range(3))
+        self.nreject, self.tries, self.nfe = (np.zeros(self.B, dtype=np.int64) for _ in range(3))
+        # Attempts, and calls of f in them, since a system left; those before; and which were under way then.
+        self.tried, self.called, self.tries_before, self.under_way = 0, 0, 0, self.live.copy()
         self.trail = Trail(p, states=states, counted=not (steps or states or dense))
         self.made = np.full((self.T, self.B), NOWHERE, dtype=np.int64)
         self.node = np.zeros((self.T, self.B), dtype=bool)
@@ -293,62 +293,80 @@ class Search:
         return np.where(np.isfinite(d2), size, h0 * 1e-3)
 
     def _run(self) -> None:
-        p, o, sign, maker = self.p, self.o, self.sign, self.maker
-        dt = self._begin() if self.live.any() else np.zeros(self.B)
-        rejected = np.full(self.B, math.nan)
-        err = np.zeros(self.B)
-        after = np.zeros(self.B, dtype=bool) if len(self.jumps) else None
-        tries = self.tries
-        n, bounded = 0, o.min_step > 0 or o.max_step < math.inf
-        while self.live.any():
-            if n >= o.max_num_steps and (late := self.live & (tries >= o.max_num_steps)).any():
-                self._late(late, dt)
+        # What is done here for each step is small change, and a good part of a solve of small systems: sums over the
+        # steps are kept for all systems that are still under way together, and added up when one leaves.
+        p, o, sign, maker, B = self.p, self.o, self.sign, self.maker, self.B
+        dt = self._begin() if self.live.any() else np.zeros(B)
+        err, size = np.zeros(B), np.zeros(B)
+        rejected: np.ndarray | None = None  # where steps from here ended that were not accepted
+        after = np.zeros(B, dtype=bool) if len(self.jumps) else None
+        bounded = o.min_step > 0 or o.max_step < math.inf
+        left = self._left()
+        while left:
+            if self.tried + self.tries_before >= o.max_num_steps and self._late(dt):
+                left = self._left()
                 continue
             if bounded:
                 dt = np.minimum(np.maximum(dt, o.min_step), o.max_step)
-            t, t1 = self.t, self.t + sign * dt
+            t = self.t
             stop = self.end
             if len(self.stops):
                 place = np.searchsorted(self.stops, sign * t, side="right")
-                found = np.append(self.stops, math.inf)[place]
-                stop = sign * np.minimum(found, sign * self.end)
+                stop = sign * np.minimum(np.append(self.stops, math.inf)[place], sign * self.end)
             # A step that would end just short of a stop ends on it: no sliver is left over.
-            t1 = np.where(sign * (t1 - stop) >= -1e-10 * dt, stop, t1)
-            if (stuck := self.live & ((t1 == t) | (t1 == rejected) | ~np.isfinite(t1))).any():
-                self._stuck(stuck, t1, dt, err)
-                continue
-            n += 1
-            tries += self.live
-            reach = np.where(self.live, t1 - t, 0.0)
+            t1 = np.where(dt * (1 + 1e-10) >= sign * (stop - t), stop, t + sign * dt)
+            reach = t1 - t if left == B else np.where(self.live, t1 - t, 0.0)
+            stuck = np.count_nonzero(reach) != left or (rejected is not None and (rejected == t1).any())
+            if stuck or (self.finder is not None and np.isinf(reach).any()):
+                known = t1 if rejected is None else rejected
+                which = self.live & ((reach == 0) | np.isinf(t1) | ((known == t1) if rejected is not None else False))
+                if which.any():
+                    self._stuck(which, t1, dt, err)
+                    left = self._left()
+                    continue
+            self.tried += 1
             before = None if after is None else np.isin(t1, self.jumps) & self.live
-            spans = Spans(t, reach, after, before)
-            calls = p.f.nfe
-            if self.tape is None:
-                step, err = maker.attempt(spans, self.y)
-            else:
-                step, err = self._recorded(spans)
-            self.nfe += (p.f.nfe - calls) * self.live
+            spans, calls = Spans(t, reach, after, before), p.f.nfe
+            step, err = maker.attempt(spans, self.y) if self.tape is None else self._recorded(spans)
+            self.called += p.f.nfe - calls
             size = np.abs(reach)
-            good = (err <= 1) | ((size <= o.min_step) & np.isfinite(err)) if o.min_step else err <= 1
-            accepted = self.live & good
-            if o.min_step and (small := self.live & ~accepted & (size <= o.min_step)).any():
-                self._stuck(small, t1, size, err)
-                continue
-            dt = np.where(self.live, size * self._factors(err, accepted), dt)
-            rejected = np.where(accepted, math.nan, t1)
-            self.naccept += accepted
-            if accepted.any():
-                self._advance(step, spans, t1, stop, accepted)
+            accepted = err <= 1 if left == B else self.live & (err <= 1)
+            if o.min_step:
+                accepted = self.live & (accepted | ((size <= o.min_step) & np.isfinite(err)))
+                if (small := self.live & ~accepted & (size <= o.min_step)).any():
+                    self.tried -= 1
+                    self._stuck(small, t1, size, err)
+                    left = self._left()
+                    continue
+            good = np.count_nonzero(accepted)
+            dt = size * self._factors(err, accepted, good == left)
+            if good < left:
+                rejected = np.where(accepted, math.nan, t1)
+                self.nreject += self.live & ~accepted
+            else:
+                rejected = None
+            if good:
+                if self._advance(step, spans, t1, stop, accepted, good == B):
+                    left = self._left()
                 if self.tape is not None:
                     self._keep(step, accepted)
                 if after is not None:
                     after = np.where(accepted, np.isin(self.t, self.jumps), after)
-                    spans = spans._replace(after=after)
-                everywhere = bool(accepted.all())
-                mask = None if everywhere else self._index(accepted)[:, None]
+                mask = None if good == B else self._index(accepted)[:, None]
                 calls = p.f.nfe
-                maker.accept(step, accepted, mask, spans._replace(t0=self.t, dt=np.full(self.B, sign)), self.y)
-                self.nfe += (p.f.nfe - calls) * accepted
+                maker.accept(step, accepted, mask, Spans(self.t, np.full(B, sign), after, before), self.y)
+                if p.f.nfe > calls:
+                    self.nfe += (p.f.nfe - calls) * accepted
+
+    def _left(self) -> int:
+        """How many systems are under way; what was counted for those that were is added up."""
+        was = self.under_way
+        self.tries += self.tried * was
+        self.nfe += self.called * was
+        self.tries_before += self.tried
+        self.tried = self.called = 0
+        self.under_way = self.live.copy()
+        return int(np.count_nonzero(self.live))
 
     def _recorded(self, spans: Spans) -> tuple[Any, np.ndarray]:
         """An attempt with a graph of its own."""
@@ -358,7 +376,7 @@ class Search:
         self.inside, nothing = None, np.zeros(0, dtype=np.int64)
         self.places = nothing, nothing, (nothing, nothing)
         with torch.enable_grad():
-            return self.maker.attempt(spans, self.y)
+            return self.maker.attempt(spans, self.y, recorded=True)
 
     def _keep(self, step: Any, accepted: np.ndarray) -> None:
         assert self.tape is not None
@@ -370,11 +388,12 @@ class Search:
             self.tape = None  # too many for the memory: they will be taken again
         self.y = self.y.detach()
 
-    def _advance(self, step: Any, spans: Spans, t1: np.ndarray, stop: np.ndarray, accepted: np.ndarray) -> None:
-        """Go on from a step to t1, where it was accepted."""
+    def _advance(
+        self, step: Any, spans: Spans, t1: np.ndarray, stop: np.ndarray, accepted: np.ndarray, everywhere: bool
+    ) -> bool:
+        """Go on from a step to t1, where it was accepted; whether a system has come to its end."""
         at_stop = accepted & (t1 == stop)
-        at_end = at_stop & (t1 == self.end)
-        kind = np.where(at_end, LAST, np.where(at_stop, STOP, FREE))
+        stopped = bool(at_stop.any())
         if self.dense is not None:
             self.dense.add(step, accepted)
         going = accepted
@@ -389,40 +408,58 @@ class Search:
                         f"event_fn returned NaN near t={self.t[i]:.6g}.", t=float(self.t[i]), dt=0.0
                     ),
                 )
-            going = accepted & ~met & ~bad
-            self.live &= ~met
+            out = met | bad
+            if leaving := bool(out.any()):
+                going, everywhere = accepted & ~out, False
+                self.live = self.live & ~met
         else:
+            leaving = False
             self._outputs(step, t1, accepted)
-        self.trail.add(spans, kind, self.y, accepted)
+        if not self.trail.counted:
+            kind = np.where(at_stop, np.where(t1 == self.end, LAST, STOP), FREE) if stopped else _free(self.B)
+            self.trail.add(spans, kind, self.y, accepted)
+        else:
+            self.trail.count += accepted
         if self.size is not None:
             y1 = torch.where(self._index(accepted)[:, None], step.y1.view(self.B, -1).abs(), 0.0).view(-1)
             self.size = torch.maximum(self.size, y1)
-        if going.all():
-            self.y = step.y1
+        if everywhere:
+            self.y, self.t = step.y1, t1
         else:
             going_on = self._index(going)[:, None]
             self.y = torch.where(going_on, step.y1.view(self.B, -1), self.y.view(self.B, -1)).view(-1)
-        self.t = np.where(going, t1, self.t)
-        self.live = self.live & ~at_end
+            self.t = np.where(going, t1, self.t)
+        if stopped:
+            self.live = self.live & ~(at_stop & (t1 == self.end))
+            leaving = True
+        return leaving
 
-    def _factors(self, err: np.ndarray, accepted: np.ndarray) -> np.ndarray:
+    def _factors(self, err: np.ndarray, accepted: np.ndarray, all_good: bool) -> np.ndarray:
         """As `controller.next_factor`, for each system."""
         o, order, (beta1, beta2) = self.o, self.maker.order, self.p.method.pi
         size, safety = np.log(err), math.log(o.safety)
-        far = np.exp(safety - size / order)
-        near = np.exp(safety * order * (beta1 - beta2) - beta1 * size + beta2 * self.previous)
-        up = np.clip(np.where(err > _FAR, near, far), o.dfactor, o.ifactor)
-        self.previous = np.where(accepted, np.maximum(size, _LEAST), self.previous)
-        if accepted.all():
-            return up
-        down = np.clip(np.where(np.isfinite(err), far, 0.0), o.dfactor, max(1.0, o.dfactor))
-        return np.where(accepted, up, down)
+        far = safety - size / order
+        near = safety * order * (beta1 - beta2) - beta1 * size
+        near += beta2 * self.previous
+        factor = np.exp(np.where(err > _FAR, near, far))
+        least = np.maximum(size, _LEAST)
+        if not all_good:
+            down = np.where(np.isfinite(err), np.minimum(np.exp(far), 1.0), 0.0)
+            factor, least = np.where(accepted, factor, down), np.where(accepted, least, self.previous)
+        self.previous = least
+        return np.minimum(np.maximum(factor, o.dfactor), o.ifactor)
 
-    def _late(self, late: np.ndarray, dt: np.ndarray) -> None:
+    def _late(self, dt: np.ndarray) -> bool:
+        """Whether some systems have had all the steps that they may have; they go no further."""
+        self._left()
+        late = self.live & (self.tries >= self.o.max_num_steps)
+        if not late.any():
+            return False
         if self.finder:
             self.live &= ~late
-            return
-        self.fail(late, lambda i: too_many_steps(self.p, float(self.t[i]), float(dt[i]), float(self.end[i])))
+        else:
+            self.fail(late, lambda i: too_many_steps(self.p, float(self.t[i]), float(dt[i]), float(self.end[i])))
+        return True
 
     def _stuck(self, stuck: np.ndarray, t1: np.ndarray, dt: np.ndarray, err: np.ndarray) -> None:
         if self.finder and (away := stuck & np.isinf(t1)).any():
@@ -432,7 +469,7 @@ class Search:
 
     def _record(self) -> SystemsRecord:
         p, s = self.p, self.stats
-        self.nreject = self.tries - self.naccept
+        self.naccept = self.tries - self.nreject
         s.naccept += int(self.naccept.sum())
         s.nreject += int(self.nreject.sum())
         shape = self.rows.shape
@@ -468,6 +505,11 @@ class Search:
 
 # As in `controller`.
 _FAR, _LEAST = 0.1, math.log(1e-4)
+
+
+@functools.lru_cache(maxsize=8)
+def _free(count: int) -> np.ndarray:
+    return np.full(count, FREE, dtype=np.int8)
 
 
 def _place(i: int, shape: tuple[int, ...]) -> Any:

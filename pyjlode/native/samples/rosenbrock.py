@@ -113,7 +113,7 @@ class Rosenbrock:
             reach = torch.where(torch.from_numpy(still).to(reach.device), small, reach)
         return spans._replace(dt=np.where(still, small, spans.dt), reach=reach)
 
-    def attempt(self, spans: Spans, y: Tensor) -> tuple[RosenbrockStep, np.ndarray]:
+    def attempt(self, spans: Spans, y: Tensor, *, recorded: bool = False) -> tuple[RosenbrockStep, np.ndarray]:
         """One step of each system, and the norms of its error."""
         moving = self.moving(spans)
         t, dt = moving.times(self.alpha, y)

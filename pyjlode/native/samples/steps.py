@@ -34,22 +34,26 @@ class Spans(NamedTuple):
     at: Tensor | None = None
     reach: Tensor | None = None
 
-    def times(self, C: np.ndarray, like: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The times t0 + C dt as f sees them, (B,) each, and the lengths, (B, 1), of the state's dtype and device."""
-        dtype = numpy_dtype(like)
-        values: Any = np.empty((len(C) + 1, len(self.t0)), dtype=dtype)
-        values[:-1] = self.t0 + C[:, None] * self.dt
-        values[-1] = self.dt
+    def times(
+        self, C: np.ndarray, like: Tensor, shape: tuple[int, ...] | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The times t0 + C dt as f sees them, of `shape`, by default (B,), and the lengths, (B, 1), of the state's
+        dtype and device."""
+        dtype, B = numpy_dtype(like), len(self.t0)
+        shape = shape or (B,)
+        values: Any = C[:, None] * self.dt
+        values += self.t0
+        values = values.astype(dtype, copy=False)
         if self.before is not None:
             self._inside(values, C, dtype)
         if self.at is None or self.reach is None:
-            moments = torch.from_numpy(values)
-            moments = moments if like.device.type == "cpu" else moments.to(like.device)
-            *times, dt = moments.unbind()
-            return tuple(times), dt[:, None]
+            times, dt = torch.from_numpy(values), torch.from_numpy(self.dt.astype(dtype, copy=False))
+            if like.device.type != "cpu":
+                times, dt = times.to(like.device), dt.to(like.device)
+            return times.view(-1, *shape).unbind(), dt[:, None]
         exact = (self.at + torch.from_numpy(C).to(self.at)[:, None] * self.reach).to(like)
-        shift = torch.from_numpy(values[:-1]).to(like) - numbers.constant(exact)
-        return (exact + shift).unbind(), self.reach.to(like)[:, None]
+        shift = torch.from_numpy(values).to(like) - numbers.constant(exact)
+        return (exact + shift).view(-1, *shape).unbind(), self.reach.to(like)[:, None]
 
     def _inside(self, values: Any, C: np.ndarray, dtype: Any) -> None:
         """Next to a jump of f times move by one rounding unit into the step, as in `step.stage_times`."""
@@ -101,7 +105,7 @@ class Maker(Protocol):
 
     def start(self, k0: Tensor) -> None: ...
 
-    def attempt(self, spans: Spans, y: Tensor) -> tuple[Step, np.ndarray]: ...
+    def attempt(self, spans: Spans, y: Tensor, *, recorded: bool = False) -> tuple[Step, np.ndarray]: ...
 
     def accept(self, step: Any, accepted: np.ndarray | None, mask: Tensor | None, t: Spans, y: Tensor) -> None: ...
 
@@ -139,7 +143,10 @@ class Errors:
         self.norms = system_norms(p.layout, p.batch)
 
     def scale(self, y: Tensor, y1: Tensor) -> Tensor:
-        return torch.maximum(y.abs(), y1.abs()) * self.p.rtol + self.p.atol
+        scale = torch.maximum(y.abs(), y1.abs())
+        if self.p.transformed:
+            return scale * self.p.rtol + self.p.atol
+        return scale.mul_(self.p.rtol).add_(self.p.atol)
 
     def __call__(self, error: Tensor, scale: Tensor) -> np.ndarray:
         """(n,), (n,) -> (B,) float64 on the host."""
