@@ -11,7 +11,7 @@ from torch import nn
 from pyjlode import METHODS, errors, odeint, odeint_event, solve
 from pyjlode.derivatives import load_forward_mode
 from pyjlode.native import sensitivity
-from pyjlode.native.samples import OWN_STEPS, field
+from pyjlode.native.samples import OWN_STEPS, field, narrow
 
 F64 = torch.float64
 OWN = {"batch_dims": 1}
@@ -148,6 +148,43 @@ def test_stops(options):
     torch.testing.assert_close(h.h[-1], H0 * torch.exp(rates * (2 * 0.7 - 1.3)), rtol=1e-5, atol=1e-8)
     if "jump_t" in options:
         assert int(h.stats.systems.nreject.max()) <= 1
+
+
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "adaptive_heun"])
+def test_those_at_their_end_leave_if_that_is_right(method, monkeypatch):
+    """Only where f has nothing of its own for each; else they rest, whatever f does with what it holds."""
+    sizes: list[int] = []
+    own = torch.linspace(1, 2, 8, dtype=F64)[:, None]
+
+    def alike(t, h):
+        sizes.append(len(h))
+        return torch.stack([h[:, 1], -h[:, 0]], 1) * torch.cos(t)
+
+    def apart(t, h):
+        return alike(t, h) * own
+
+    def first_ones(t, h):
+        return alike(t, h) * own[: len(h)]
+
+    def later(t, h):  # it is seen in a step, and not before
+        return alike(t, h) * (own if bool((t > 6).any()) else 1.0)
+
+    h0 = torch.randn(8, 2, dtype=F64)
+    t = torch.stack([torch.zeros(8, dtype=F64), tensor(1, 8, 1.5, 7, 2.5, 1.2, 0.5, 2.0)], 1)
+    for f in (alike, apart, first_ones, later):
+        kwargs = {"method": method, "options": OWN, "rtol": 1e-5, "atol": 1e-7, "dense": False}
+        with torch.no_grad():
+            want = solve(f, h0, t, **kwargs)
+            assert set(sizes) == {8}
+            monkeypatch.setattr(narrow, "_WORTH", 0)
+            sizes.clear()
+            got = solve(f, h0, t, **kwargs)
+            monkeypatch.undo()
+        torch.testing.assert_close(got.h, want.h, rtol=1e-10, atol=1e-12)
+        assert torch.equal(got.stats.systems.naccept, want.stats.systems.naccept)
+        assert torch.equal(got.stats.systems.nfe, want.stats.systems.nfe) or f is later
+        assert sizes[-1] == (1 if f is alike else 8)
+        sizes.clear()
 
 
 # --- What f is given --------------------------------------------------------------------------------------------------

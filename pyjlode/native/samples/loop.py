@@ -21,7 +21,7 @@ from ...ends import too_many_steps, too_small
 from ...errors import NonFiniteState, SolveError
 from ...problem import ODEProblem
 from ...solution import Stats, SystemStats
-from . import events
+from . import events, narrow
 from .dense import Dense
 from .steps import Maker, Spans, between, host
 from .tape import Piece, Tape, taped
@@ -133,7 +133,8 @@ class Search:
         self, p: ODEProblem, stats: Stats, maker: Maker, *, steps: bool, states: bool, dense: bool, outputs: bool
     ) -> None:
         assert p.rows is not None
-        self.p, self.stats, self.maker, self.rows = p, stats, maker, p.rows
+        self.p, self.stats, self.rows = p, stats, p.rows
+        self.maker: Any = maker
         self.B, self.d, self.T = p.batch, p.y0.numel() // p.batch, p.rows.times.shape[1]
         self.sign, self.o = p.direction, p.options
         self.y = p.y0 if p.transformed else p.y0.detach()
@@ -153,6 +154,8 @@ class Search:
         self.dense = Dense(p, maker) if dense else None
         self.tape = Tape.of(p) if states and not dense and taped(maker) else None
         self.inside: Tensor | None = None
+        self.whole: Any = maker
+        self.narrows = self.tape is None and not dense and narrow.worth(p)
         self.size = self.y.abs() if p.adjoint else None
         inside = {t for t in (*self.o.step_t, *self.o.jump_t) if self.sign * t < self.sign * math.inf}
         self.stops = np.array(sorted(self.sign * t for t in inside))
@@ -275,7 +278,7 @@ class Search:
 
     def _first_size(self, k0: Tensor, limit: np.ndarray) -> np.ndarray:
         """As `controller.initial_step`, for each system."""
-        p, norms, y = self.p, self.maker.errors, self.y  # type: ignore[attr-defined]
+        p, norms, y = self.p, self.maker.errors, self.y
         scale = p.atol + y.abs() * p.rtol
         d0, d1 = norms(y, scale), norms(k0, scale)
         first = self.rows.times[:, min(1, self.T - 1)]
@@ -302,7 +305,10 @@ class Search:
         after = np.zeros(B, dtype=bool) if len(self.jumps) else None
         bounded = o.min_step > 0 or o.max_step < math.inf
         left = self._left()
+        wide = left  # how many f is called with
         while left:
+            if self.narrows and 2 * left <= wide and self._narrow():
+                wide, maker = left, self.maker
             if self.tried + self.tries_before >= o.max_num_steps and self._late(dt):
                 left = self._left()
                 continue
@@ -327,7 +333,16 @@ class Search:
             self.tried += 1
             before = None if after is None else np.isin(t1, self.jumps) & self.live
             spans, calls = Spans(t, reach, after, before), p.f.nfe
-            step, err = maker.attempt(spans, self.y) if self.tape is None else self._recorded(spans)
+            try:
+                step, err = maker.attempt(spans, self.y) if self.tape is None else self._recorded(spans)
+            except Exception:
+                if maker is self.whole:
+                    raise
+                # f does not take fewer systems everywhere: all come back.
+                self.whole.start(self.maker.k0)
+                maker = self.maker = self.whole
+                self.narrows, self.tried = False, self.tried - 1
+                continue
             self.called += p.f.nfe - calls
             size = np.abs(reach)
             accepted = err <= 1 if left == B else self.live & (err <= 1)
@@ -358,6 +373,17 @@ class Search:
                 if p.f.nfe > calls:
                     self.nfe += (p.f.nfe - calls) * accepted
 
+    def _narrow(self) -> bool:
+        """Whether the systems that have come to their end leave the batch that f is called with."""
+        systems = self.live.nonzero()[0]
+        some = narrow.Narrow(self.p, self.p.f.f, systems, self.maker.k0)
+        self.p.f.nfe += 1
+        if not some.agrees(self.t, self.y, self.maker.k0):
+            self.narrows = False
+            return False
+        self.maker = some
+        return True
+
     def _left(self) -> int:
         """How many systems are under way; what was counted for those that were is added up."""
         was = self.under_way
@@ -371,8 +397,8 @@ class Search:
     def _recorded(self, spans: Spans) -> tuple[Any, np.ndarray]:
         """An attempt with a graph of its own."""
         self.y = self.y.detach().requires_grad_()
-        self.maker.start(self.maker.k0.detach().requires_grad_())  # type: ignore[attr-defined]
-        self.leaves = self.y, self.maker.k0  # type: ignore[attr-defined]
+        self.maker.start(self.maker.k0.detach().requires_grad_())
+        self.leaves = self.y, self.maker.k0
         self.inside, nothing = None, np.zeros(0, dtype=np.int64)
         self.places = nothing, nothing, (nothing, nothing)
         with torch.enable_grad():
