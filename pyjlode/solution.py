@@ -171,9 +171,14 @@ class Solution:
 
         Raises:
             ImportError: matplotlib is not installed.
+            BadOption: each system of a batch has times of its own.
         """
         from . import plot
 
+        if self.t.ndim > 1:
+            raise BadOption(
+                "each system has times of its own here: draw them one by one, ax.plot(solution.t[i], solution.h[:, i])."
+            )
         if ax is None:
             ax = plot.figure(7, 4).add_subplot()
         t, h = self.t.detach(), self.h

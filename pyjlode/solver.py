@@ -253,7 +253,8 @@ class Solver:
             chosen, reason = found
             if rows is not None and chosen is not before:  # another engine gives each system steps in another way
                 made = self._prepare(e, "torch")
-                made.stats.reason = reason
+                _, common, why = made.stats.reason.partition("; common steps")
+                made.stats.reason = reason + common + why
                 return made
         if gradient and self.adjoint is True and torch.is_grad_enabled() and not self._says_backward:
             gradient = chosen.recommended(p, asked=True)

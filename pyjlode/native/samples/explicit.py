@@ -12,7 +12,7 @@ from torch import Tensor
 from ...problem import ODEProblem
 from ..explicit import coefficients
 from ..tableaus import ExplicitTableau
-from .steps import Errors, Spans
+from .steps import Errors, Spans, host
 
 
 class Explicit:
@@ -107,6 +107,16 @@ class ExplicitStep:
         self.finish()
         assert self.k1 is not None
         return self.k1
+
+    def stretch(self) -> np.ndarray:
+        """|λ dt| of each system, as `explicit.ExplicitStep.stretch`: (B,)."""
+        rk, last = self.rk, self.rk.s - 1
+        self.finish()
+        rise = self.K.each[rk.s] - self.K.each[last]
+        run = self.y1 - self.K.add_to(self.y, last, rk.c.rows[last])
+        scale = rk.p.atol + rk.p.rtol * self.y.abs()
+        rise, run = ((x.reshape(-1) / scale).view(rk.B, -1).square().sum(1) for x in (rise, run))
+        return host(torch.where(run > 0, rise / run, 0.0).sqrt())
 
     def pieces(self, systems: Tensor) -> Tensor:
         # Of a solve without a graph nothing has one, wherever its dense output is asked for.

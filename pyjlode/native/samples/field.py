@@ -101,7 +101,9 @@ def _how(p: ODEProblem, f: Any, read: Read) -> str:
         return how
     assert p.layout is not None
     assert p.rows is not None
-    known, key = _kept(f), (_code(f), tuple(p.rows.shape), tuple(p.layout.shapes), p.y0.dtype)
+    # In training a module may do what it does not do otherwise: mix systems, draw numbers.
+    training = getattr(f, "training", None)
+    known, key = _kept(f), (_code(f), training, tuple(p.rows.shape), tuple(p.layout.shapes), p.y0.dtype)
     if key not in known:
         known[key] = _found(p, f, read)
     return known[key]

@@ -19,8 +19,11 @@ from torch import Tensor
 
 from ...ends import too_many_steps, too_small
 from ...errors import NonFiniteState, SolveError
-from ...problem import ODEProblem
+from ...notices import warn
+from ...problem import ODEProblem, Rows
 from ...solution import Stats, SystemStats
+from .. import explicit
+from ..tableaus import ExplicitTableau
 from . import events, narrow
 from .dense import Dense
 from .steps import Maker, Spans, between, host
@@ -121,6 +124,34 @@ class SystemsRecord:
     head: Any = None
 
 
+class Crawl:
+    """Says once in a solve that a method crawls, held by its stability, as `explicit.Crawl`."""
+
+    def __init__(self, p: ODEProblem) -> None:
+        assert isinstance(p.method.tableau, ExplicitTableau)
+        self.name, self.near = p.method.name, explicit.NEAR * explicit.boundary(p.method.tableau)
+        self.hits, self.said = np.zeros(p.batch, dtype=np.int64), False
+
+    def look(self, n: int, step: Any, accepted: np.ndarray, end: np.ndarray, rows: Rows) -> None:
+        """Look at attempt number n, from 1."""
+        phase = (n - explicit.FIRST) % explicit.PERIOD
+        if self.said or n < explicit.FIRST or phase >= explicit.LOOKED_AT:
+            return
+        with torch.no_grad():
+            self.hits = (self.hits if phase else 0) + (accepted & (step.stretch() > self.near))
+        spans = step.spans
+        left = np.where(np.isfinite(end), (end - spans.t0) / spans.dt, n)
+        crawling = (self.hits >= explicit.ON_BOUNDARY) & (left > explicit.CRAWL)
+        if crawling.any():
+            self.said = True
+            i = int(crawling.argmax())
+            warn(
+                f"{self.name}: {rows.name(i)} of the batch is stiff at t={spans.t0[i]:.6g}. Steps of "
+                f"dt={spans.dt[i]:.3g} are as long as the method is stable for, and not as the tolerance asks; there "
+                f"are some {left[i]:.0f} more of them. Use method='rodas5p', which is for stiff systems."
+            )
+
+
 class Search:
     """One solve, without a graph.
 
@@ -155,6 +186,7 @@ class Search:
         self.tape = Tape.of(p) if states and not dense and taped(maker) else None
         self.inside: Tensor | None = None
         self.whole: Any = maker
+        self.crawl = Crawl(p) if p.method.kind == "adaptive" and not p.transformed else None
         self.narrows = self.tape is None and not dense and narrow.worth(p)
         self.size = self.y.abs() if p.adjoint else None
         inside = {t for t in (*self.o.step_t, *self.o.jump_t) if self.sign * t < self.sign * math.inf}
@@ -360,6 +392,8 @@ class Search:
                 self.nreject += self.live & ~accepted
             else:
                 rejected = None
+            if self.crawl is not None:
+                self.crawl.look(self.tries_before + self.tried, step, accepted, self.end, self.rows)
             if good:
                 if self._advance(step, spans, t1, stop, accepted, good == B):
                     left = self._left()

@@ -100,6 +100,11 @@ class Part:
         self.of, self.step, self.spans, self.y = of, step, spans, y
         self.y1 = y.view(of.B, -1).index_copy(0, of.index, step.y1.view(len(of.systems), -1)).view(-1)
 
+    def stretch(self) -> np.ndarray:
+        found = np.zeros(self.of.B)
+        found[self.of.systems] = self.step.stretch()
+        return found
+
     def pieces(self, systems: Tensor) -> Tensor:
         field = self.of.some.f
         before = field.nfe

@@ -138,8 +138,9 @@ def _forward(r: Replay, dense: bool) -> SystemsRecord:
             """(B,) times near the events, with their graph -> (B, d)."""
             if met is None:
                 return p.y0.view(B, -1)
-            which, (met_y, met_pieces, met_t0, met_dt) = torch.from_numpy(found), met
-            theta = torch.where(which, (times - met_t0) / torch.where(which, met_dt, 1.0), 0.0)
+            met_y, met_pieces, met_t0, met_dt = met
+            which = _host(found, met_t0)
+            theta = torch.where(which, (times.to(met_t0.device) - met_t0) / torch.where(which, met_dt, 1.0), 0.0)
             states = polynomial(maker.P, met_y, met_pieces, theta)
             return torch.where(which.to(states.device)[:, None], states, p.y0.view(B, -1))
 

@@ -33,7 +33,10 @@ class SystemsLinear(Linear):
 
     def columns(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f (n,), df/dy (B, d, d) and df/dt (B, d), with a graph where autograd records."""
-        recorded = torch.is_grad_enabled()
+        if torch.is_inference_mode_enabled():  # where nothing has a graph
+            with torch.inference_mode(False):
+                return self.columns(t.clone(), y.clone())
+        recorded = torch.is_grad_enabled() and not y.is_inference()
         self.stats.njac += 1
         try:
             return self._by_reverse(t, y, recorded)
