@@ -113,7 +113,7 @@ def times(t: Any, *, name: str = "t") -> tuple[Tensor, list[float]]:
     if not t.is_floating_point():
         raise BadDtype(f"{name} has dtype {t.dtype}; times must be floating point (t.double()).")
     if t.ndim != 1:
-        own = " A row for each system needs options={'batch_dims': 1}." if t.ndim > 1 else ""
+        own = " A row for each system needs options={'batch_dims': 1} and an adaptive method." if t.ndim > 1 else ""
         raise BadTime(f"{name} must be one-dimensional; it has shape {tuple(t.shape)}.{own}")
     values = numbers.listed(t)
     if not values:

@@ -447,6 +447,16 @@ def test_without_an_event(adjoint):
     torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_an_event_function_with_a_parameter_of_its_own(adjoint):
+    height = tensor(1.0, 0.5, 2.0).requires_grad_()
+    event_t, h = odeint_event(fall, BALLS, 0.0, event_fn=lambda t, h: h[..., 0] - height, adjoint=adjoint, options=OWN)
+    got = torch.autograd.grad(event_t.sum() + h[1].sum(), height)[0]
+    flight, speed = landed(torch.stack([BALLS[:, 0] - height, BALLS[:, 1]], 1))
+    want = torch.autograd.grad((flight + speed + height).sum(), height)[0]
+    torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-7)
+
+
 def test_events_as_if_alone():
     event = lambda t, h: h[..., 0] - 0.1 * torch.cos(t)  # noqa: E731
     with torch.no_grad():

@@ -155,6 +155,12 @@ class Finder:
         return a
 
 
+def _near(maker: Maker, met: Met, at: Tensor) -> Tensor:
+    """(B, d) at times (B,) near the events, in a solve without a graph."""
+    found, t0, dt = (torch.from_numpy(x) for x in (met.found, met.t0, met.dt))
+    return polynomial(maker.P, met.y, met.pieces, torch.where(found, (at - t0) / dt, 0.0))
+
+
 def crossing(p: ODEProblem, record: Any, maker: Maker, recorded: bool) -> tuple[Tensor, Tensor]:
     """Times (B,) and states (n,) of the events, with gradients by the implicit function theorem, as in
     `engines.crossing`; NaN, and without a gradient, where there is none.
@@ -202,7 +208,7 @@ def crossing(p: ODEProblem, record: Any, maker: Maker, recorded: bool) -> tuple[
         residual = value.gather(1, which)[:, 0].to(torch.float64).cpu()
         at = at - (residual - residual.detach()) / rate.cpu()
         if recorded:
-            state = record.at_events(at)
+            state = record.at_events(at) if record.at_events else _near(maker, met, at)
         else:
             state = y + slope * (at - at.detach()).to(y)[:, None]
     event_t, states = torch.where(found.cpu(), at, math.nan).to(p.t), torch.where(mask, state, math.nan).view(-1)
