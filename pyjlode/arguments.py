@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -20,12 +21,25 @@ from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, NonFin
 from .methods import Method
 from .notices import warn, warn_once
 from .numbers import on_host
-from .problem import NO_OPTIONS, Callbacks, Layout, Norm, SolverOptions, is_finite, max_rms_norm, not_negative, rms_norm
+from .problem import (
+    NO_OPTIONS,
+    Callbacks,
+    Layout,
+    Norm,
+    Rows,
+    SolverOptions,
+    SystemsLayout,
+    is_finite,
+    max_rms_norm,
+    not_negative,
+    rms_norm,
+)
 
 FLOATS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 _COMMON = {"norm", "max_num_steps", "dtype", "specialize", "progress"}
-_CONTROLLED = {"first_step", "safety", "ifactor", "dfactor", "min_step", "max_step", "step_t", "jump_t", "batch_dims"}
+_CONTROLLED = {"first_step", "safety", "ifactor", "dfactor", "min_step", "max_step", "step_t", "jump_t"}
+_CONTROLLED |= {"batch_dims", "batch_t", "on_failure"}
 _BY_KIND: dict[str, set[str]] = {
     "adaptive": _CONTROLLED,
     "fixed": {"step_size", "grid_constructor", "interp", "perturb"},
@@ -68,10 +82,11 @@ def layout_of(h0: Any) -> Layout:
     return Layout(h0)
 
 
-def flat(layout: Layout, h0: Any) -> Tensor:
-    """The state as one real vector, shape (n,), and finite."""
+def flat(layout: Layout, h0: Any, *, check: bool = True) -> Tensor:
+    """The state as one real vector, shape (n,), and finite, which is checked."""
     # Engines read the memory itself, of which such a view is the negative: `z.conj().imag`.
-    y0 = finite(layout.flatten(h0).resolve_neg())
+    y0 = layout.flatten(h0).resolve_neg()
+    y0 = finite(y0) if check else y0
     # A view, made while nothing is recorded, of a tensor that requires grad says that it does, and has no graph.
     return y0.detach() if y0.requires_grad and not torch.is_grad_enabled() else y0
 
@@ -98,7 +113,8 @@ def times(t: Any, *, name: str = "t") -> tuple[Tensor, list[float]]:
     if not t.is_floating_point():
         raise BadDtype(f"{name} has dtype {t.dtype}; times must be floating point (t.double()).")
     if t.ndim != 1:
-        raise BadTime(f"{name} must be one-dimensional; it has shape {tuple(t.shape)}.")
+        own = " A row for each system needs options={'batch_dims': 1} and an adaptive method." if t.ndim > 1 else ""
+        raise BadTime(f"{name} must be one-dimensional; it has shape {tuple(t.shape)}.{own}")
     values = numbers.listed(t)
     if not values:
         raise BadTime(f"{name} is empty; its first element is the time of h0.")
@@ -114,6 +130,65 @@ def times(t: Any, *, name: str = "t") -> tuple[Tensor, list[float]]:
             f"({values[turn]:.6g} then {values[turn + 1]:.6g})."
         )
     return t, values
+
+
+def rows(t: Any, batch: tuple[int, ...]) -> tuple[Tensor, list[float], Rows]:
+    """Check the times of independent systems: the tensor, of shape (T,) or (*batch, T); the first and the last time of
+    all, and those between where all have the same; and the rows.
+
+    Args:
+        t: as `times` takes it, or with a row for each system: a tensor of shape (*batch, T), or a list of 1-D tensors
+            or sequences of floats. Rows of different length are filled up with their last time.
+    """
+    if isinstance(t, (list, tuple)) and t and all(isinstance(x, (list, tuple)) or _is_row(x) for x in t):
+        t = _filled(t)
+    if not isinstance(t, Tensor) or t.ndim < 2:
+        t, values = times(t)
+        host = np.broadcast_to(np.array(values), (math.prod(batch), len(values)))
+        return t, values, Rows(batch, host, False)
+    if not t.is_floating_point():
+        raise BadDtype(f"t has dtype {t.dtype}; times must be floating point (t.double()).")
+    if tuple(t.shape[:-1]) != batch:
+        raise BadTime(
+            f"t has shape {tuple(t.shape)}; for systems in a batch of shape {batch} it must be (T,) or "
+            f"({', '.join(map(str, batch))}, T), a row for each."
+        )
+    if t.shape[-1] == 0:
+        raise BadTime("t is empty; its first element is the time of h0.")
+    if numbers.hidden(t):
+        raise BadTime("t has a row for each system, and torch.func.vmap makes it another for each of its samples.")
+    plain = numbers.rows(t)[0]
+    with numbers.outside():
+        host = plain.cpu().double().numpy().reshape(-1, t.shape[-1])
+    found = Rows(batch, host, True)
+    if not np.isfinite(host).all():
+        raise BadTime("t holds NaN or infinity.")
+    steps = np.diff(host, axis=1)
+    moving = steps != 0
+    # What fills a row up comes last.
+    gap = (~moving[:, :-1] & moving[:, 1:]).any(1)
+    if gap.any():
+        raise BadTime(f"t repeats a time within the row of {found.name(int(gap.argmax()))}; only its end may repeat.")
+    ahead, back = (steps > 0).any(), (steps < 0).any()
+    if ahead and back:
+        raise BadTime("t must be strictly increasing in every row, or strictly decreasing in every row, to its end.")
+    sign = -1.0 if back else 1.0
+    first, last = sign * (sign * found.starts).min(), sign * (sign * found.ends).max()
+    return t, [float(first)] if first == last else [float(first), float(last)], found
+
+
+def _is_row(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim == 1
+
+
+def _filled(given: Any) -> Tensor:
+    """Rows of different length as one tensor, with their graphs."""
+    try:
+        parts = [x if isinstance(x, Tensor) else on_host(x) for x in given]
+        longest = max(len(x) for x in parts)
+        return torch.stack([torch.cat([x, x[-1:].expand(longest - len(x))]) for x in parts])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise BadTime("t must be a tensor of times, or a list with a 1-D tensor of times for each system.") from error
 
 
 def method_of(method: Any) -> Method:
@@ -156,15 +231,15 @@ def tolerance(tol: Any, name: str, layout: Layout) -> float | Tensor:
             f"{name} has {len(parts)} parts, the state has {len(layout.shapes)}; give one number, or one for each "
             f"tensor."
         )
-    rows = []
+    numbers_of: list[Tensor] = []
     for part, shape, is_complex in zip(parts, layout.shapes, layout.complex):
         try:
             part = torch.as_tensor(part, device=layout.device).detach().to(layout.dtype).expand(shape)
         except (RuntimeError, TypeError, ValueError) as error:
             raise BadTolerance(f"{name} does not broadcast to the state's shape {tuple(shape)}.") from error
         part = part.reshape(-1)
-        rows.append(part.repeat_interleave(2) if is_complex else part)
-    flat = torch.cat(rows)
+        numbers_of.append(part.repeat_interleave(2) if is_complex else part)
+    flat = layout.join(numbers_of)
     if not bool((torch.isfinite(flat) & (flat >= 0)).all()):
         raise BadTolerance(f"{name} must be finite and not negative in every element.")
     return flat
@@ -245,6 +320,13 @@ def options_said(given: Any, method: Method) -> tuple[dict[str, Any], str]:
         raise BadOption(f"options['consistent'] must be 'check' or 'compute'; got {read['consistent']!r}.")
     if read.get("specialize", "auto") not in ("auto", "full"):
         raise BadOption(f"options['specialize'] must be 'auto' or 'full'; got {read['specialize']!r}.")
+    if read.get("batch_t", "auto") not in ("auto", "column", "batch", "vmap"):
+        raise BadOption(f"options['batch_t'] must be 'auto', 'column', 'batch' or 'vmap'; got {read['batch_t']!r}.")
+    if read.get("on_failure", "raise") not in ("raise", "nan"):
+        raise BadOption(f"options['on_failure'] must be 'raise' or 'nan'; got {read['on_failure']!r}.")
+    for name in ("batch_t", "on_failure"):
+        if name in read and "batch_dims" not in read:
+            raise BadOption(f"options[{name!r}] is for systems in a batch, and needs options['batch_dims'].")
     if not isinstance(read.get("progress", False), bool):
         raise BadOption(f"options['progress'] must be True or False; got {read['progress']!r}.")
     if read.get("interp", "linear") not in ("linear", "cubic"):
@@ -282,7 +364,19 @@ def grid(options: SolverOptions, f: Any, h0: Any) -> SolverOptions:
 
 def batch_dims(value: Any, layout: Layout) -> int:
     if not layout.spec.is_leaf():
-        raise BadOption("options['batch_dims'] needs a state that is one tensor; h0 is a pytree.")
+        least = min(len(shape) for shape in layout.shapes)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= least:
+            raise BadOption(
+                f"options['batch_dims'] must be an integer from 0 to {least}, the dimensions of the smallest tensor of "
+                f"the state; got {value!r}."
+            )
+        batches = {tuple(shape[:value]) for shape in layout.shapes}
+        if len(batches) > 1:
+            raise BadOption(
+                f"options['batch_dims']: each tensor of the state must begin with the same batch; theirs begin with "
+                f"{', '.join(map(str, sorted(batches)))}."
+            )
+        return value if layout.size else 0
     dims = len(layout.shapes[0])
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < max(dims, 1):
         raise BadOption(
@@ -409,12 +503,28 @@ def user_norm(norm: Callable[[Any], Any], layout: Layout) -> Norm:
 
 def default_norm(layout: Layout, batch: int = 1) -> Norm:
     """Root mean square; over several tensors the largest of theirs, as in torchdiffeq, and so over several systems."""
+    if batch > 1 and isinstance(layout, SystemsLayout):
+        norms = system_norms(layout, batch)
+        return lambda flat: numbers.read(norms(flat.reshape(batch, -1)).amax())
     if batch > 1:
         size = (layout.size // batch) ** 0.5
         return lambda flat: numbers.read(torch.linalg.vector_norm(flat.reshape(batch, -1), dim=1).amax()) / size
     if len(layout.sizes) == 1:
         return rms_norm
     return lambda flat: max_rms_norm(flat.split(layout.sizes))
+
+
+def system_norms(layout: Layout | None, batch: int) -> Callable[[Tensor], Tensor]:
+    """The default norm of each system: (batch, numbers of one) -> (batch,)."""
+    if not isinstance(layout, SystemsLayout) or len(layout.widths) == 1:
+        return lambda rows: torch.linalg.vector_norm(rows, dim=1) / rows.shape[1] ** 0.5
+    widths = layout.widths
+
+    def norms(rows: Tensor) -> Tensor:
+        parts = [part for part in rows.split(widths, 1) if part.shape[1]]
+        return torch.stack([torch.linalg.vector_norm(x, dim=1) / x.shape[1] ** 0.5 for x in parts]).amax(0)
+
+    return norms
 
 
 _NO_CALLBACKS = Callbacks()

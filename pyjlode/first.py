@@ -89,7 +89,7 @@ def _call(f: Any, p: ODEProblem, probe: Tensor, autocast: bool) -> Tensor:
     Args:
         probe: stands for y0.
     """
-    t, layout = p.asked(p.times[0], p.times[-1]), p.layout
+    t, layout = p.start, p.layout
     version = None if p.transformed or probe.is_inference() else probe._version
     assert layout is not None
     p.f.nfe += 1
@@ -106,7 +106,8 @@ def _call(f: Any, p: ODEProblem, probe: Tensor, autocast: bool) -> Tensor:
         arguments.check_output(out, layout, autocast)
     except Exception as error:
         fits = partial(arguments.check_output, layout=layout, autocast=autocast)
-        mistakes.call_of_f(f, t, layout.unflatten(probe), fits, error)
+        own = f.args[0] if p.rows is not None and isinstance(f, partial) else f
+        mistakes.call_of_f(own, t, layout.unflatten(probe), fits, error)
         raise
     if version is not None and probe._version != version:
         raise BadShape("f changed h in place; it must leave h as it is and return dh/dt in a tensor of its own.")

@@ -169,8 +169,11 @@ class Sight(NamedTuple):
         Raises:
             Discovered: f uses tensors there that it was not known to use.
         """
-        end = p.times[-1] if record.event_t is None else record.event_t
-        t, y = p.asked(end, p.times[0]), record.ys[-1].detach()
+        if p.rows is not None:
+            t, y = record.end
+        else:
+            end = p.times[-1] if record.event_t is None else record.event_t
+            t, y = p.asked(end, p.times[0]), record.ys[-1].detach()
         k, reached = _look(p, t, y)
         if p.makes_leaves:  # what recurs in a second call is none of these
             _look(p, t, y)

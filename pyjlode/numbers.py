@@ -117,6 +117,11 @@ def read(x: Tensor) -> float:
         return float(values.amax())
 
 
+def first(x: Tensor) -> float:
+    """The first number of a tensor, for a message."""
+    return read(x.reshape(-1)[0]) if x.numel() else math.nan
+
+
 def listed(x: Tensor) -> list[float]:
     """The numbers of times x, shape (T,), which must be the same in all samples of a `vmap`.
 

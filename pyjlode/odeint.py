@@ -46,10 +46,13 @@ def odeint(
 
     Args:
         f: `f(t, h) -> dh/dt` with `t` a 0-d tensor of the state's (real) dtype, `h` and the result like `h0`. A
-            module, a function, or any callable.
+            module, a function, or any callable. With `options["batch_dims"]` `t` is a time for each system, see
+            `docs/batches.md`.
         h0: the state at `t[0]`: a tensor of any shape, or a tuple or other pytree of tensors; float32, float64,
             complex64 or complex128.
         t: shape (T,), floating point, strictly increasing or strictly decreasing; a tensor, or a sequence of floats.
+            With `options["batch_dims"]` also (*batch, T), times for each system, or a list of a 1-D tensor for each;
+            rows of different length are filled up with their last time.
         adjoint: how to differentiate. False: through the solver's own operations (any order of derivative). True: the
             engine's recommended adjoint: "discrete", and on Julia's for stiff methods and events "gauss", or "forward"
             where few sensitivities are compiled. Or one by name:
@@ -63,9 +66,11 @@ def odeint(
         engine: "julia" (DifferentialEquations.jl), "torch" (native), or "auto": Julia where it is set up and can solve
             and differentiate this problem, else torch; torch as well for explicit methods with large networks, where it
             is faster. `Solution.stats.reason` says why. The environment variable PYJLODE_ENGINE sets what "auto" means.
-        options: for the solver; torchdiffeq's names, see `pyjlode.problem.SolverOptions`.
+        options: for the solver; torchdiffeq's names, see `pyjlode.problem.SolverOptions`. `{"batch_dims": 1}` solves
+            each sample of a batch as if it were alone, with steps, times and an event of its own.
         event_fn: `event_fn(t, h) -> Tensor`; the solve ends where the first of its elements crosses zero. `t` must
-            then have two elements, of which the second gives the direction only.
+            then have two elements, of which the second gives the direction only. With `options["batch_dims"]` its shape
+            begins with the batch's, and each system ends at its own event; one without is NaN.
         mass_matrix: M of `M dh/dt = f(t, h)`, shape (d, d) for the d numbers of `h0` (of one system, with
             `options["batch_dims"]`); it may be singular (a differential-algebraic system of index 1). For the methods
             "rodas5p", "radau5" and "bdf".
@@ -177,7 +182,7 @@ def odeint_event(
 
     Args:
         f, h0: as in `odeint`.
-        t0: 0-d, the initial time.
+        t0: 0-d, the initial time; or one for each system, of the batch's shape, with `options["batch_dims"]`.
         event_fn: `event_fn(t, h) -> Tensor` of any shape. An element that is zero at `t0` counts from when it leaves
             zero.
         reverse_time: solve towards smaller t.
@@ -193,10 +198,11 @@ def odeint_event(
         EventNotFound: no element crosses zero; and what `odeint` raises.
     """
     t0 = t0 if isinstance(t0, Tensor) else on_host(float(t0))
-    if t0.numel() != 1:
+    each = bool((kwargs.get("options") or {}).get("batch_dims"))
+    if t0.numel() != 1 and not each:
         raise BadTime(f"t0 must be one time; it has shape {tuple(t0.shape)}.")
-    t0 = t0.reshape(-1)
-    t = torch.cat([t0, t0.detach() + (-1.0 if reverse_time else 1.0)])
+    t0 = t0.reshape(()) if t0.numel() == 1 else t0
+    t = torch.stack([t0, t0.detach() + (-1.0 if reverse_time else 1.0)], -1)
     return odeint_interface(f, h0, t, event_fn=event_fn, **kwargs)
 
 

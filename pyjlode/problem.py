@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -70,7 +71,7 @@ class Layout:
             if not isinstance(leaf, Tensor) or leaf.shape != shape:
                 got = f"of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
                 what = f"tensor {i} of what f returned" if len(leaves) > 1 else "what f returned"
-                raise BadShape(f"{what} at t={float(t):.6g} is {got}; there h has the shape {tuple(shape)}.")
+                raise BadShape(f"{what} at t={numbers.first(t):.6g} is {got}; there h has the shape {tuple(shape)}.")
         return leaves[0].reshape(-1) if self.bare else self.flatten_leaves(leaves)
 
     def result_leaves(self, out: Any) -> Sequence[Any]:
@@ -91,13 +92,21 @@ class Layout:
         # Not `view_as_real`: its backward pass takes no gradient that begins at an odd place, behind three reals, say.
         parts = [torch.stack([leaf.real, leaf.imag], -1) if leaf.is_complex() else leaf for leaf in leaves]
         flat = [part.reshape(-1).to(device=self.device, dtype=self.dtype) for part in parts]
-        return torch.cat(flat) if flat else torch.zeros(0, dtype=self.dtype, device=self.device)
+        return self.join(flat) if flat else torch.zeros(0, dtype=self.dtype, device=self.device)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The real numbers of each leaf, (sizes[i],) each -> (size,)."""
+        return torch.cat(list(parts))
+
+    def split(self, flat: Tensor) -> Sequence[Tensor]:
+        """(*lead, size) -> the real numbers of each leaf, (*lead, sizes[i]) each."""
+        return flat.split(self.sizes, -1)
 
     def leaves(self, flat: Tensor) -> list[Tensor]:
         """Tensor of shape (*lead, size) -> list of leaves of shape (*lead, *shape)."""
         lead = flat.shape[:-1]
         leaves = []
-        for part, shape, dtype, is_complex in zip(flat.split(self.sizes, -1), self.shapes, self.dtypes, self.complex):
+        for part, shape, dtype, is_complex in zip(self.split(flat), self.shapes, self.dtypes, self.complex):
             if is_complex:
                 pair = part.reshape((*lead, *shape, 2))
                 if numbers.transformed():  # derivatives of `complex` have views that `vmap` does not know
@@ -113,6 +122,26 @@ class Layout:
             return flat if len(self.shapes[0]) == 1 else flat.reshape(flat.shape[:-1] + self.shapes[0])
         leaves = self.leaves(flat)
         return tuple(leaves) if self.plain else pytree.tree_unflatten(leaves, self.spec)
+
+
+class SystemsLayout(Layout):
+    """The layout of independent systems that lie in several tensors: the numbers of one system after those of another.
+
+    Args:
+        layout: of the whole state. dims: how many dimensions in front of each leaf count the systems.
+    """
+
+    def __init__(self, layout: Layout, dims: int) -> None:
+        self.__dict__.update(vars(layout))
+        self.count = math.prod(self.shapes[0][:dims])
+        self.widths = [size // self.count for size in self.sizes]
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([part.reshape(self.count, -1) for part in parts], 1).reshape(-1)
+
+    def split(self, flat: Tensor) -> Sequence[Tensor]:
+        rows = flat.reshape(*flat.shape[:-1], self.count, -1).split(self.widths, -1)
+        return [part.reshape(*flat.shape[:-1], -1) for part in rows]
 
 
 _STATE = object()  # stands for a tensor of the state
@@ -228,7 +257,7 @@ class Field:
             if self.watched and k.requires_grad and not y.requires_grad:
                 self.look(k, t, y, given)
         if self.shape is not None and k.shape != self.shape:
-            raise self.changed(numbers.read(t), k)
+            raise self.changed(numbers.first(t), k)
         if self.probed is not None:
             k = self.own(k)
         return k
@@ -359,8 +388,15 @@ class SolverOptions:
         max_order: highest order of the Adams methods; None is 5 for the explicit one, whose stability shrinks by half
             with each order, and 12 for the implicit one. Of `bdf`: 5.
         max_iters: iterations of the implicit methods within a step.
-        batch_dims: how many of the first dimensions of the state count independent systems. The stiff methods then
-            solve with a block of the Jacobian for each system, and the error norm is the largest of theirs.
+        batch_dims: how many of the first dimensions of the state (of each of its tensors) count independent systems.
+            Each is then solved as if it were alone, with steps, times (`t` of shape (*batch, T)) and an event of its
+            own, by the explicit adaptive methods and those of `pyjlode.native.samples.OWN_STEPS`. The other stiff
+            methods take common steps, the error norm being the largest of the systems', with a block of the Jacobian
+            for each. See `docs/batches.md`.
+        batch_t: the shape of the `t` that `f(t, h)` is given then: "column", (*batch, 1, ...), which broadcasts with
+            `h`; "batch", (*batch); "vmap", 0-d, f being mapped over the systems by `torch.func.vmap` as a batch of one.
+            "auto" takes the first of these for which f treats each system as it does alone, found out by a few calls.
+        on_failure: "raise", or "nan": a system whose solve fails is NaN from there on, and marked in `Stats.samples`.
         consistent: with a singular mass matrix, "check" refuses an `h0` that the algebraic equations do not hold for;
             "compute" changes its algebraic part until they do (Brown, Hindmarsh & Petzold 1998).
         allow_unstable: let `adjoint="backsolve"` solve a stiff system backward.
@@ -392,6 +428,8 @@ class SolverOptions:
     specialize: str = "auto"
     progress: bool = False
     solver: str = "LSODA"
+    batch_t: str = "auto"
+    on_failure: str = "raise"
 
 
 NO_OPTIONS = SolverOptions()
@@ -438,6 +476,36 @@ class AdjointSettings:
     callbacks: Callbacks = field(default_factory=Callbacks)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The times of independent systems, each of which is solved on its own.
+
+    Attributes:
+        shape: of the batch; B systems in all.
+        times: (B, T) float64 on the host. A row that is shorter than others is filled up with its last time.
+        own: whether t was given with a row for each system; else all rows are the same.
+        asked: the shape in which f wants a time for each system, so that a solver can give it that; (B,) will do, too.
+    """
+
+    shape: tuple[int, ...]
+    times: np.ndarray
+    own: bool
+    asked: tuple[int, ...] | None = None
+
+    @property
+    def starts(self) -> np.ndarray:
+        return np.array(self.times[:, 0])
+
+    @property
+    def ends(self) -> np.ndarray:
+        return np.array(self.times[:, -1])
+
+    def name(self, i: int) -> str:
+        """System number i, as the user counts them."""
+        place = np.unravel_index(i, self.shape)
+        return f"system {int(place[0])}" if len(place) == 1 else f"system {tuple(map(int, place))}"
+
+
 @dataclass
 class ODEProblem:
     """`y' = f(t, y)` on a flat real vector, checked and ready for an engine.
@@ -465,6 +533,8 @@ class ODEProblem:
         graph_nodes: how many nodes such a graph has.
         layout: how the user's state lies in `y0`.
         batch: number B of independent systems, which lie in `y0` one after the other.
+        rows: times of these systems, where each is solved with steps of its own; None where all share theirs. f is then
+            given times of shape (B,), and `times` are the first and the last of all.
         mass: (n / B, n / B), M of `M y' = f(t, y)`, the same for each system; None is the identity.
         blind_to_time: f is known to read t as a number.
         products: `v -> J v` and `v -> Jᵀ v` at a time t, `(t: 0-d, v: (n,)) -> (n,)`, for a large linear f.
@@ -502,6 +572,7 @@ class ODEProblem:
     graph_nodes: int = 0
     layout: Layout | None = None
     batch: int = 1
+    rows: Rows | None = None
     mass: Tensor | None = None
     jac: Callable[[Tensor, Tensor], Tensor] | None = None
     blind_to_time: bool = False
@@ -537,6 +608,15 @@ class ODEProblem:
     def moving(self) -> bool:
         """Whether a derivative with respect to the times may be asked for."""
         return self.t.requires_grad or (self.transformed and numbers.wrapped(self.t))
+
+    @property
+    def start(self) -> Tensor:
+        """The first time that f is asked for: 0-d, or one for each system, (B,)."""
+        return self.asked(self.times[0], self.times[-1]) if self.rows is None else self.moments(self.rows.starts)
+
+    def moments(self, t: np.ndarray) -> Tensor:
+        """A time for each system as f sees them: (B,), of the state's dtype and device."""
+        return torch.from_numpy(np.ascontiguousarray(t)).to(self.y0)
 
     def time(self, t: float) -> Tensor:
         """`t` as f sees it: a 0-d tensor of the state's dtype and device."""

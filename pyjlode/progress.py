@@ -27,13 +27,16 @@ def shown(p: ODEProblem) -> Iterator[None]:
 
     # Of an event the end is not known.
     whole = None if p.event_fn is not None else abs(last - t0)
+    starts: Any = t0
+    if p.rows is not None:  # the mean of what each system has behind it
+        starts, whole = p.moments(p.rows.starts), whole and float(abs(p.rows.ends - p.rows.starts).mean())
     form = (
         "t - t0 = {n:.4g} [{elapsed}]" if whole is None else "{l_bar}{bar}| {n:.4g}/{total:.4g} [{elapsed}<{remaining}]"
     )
     with tqdm(total=whole, desc=f"{p.method.name}", bar_format=form) as bar:
 
         def watched(t: Tensor, h: Any) -> Any:
-            if (passed := abs(float(t.detach()) - t0)) > bar.n:
+            if (passed := float((t.detach() - starts).abs().mean())) > bar.n:
                 bar.update(passed - bar.n)
             return f(t, h)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pickle import PicklingError
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -22,6 +23,25 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class SystemStats:
+    """An account of each system of a batch that was solved with steps of its own. All tensors have the shape of the
+    batch, on the CPU.
+
+    Attributes:
+        nfe: evaluations of f that the system needed.
+        naccept, nreject: its accepted and rejected steps.
+        failed: whether its solve failed (`options={"on_failure": "nan"}`).
+        why: the messages of those that failed, by their index in the batch.
+    """
+
+    nfe: Tensor
+    naccept: Tensor
+    nreject: Tensor
+    failed: Tensor
+    why: dict[Any, str] = field(default_factory=dict)
+
+
+@dataclass
 class Stats:
     """An account of one solve.
 
@@ -31,7 +51,7 @@ class Stats:
         method: name of the solver.
         copied: whether the initial state was copied for the solver: it is where it is not one contiguous real tensor.
         nfe: evaluations of f in the forward solve.
-        naccept, nreject: accepted and rejected steps.
+        naccept, nreject: accepted and rejected steps; of systems with steps of their own, all together.
         njac: Jacobians of f (implicit methods).
         nlu: LU factorisations; one of a batch of systems counts once (adaptive implicit methods).
         nnewton: Newton iterations, of all stages together (adaptive implicit methods with iterations).
@@ -42,6 +62,7 @@ class Stats:
         compiled: "scalar" or "array", how f was compiled for the Julia engine; "steps" where the native engine's steps
             were compiled; "" where nothing was.
         not_compiled: why the Julia engine called f back; what of a compiled solve on the native engine is not compiled.
+        systems: the same for each system of a batch, where each had steps of its own; else None.
     """
 
     engine: str
@@ -60,6 +81,7 @@ class Stats:
     wall_backward: float = 0.0
     compiled: str = ""
     not_compiled: str = ""
+    systems: SystemStats | None = None
 
 
 @dataclass
@@ -79,10 +101,11 @@ class Solution:
     """The solution of an initial value problem.
 
     Attributes:
-        t: shape (T,): the times asked for; with an event, `[t0, event_t]`.
+        t: shape (T,), or (*batch, T) with a row for each system: the times asked for; with an event, `[t0, event_t]`.
         h: the states there: the pytree of `h0` with (T, ...) in front of each leaf's shape.
         stats: the account of the work.
-        event_t: 0-d time of the event, differentiable; None without one.
+        event_t: 0-d time of the event, differentiable; None without one. Of systems with events of their own: of the
+            batch's shape, NaN where there is none.
         steps: the steps that were tried; None where the dense output was not kept, or the solver does not tell.
     """
 
@@ -122,7 +145,8 @@ class Solution:
         """The state at other times within the span, from the solver's dense output.
 
         Args:
-            t: a float, or a tensor of shape () or (M,), between the first and the last time of the solve.
+            t: a float, or a tensor of shape () or (M,), between the first and the last time of the solve. Of systems
+                with steps of their own also (*batch, M), times for each.
 
         Returns:
             The pytree of `h0`; with (M, ...) in front of each leaf's shape where `t` has shape (M,).
@@ -148,9 +172,14 @@ class Solution:
 
         Raises:
             ImportError: matplotlib is not installed.
+            BadOption: each system of a batch has times of its own.
         """
         from . import plot
 
+        if self.t.ndim > 1:
+            raise BadOption(
+                "each system has times of its own here: draw them one by one, ax.plot(solution.t[i], solution.h[:, i])."
+            )
         if ax is None:
             ax = plot.figure(7, 4).add_subplot()
         t, h = self.t.detach(), self.h
@@ -179,6 +208,8 @@ def interpolant(
         event_t: where that ended, if an event ended it.
         blind: the result carries a gradient, and the dense output does not.
     """
+    if p.rows is not None:
+        return _of_systems(record, p, layout, event_t, blind)
     t0 = p.times[0]
     t1 = p.times[-1] if event_t is None else numbers.read(event_t)
     low, high = min(t0, t1), max(t0, t1)
@@ -192,12 +223,49 @@ def interpolant(
         if outside:
             raise BadTime(f"t={outside[0]:.9g} is outside the span of the solve, [{low:.9g}, {high:.9g}].")
         if blind and torch.is_grad_enabled():
-            raise GradientUnavailable(
-                "the dense output of a solve with an adjoint carries no gradient: ask for these times in t, solve with "
-                "adjoint=False (and without compile=True), or interpolate under torch.no_grad()."
-            )
+            raise _blind()
         times = t.reshape(-1)
         ys = record.ys[:1].expand(len(values), -1) if record.dense is None else record.dense(times)
         return pytree.tree_map(lambda x: x.reshape(t.shape + x.shape[1:]), layout.unflatten(ys))
+
+    return interpolate
+
+
+def _blind() -> GradientUnavailable:
+    return GradientUnavailable(
+        "the dense output of a solve with an adjoint carries no gradient: ask for these times in t, solve with "
+        "adjoint=False (and without compile=True), or interpolate under torch.no_grad()."
+    )
+
+
+def _of_systems(
+    record: Any, p: ODEProblem, layout: Layout, event_t: Tensor | None, blind: bool
+) -> Callable[[Tensor], Any]:
+    """As `interpolant`, of systems with times of their own."""
+    rows = p.rows
+    assert rows is not None
+    ends = rows.ends if event_t is None else event_t.detach().cpu().double().numpy().reshape(-1)
+    low, high = np.fmin(rows.starts, ends)[:, None], np.fmax(rows.starts, ends)[:, None]
+
+    def interpolate(t: Tensor) -> Any:
+        if not t.is_floating_point():
+            t = t.to(torch.float64)
+        each = t.ndim > 1 and tuple(t.shape[:-1]) == rows.shape
+        times = t.reshape(-1, t.shape[-1]) if each else t.reshape(-1)
+        if not each and t.ndim > 1:
+            raise BadTime(f"t has shape {tuple(t.shape)}; it must be (), (M,) or {rows.shape} with the times of each.")
+        values = times.detach().cpu().double().numpy()
+        values = values if each else np.broadcast_to(values, (len(low), len(values)))
+        slack = 1e-12 * np.maximum(np.abs(low), np.abs(high))
+        outside = ~((low - slack <= values) & (values <= high + slack))
+        if outside.any():
+            i, j = (int(x[0]) for x in outside.nonzero())
+            raise BadTime(
+                f"t={values[i, j]:.9g} is outside the span of {rows.name(i)}, [{low[i, 0]:.9g}, {high[i, 0]:.9g}]."
+            )
+        if blind and torch.is_grad_enabled():
+            raise _blind()
+        ys = layout.unflatten(record.dense(times))
+        return ys if t.ndim else pytree.tree_map(lambda x: x[0], ys)
 
     return interpolate

@@ -29,7 +29,9 @@ from .problem import (
     Norm,
     ODEProblem,
     Prepared,
+    Rows,
     SolverOptions,
+    SystemsLayout,
     flat_field,
     like,
 )
@@ -229,12 +231,12 @@ class Solver:
             raise BadShape(f"f must be callable as f(t, h); got a {type(e.f).__name__}.{swapped}")
         try:
             reading = self._reading(e.h0)
-            y0 = arguments.flat(reading.layout, e.h0)
-            t, times = arguments.times(e.t)
+            y0 = arguments.flat(reading.layout, e.h0, check=reading.options.on_failure == "raise")
+            t, times, rows = _times(e.t, reading)
         except (BadShape, BadDtype, BadTime) as error:
             raise type(error)(mistakes.order(error, e.h0, e.t)) from error
         autocast = torch.is_autocast_enabled(reading.layout.device.type)
-        p = self._problem(e, reading, y0, t, times, autocast)
+        p = self._problem(e, reading, y0, t, times, rows, autocast)
         named = arguments.adjoint_params(e.adjoint_params)
         chosen, reason = found = choice.choose(engine, p, self.adjoint)
         gradient = gradients.find(self.adjoint, chosen, p)
@@ -242,12 +244,23 @@ class Solver:
             gradient = None
         elif gradient is None and self._pulls_back(chosen):
             gradient = chosen.recommended(p)
-        f0, needed = first.look(p, e.f, named, gradient, autocast)
+        f = e.f
+        if rows is not None:
+            f, common = choice.apart(chosen, p, e.f, e.event_fn, gradient, autocast)
+            reason += f"; {common}" if common else ""
+            found = chosen, reason
+        f0, needed = first.look(p, f, named, gradient, autocast)
         if needed and gradient is None:
-            chosen, reason = found = choice.confirm(found, engine, p, self.adjoint, recorded=True)
+            before, found = chosen, choice.confirm(found, engine, p, self.adjoint, recorded=True)
+            chosen, reason = found
+            if rows is not None and chosen is not before:  # another engine gives each system steps in another way
+                made = self._prepare(e, "torch")
+                _, common, why = made.stats.reason.partition("; common steps")
+                made.stats.reason = reason + common + why
+                return made
             if self._pulls_back(chosen) and not p.transformed:
                 gradient = chosen.recommended(p)
-                f0, needed = first.look(p, e.f, named, gradient, autocast)
+                f0, needed = first.look(p, f, named, gradient, autocast)
         if gradient and self.adjoint is True and torch.is_grad_enabled() and not self._says_backward:
             gradient = chosen.recommended(p, asked=True)
         first.keep(p, f0, gradient)
@@ -267,11 +280,18 @@ class Solver:
         return bool(self.compile) and engine.NAME == "torch" and torch.is_grad_enabled()
 
     def _problem(
-        self, e: Equation, reading: Reading, y0: Tensor, t: Tensor, times: list[float], autocast: bool
+        self,
+        e: Equation,
+        reading: Reading,
+        y0: Tensor,
+        t: Tensor,
+        times: list[float],
+        rows: Rows | None,
+        autocast: bool,
     ) -> ODEProblem:
         row, layout, batch, event_fn = self._forward.method, reading.layout, reading.batch, e.event_fn
-        if event_fn is not None and len(times) != 2:
-            raise BadTime(f"with event_fn, t must be [t0, t1], t1 giving the direction; got {len(times)} times.")
+        if event_fn is not None and t.shape[-1] != 2:
+            raise BadTime(f"with event_fn, t must be [t0, t1], t1 giving the direction; got {t.shape[-1]} times.")
         options = arguments.grid(reading.options, e.f, e.h0)
         if event_fn is not None and "max_num_steps" not in self._forward.options:
             options = replace(options, max_num_steps=EVENT_STEPS)
@@ -288,6 +308,7 @@ class Solver:
             event_fn=event_fn and (lambda t, y: arguments.event_value(event_fn(t, layout.unflatten(y)))),
             layout=layout,
             batch=batch,
+            rows=rows,
             mass=arguments.mass_matrix(e.mass_matrix, row, layout, batch),
             jac=arguments.jacobian(e.jac, row, layout, batch),
             callbacks=arguments.callbacks(e.f, row, layout, y0),
@@ -309,9 +330,12 @@ class Solver:
 
     def _read(self, layout: Layout) -> Reading:
         said = self._forward
-        rtol, atol = arguments.tolerances(said.rtol, said.atol, layout, said.method)
         options = arguments.options(said.options, layout)
         batch = arguments.systems(options, layout)
+        if options.batch_dims and len(layout.sizes) > 1:
+            layout = SystemsLayout(layout, options.batch_dims)
+            options = arguments.options(said.options, layout)
+        rtol, atol = arguments.tolerances(said.rtol, said.atol, layout, said.method)
         norm = options.norm or arguments.default_norm(layout, batch)
         return Reading(layout, rtol, atol, options, batch, norm)
 
@@ -376,6 +400,16 @@ class Solver:
 
 _BACKWARD = ("adjoint_rtol", "adjoint_atol", "adjoint_method", "adjoint_options")
 Solver.__init__ = mistakes.front(arguments.OPTIONS)(Solver.__init__)  # type: ignore[method-assign]
+
+
+def _times(t: Any, reading: Reading) -> tuple[Tensor, list[float], Rows | None]:
+    """The times of a call, with a row for each system where the state is a batch of them."""
+    dims, shape = reading.options.batch_dims, reading.layout.shapes[0]
+    if dims:
+        return arguments.rows(t, tuple(shape[:dims]))
+    if reading.layout.size == 0 and isinstance(t, Tensor) and t.ndim > 1:  # of no systems, or of systems of nothing
+        t = t.sum(tuple(range(t.ndim - 1))) * 0 + torch.arange(t.shape[-1]).to(t)
+    return *arguments.times(t), None
 
 
 def _again(said: dict[str, Any]) -> Solver:
@@ -515,7 +549,8 @@ def solved(how: Solver | dict[str, Any], e: Equation, *, dense: bool) -> Solutio
     assert p.layout is not None
     ys, ts = record.ys, p.t if e.t is own_t else own_t
     if event_t is not None:
-        ys, ts = torch.stack([ys[0], ran.event_y]), torch.stack([p.t[0], event_t])
+        starts = p.t[..., 0] if p.rows is None else p.t[..., 0].expand(event_t.shape)
+        ys, ts = torch.stack([ys[0], ran.event_y]), torch.stack([starts, event_t], -1)
     stats.nfe = p.f.nfe
     stats.wall = time.perf_counter() - start
     if call and stats.compiled and not known and stats.engine == "julia":

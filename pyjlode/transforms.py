@@ -44,6 +44,8 @@ def shared_times(e: Equation, method: Method, options: Mapping[str, Any]) -> tup
     names = [f"callback_{when}" for when in ("step", "accept_step", "reject_step")]
     called = [name for name in names if getattr(f, name, None) is not None]
     of_time = {"step_size", "grid_constructor", "first_step", "max_step", "min_step", "step_t", "jump_t"}
+    if options.get("batch_dims"):
+        raise BadOption("batch_dims: torch.func.vmap makes t another for each sample. Give t a row for each system.")
     said = sorted({name for name in options if name in of_time} | set(called))
     if said:
         raise BadOption(f"{', '.join(said)}: these speak of one time, and torch.func.vmap gives each sample its own t.")

@@ -128,6 +128,8 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
         return f"adjoint='discrete' takes the steps again there, and that cannot be done {obstacle}"
     if gradient not in (None, "forward", "discrete") and (obstacle := _cannot_adjoin(p, gradient)):
         return obstacle
+    if p.rows is not None and p.rows.own:
+        return "t has a row for each system, and it takes one t for all"
     if p.batch > 1 and (obstacle := _cannot_sweep(p, gradient)):
         return f"options['batch_dims'] solves systems one by one there, and that {obstacle}"
     if p.mass is not None and gradient is not None:

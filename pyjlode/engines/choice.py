@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import gradients, transforms
 from ..bridge import engine as julia
@@ -13,8 +14,9 @@ from ..bridge import plans, runtime
 from ..errors import BadOption, EngineUnavailable, EventNotFound, MaxStepsReached, SolveError
 from ..gradients import Engine
 from ..native import engine as native
+from ..notices import warn
 from ..parameters import Held
-from ..problem import Equation, ODEProblem, Prepared
+from ..problem import Callbacks, Equation, ODEProblem, Prepared, flat_field
 
 ENGINES = ("auto", "torch", "julia")
 ENGINE_VARIABLE = "PYJLODE_ENGINE"  # what "auto" means, where the user has set it: "torch" or "julia"
@@ -88,6 +90,53 @@ def confirm(
     return found if found[0] is native else choose(name, p, adjoint, recorded=recorded)
 
 
+def apart(
+    engine: Engine, p: ODEProblem, f: Any, event_fn: Any, gradient: str | None, autocast: bool
+) -> tuple[Any, str]:
+    """Have each system of the batch in `p` solved with steps of its own, by the native engine, if that can be.
+
+    Args:
+        f, event_fn: the user's. gradient: the gradient method.
+
+    Returns:
+        f as a function of a time for each system, or the user's; and why they have common steps, where they have.
+
+    Raises:
+        BadOption: they have common steps, and something was asked for that needs more.
+    """
+    assert p.rows is not None
+    assert p.layout is not None
+    if engine is not native:  # a sweep solves them one by one
+        p.rows = None
+        return f, ""
+    asked = "t with a row for each system" if p.rows.own else "event_fn with an event for each" if event_fn else ""
+    asked = "on_failure='nan'" if p.options.on_failure == "nan" else asked
+    why = native.apart(p)
+    if why:
+        if asked:
+            raise BadOption(f"{asked} needs steps of their own for the systems of a batch, and {why}. {_OWN}")
+        p.rows = None
+        return f, f"common steps: {why}"
+    if gradient is not None and gradient != "discrete" and asked:
+        raise BadOption(
+            f"adjoint={gradient!r} solves all systems of a batch backward with common steps, which cannot be with "
+            f"{asked}. Use adjoint=True or adjoint=False."
+        )
+    layout = p.layout
+    if unheard := [name for name, call in vars(p.callbacks).items() if call]:
+        warn(f"f's callbacks ({', '.join(unheard)}) are not called where each system has steps of its own.")
+        p.callbacks = Callbacks()
+    fitted = native.of_systems(p, f)
+    p.f = flat_field(fitted, layout, autocast)
+    p.f.source = None
+    if event_fn is not None:
+        p.event_fn = native.event_of_systems(p, event_fn)
+    return fitted, ""
+
+
+_OWN = f"Methods that give each its own: {', '.join(native.OWN_STEPS)}."
+
+
 def _large(p: ODEProblem) -> bool:
     """Whether an explicit method solves a large network: one whose parameters, times the rows of the state that it is
     given, are many."""
@@ -110,6 +159,8 @@ def planned(solver: Any, name: str, e: Equation) -> plans.Call | None:
     if meant == "torch":
         return None
     if e.event_fn is not None or e.mass_matrix is not None or e.jac is not None or e.adjoint_params is not None:
+        return None
+    if isinstance(e.t, Tensor) and e.t.ndim != 1:
         return None
     return plans.call(e.f, e.h0, e.t, (solver, meant))
 

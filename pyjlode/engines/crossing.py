@@ -19,6 +19,8 @@ def crossing(p: ODEProblem, record: Any, gradient: str | None) -> tuple[Tensor, 
     with its slope held, changes no value and makes one more order of derivative exact each time (Chen, Amos & Nickel
     2021, theorem 1, is the first).
     """
+    if p.rows is not None:
+        return native.crossing(p, record, gradient)
     y = record.ys[-1]
     t = p.t.detach().new_tensor(record.event_t)
     assert p.event_fn is not None

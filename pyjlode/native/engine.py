@@ -16,12 +16,12 @@ from ..numbers import on_host
 from ..parameters import graph_mark
 from ..problem import Callback, ODEProblem, like
 from ..solution import Stats, Steps
-from . import compiled, dae, interpolation, loop, sample_events, scipy_ivp, sensitivity
-from .loop import Record
+from . import compiled, dae, interpolation, loop, sample_events, samples, scipy_ivp, sensitivity
 from .sensitivity import Gradients
 from .step import Step
 
 NAME = "torch"
+OWN_STEPS = samples.OWN_STEPS
 
 
 def recommended(p: ODEProblem, *, asked: bool = False) -> str:
@@ -34,7 +34,7 @@ class Memory:
     """What a forward solve keeps for its vector-Jacobian product."""
 
     problem: ODEProblem
-    record: Record
+    record: Any
     gradient: str
     sensitivities: Tensor | None = None
 
@@ -44,10 +44,12 @@ class Memory:
         head = self.record.head
         if self.gradient == "discrete" and self.problem.compiled is not None:
             return False
+        if self.problem.rows is not None:
+            return self.gradient != "discrete" or self.record.tape is None
         return self.sensitivities is None and (head is None or head.steps < len(self.record.kept))
 
 
-def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = False) -> Record:
+def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = False) -> Any:
     """Solve `p`; with `recorded`, under autograd."""
     if p.compile:
         p = compiled.prepare(p, stats, dense=dense)
@@ -59,6 +61,8 @@ def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = 
                 "there; use one of the other methods."
             )
         return scipy_ivp.solve(p, stats, dense=dense)
+    if p.rows is not None:
+        return samples.solve(p, stats, recorded=recorded, dense=dense)
     if p.transformed and p.event_fn:
         return sample_events.solve(p, stats, dense=dense)
     return loop.solve(p, stats, recorded=math.inf if recorded else 0, dense=dense)
@@ -66,7 +70,7 @@ def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = 
 
 def watch(p: ODEProblem) -> Steps | None:
     """Have the steps of a solve noted as they are tried; the user's callbacks are called as before."""
-    if p.method.kind == "scipy":
+    if p.method.kind == "scipy" or p.rows is not None:
         return None
     steps, own = Steps(), p.callbacks
 
@@ -112,6 +116,26 @@ def output_slope(p: ODEProblem, step: Step, t: float) -> Tensor:
         return torch.autograd.grad(by_time, bar)[0]
 
 
+def crossing(p: ODEProblem, record: Any, gradient: str | None) -> tuple[Tensor, Tensor]:
+    """Times and states of the events of systems that each have their own."""
+    return samples.crossing(p, record, gradient)
+
+
+def apart(p: ODEProblem) -> str | None:
+    """Why the systems of `p` cannot each have steps of their own; None if they can."""
+    return samples.cannot(p)
+
+
+def of_systems(p: ODEProblem, f: Any) -> Any:
+    """The user's f as a function of a time for each system, (B,)."""
+    return samples.fitted(p, f)
+
+
+def event_of_systems(p: ODEProblem, event_fn: Any) -> Any:
+    """The user's event function of times (B,) and flat states (n,): (B, m)."""
+    return samples.fitted_event(p, event_fn)
+
+
 def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = False) -> Memory:
     """Solve `p` and keep what `vjp` needs for the gradient method named."""
     kept = dense or gradient in ("interpolating", "quadrature", "gauss")
@@ -126,7 +150,10 @@ def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = F
                 "adjoint='backsolve' or 'interpolating'."
             )
         return Memory(p, scipy_ivp.solve(p, stats, dense=kept), gradient)
+    if p.rows is not None and gradient != "forward":
+        return Memory(p, samples.solve(p, stats, states=gradient == "discrete", dense=kept), gradient)
     if gradient == "forward":
+        p = like(p, rows=None)
         record, S = sensitivity.solve_forward(p, stats, dense=dense)
         return Memory(p, record, gradient, S)
     if gradient == "discrete":
@@ -148,6 +175,8 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     """
     p, record = memory.problem, memory.record
     with torch.no_grad():
+        if memory.gradient == "discrete" and p.rows is not None:
+            return samples.discrete(p, record, g, again=again)
         if memory.gradient == "discrete":
             return sensitivity.discrete(p, record, g, again=again)
         if memory.gradient == "forward":

@@ -242,33 +242,33 @@ class ExplicitStep:
 _ONE = np.ones(1)
 
 # Stiffness is looked for in so many steps out of so many, from the hundredth on: a solve of fewer is quick.
-_LOOKED_AT, _PERIOD, _FIRST = 16, 500, 100
+LOOKED_AT, PERIOD, FIRST = 16, 500, 100
 # So many of them on the boundary of stability, or as near to it as a tight tolerance holds a step that is not limited
 # by accuracy, make the problem stiff for the method (HW IV.2) ...
-_ON_BOUNDARY, _NEAR = 14, 0.7
+ON_BOUNDARY, NEAR = 14, 0.7
 # ... and so many steps that are left at this size, a crawl.
-_CRAWL = 2000
+CRAWL = 2000
 
 
 class Crawl:
     """Says once in a solve that the method crawls, held by its stability."""
 
     def __init__(self, tab: ExplicitTableau) -> None:
-        self.near, self.hits, self.said = _NEAR * boundary(tab), 0, False
+        self.near, self.hits, self.said = NEAR * boundary(tab), 0, False
 
     def look(self, n: int, step: ExplicitStep, end: float) -> None:
         """Look at step number n, from 1."""
-        phase = (n - _FIRST) % _PERIOD
-        if self.said or n < _FIRST or phase >= _LOOKED_AT:
+        phase = (n - FIRST) % PERIOD
+        if self.said or n < FIRST or phase >= LOOKED_AT:
             return
         interval = step.interval
         left = (end - interval.t1) / (interval.t1 - interval.t0) if math.isfinite(end) else n
-        if left <= _CRAWL:
+        if left <= CRAWL:
             self.hits = 0
             return
         with torch.no_grad():
             self.hits = (self.hits if phase else 0) + (step.stretch() > self.near)
-        if self.hits >= _ON_BOUNDARY:
+        if self.hits >= ON_BOUNDARY:
             self.said = True
             name, t, dt = step.rk.p.method.name, interval.t1, interval.t1 - interval.t0
             there = f"some {left:.0f} more of them to t={end:.6g}" if math.isfinite(end) else f"{n} so far"

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
-from ..errors import BadOption, BadShape, BadTime
+from .. import numbers
+from ..errors import BadFunction, BadOption, BadShape, BadTime
+from ..methods import find
+from ..odeint import solve
 from .likelihoods import GaussianLikelihood, PoissonProcess
 from .neural_ode import NeuralODE
-from .series import check_times, series, union_of_times
+from .series import check_times, own_times, series, union_of_times
 from .vector_distribution import VectorDistribution
 
 
@@ -36,8 +39,9 @@ class LatentODE(nn.Module):
     """A variational autoencoder of series: a recognition network reads a series, a latent state z(t0) is drawn, an ODE
     carries it through time, and each observation is decoded from where it then is.
 
-    Series may be observed at irregular times, each at its own, and in part. The batch is solved once, on the union of
-    all times.
+    Series may be observed at irregular times, each at its own, and in part. The batch is solved once: each series by
+    itself, on its own times, with an explicit adaptive method on the native engine, if `f` takes a time for each (see
+    `docs/batches.md`) and the gradient is `adjoint=True` or `False`; else all together, on the union of all times.
 
     Args:
         recognition: `recognition(x, t, mask, t0)` gives a distribution of batch shape (B,) and event shape (Z,), e.g.
@@ -82,6 +86,14 @@ class LatentODE(nn.Module):
         field = f if events is None else _Counting(f, events)
         options = {"rtol": 1e-5, "atol": 1e-5, **solver_options}
         self.ode = NeuralODE(field, return_trajectory=True, **options)
+        settings = self.ode.solver_options
+        self._own_times = (
+            find(settings.get("method")).kind == "adaptive"
+            and settings["adjoint"] in (True, False, "discrete")
+            and settings.get("engine", "auto") != "julia"
+            and not settings.get("compile")
+            and not {"norm", "batch_dims", "step_t", "jump_t"} & {*(settings.get("options") or {})}
+        )
 
     @property
     def prior(self) -> Distribution:
@@ -171,11 +183,31 @@ class LatentODE(nn.Module):
         end = t[..., -1] if until is None else torch.as_tensor(until, device=t.device).to(t)
         if until is not None and float(t.max()) > float(end):
             raise BadTime(f"until={until:g} comes before the last time, {float(t.max()):g}.")
+        own = self._each(z0, t, end) if t.dim() == 2 and self._own_times and not numbers.transformed() else None
+        if own is not None:
+            return own
         union, (_, index, last) = union_of_times(t.new_tensor(self.t0), t, end)
         if self.events is None:
             return _gather(self.ode(z0, union), index), None
         z, integral = self.ode((z0, z0.new_zeros(z0.shape[:-1])), union)
         return _gather(z, index), _gather(integral[..., None], last[..., None]).squeeze(-1).squeeze(-1)
+
+    def _each(self, z0: Tensor, t: Tensor, end: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """As `path`, each series on its own times; None where `f` does not take a time for each."""
+        times, index = own_times(torch.cat([t.new_full((len(t), 1), self.t0), t, end.expand(len(t))[:, None]], 1))
+        settings = dict(self.ode.solver_options)
+        settings["options"] = {**(settings.get("options") or {}), "batch_dims": 2}
+        state = z0 if self.events is None else (z0, z0.new_zeros(z0.shape[:-1]))
+        try:
+            solution = solve(self.ode.f, state, times.expand(len(z0), -1, -1), dense=False, **settings)
+        except BadFunction:
+            self._own_times = False
+            return None
+        self.ode.stats = solution.stats
+        if self.events is None:
+            return _gather(solution.h, index[:, 1:-1]), None
+        z, integral = solution.h
+        return _gather(z, index[:, 1:-1]), integral[-1]
 
     def _decode(self, z: Tensor) -> Tensor:
         if self.likelihood is None:

@@ -76,7 +76,8 @@ class NeuralODE(nn.Module):
 
         Args:
             h0: the state at `t[0]`: a tensor, e.g. of shape (batch, features), or a pytree of tensors.
-            t: shape (T,), other times for this call; a tensor or a sequence of floats.
+            t: shape (T,), other times for this call; a tensor or a sequence of floats. With
+                `options={"batch_dims": 1}` among the `solver_options` also (batch, T), times for each sample.
 
         Returns:
             Like `h0`: the state at `t[-1]`. With `return_trajectory`, (T, ...) in front of each leaf's shape. With

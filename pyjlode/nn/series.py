@@ -70,6 +70,21 @@ def check_times(t: Tensor, t0: float) -> None:
         raise BadTime(f"times must not come before the latent state's, t0={t0:g}; the first is {float(t.min()):g}.")
 
 
+def own_times(t: Tensor) -> tuple[Tensor, Tensor]:
+    """The times of each row, each once.
+
+    Args:
+        t: shape (B, T), not decreasing along each row.
+
+    Returns:
+        `(times, index)`: shape (B, U), each row strictly increasing and then filled up with its last time; and where
+        the times of t stand there, (B, T): `times.gather(1, index) == t`.
+    """
+    index = torch.cat([torch.zeros_like(t[:, :1]), (t.diff(dim=1) > 0).to(t)], 1).cumsum(1).long()
+    times = t[:, -1:].repeat(1, int(index.max()) + 1)
+    return times.scatter(1, index, t), index
+
+
 def union_of_times(*t: Tensor) -> tuple[Tensor, list[Tensor]]:
     """All times of several tensors, each once.
 

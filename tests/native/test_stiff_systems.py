@@ -379,7 +379,10 @@ WRONG = {
     "jac for a pytree": (errors.BadOption, {"jac": decay, "h0": (tensor(1.0), tensor(1.0))}),
     "batch_dims of a vector": (errors.BadOption, {"options": {"batch_dims": 1}}),
     "batch_dims that is no integer": (errors.BadOption, {"options": {"batch_dims": 0.5}}),
-    "batch_dims of a pytree": (errors.BadOption, {"options": {"batch_dims": 1}, "h0": (torch.ones(2, 2, dtype=F64),)}),
+    "batch_dims of a pytree": (
+        errors.BadOption,
+        {"options": {"batch_dims": 1}, "h0": (torch.ones(2, 2, dtype=F64), torch.ones(3, 2, dtype=F64))},
+    ),
     "adjoint_method that takes no mass": (
         errors.BadOption,
         {"mass_matrix": torch.eye(2), "adjoint": "gauss", "adjoint_method": "dopri5"},

@@ -196,8 +196,35 @@ def test_path_on_the_union_is_that_of_each_series_alone():
         torch.testing.assert_close(together[:, b], alone, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("events", [False, True])
+def test_times_of_each_give_what_the_union_gives(events):
+    latent, (_, t, _) = model(rtol=1e-9, atol=1e-9, events=events), data()
+    z0 = torch.randn(2, B, Z, dtype=F64, requires_grad=True)
+    found = []
+    for own in (True, False):
+        latent._own_times = own
+        z, integral = latent.path(z0, t)
+        value = z.square().sum() + (0.0 if integral is None else integral.sum())
+        found.append([z, *([integral] if events else []), *torch.autograd.grad(value, (z0, *latent.ode.parameters()))])
+        assert (latent.ode.stats.systems is not None) == own
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_field_that_mixes_series_is_solved_on_the_union():
+    class Mixing(nn.Module):
+        def forward(self, t, z):
+            return z.mean(1, keepdim=True) - z
+
+    latent, (_, t, _) = model(), data()
+    latent.ode.f = Mixing()
+    z = latent.path(torch.randn(2, B, Z, dtype=F64), t)[0]
+    assert z.shape == (2, B, T, Z)
+    assert latent.ode.stats.systems is None
+
+
 def test_one_row_of_times_serves_all():
-    latent, z0 = model(), torch.randn(2, B, Z, dtype=F64)
+    latent, z0 = model(rtol=1e-9, atol=1e-9), torch.randn(2, B, Z, dtype=F64)
     t = torch.tensor([0.0, 0.4, 0.4, 1.0], dtype=F64)
     shared = latent.path(z0, t)[0]
     torch.testing.assert_close(shared, latent.path(z0, t.expand(B, 4))[0])
