@@ -85,11 +85,6 @@ def _obstacle(p: ODEProblem, gradient: str | None) -> str:
     """Why a problem has no compiled steps, for what is known without a look at f; "" for no reason."""
     if p.transformed:
         return "torch.func and forward mode look into the solver's operations, which are then one; use compile=None"
-    if p.rows is not None:
-        return (
-            "the systems of a batch (options['batch_dims']) have steps of their own, which are not compiled; use "
-            "compile=None, or leave batch_dims out for common steps"
-        )
     if p.method.kind not in ("adaptive", "fixed"):
         return (
             f"{p.method.name!r} is not an explicit Runge-Kutta method, and the steps of no other kind are compiled; "
