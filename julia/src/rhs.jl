@@ -43,6 +43,7 @@ mutable struct Field{T}
     const constants::Vector{T}
     const work::Vector{T}
     const pattern::Union{Nothing, SparseMatrixCSC{T, Int64}}
+    const layers::Vector{Layer}
 end
 
 pointer_to(address) = Ptr{Cvoid}(UInt(address))
@@ -51,13 +52,13 @@ function Field{T}(
         n::Integer; f, jac = 0, tgrad = 0, jvp = 0, vjp = 0, vjp_p = 0, event = 0, parameters::Integer = 0
     ) where {T}
     pointers = map(pointer_to, (f, jac, tgrad, jvp, vjp, vjp_p, event))
-    return Field{T}(n, pointers..., Vector{T}[], T[], T[], zeros(T, parameters), false, T[], T[], nothing)
+    return Field{T}(n, pointers..., Vector{T}[], T[], T[], zeros(T, parameters), false, T[], T[], nothing, Layer[])
 end
 
 function Field{T}(c::Functions) where {T}
     return Field{T}(
         c.n, c.f, c.jac, c.tgrad, c.jvp, c.vjp, c.vjp_p, c.event, Vector{T}[], T[], T[], zeros(T, c.parameters), false,
-        T[], T[], nothing
+        T[], T[], nothing, Layer[]
     )
 end
 

@@ -21,7 +21,7 @@ from ..parameters import graph_mark
 from ..problem import Layout, ODEProblem
 from .calls import Calls, Held
 from .function import JuliaFunction
-from .memory import Clock, Functions, Request, Views, look
+from .memory import Clock, Functions, ReplayRequest, Request, Views, look
 
 _PLAIN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double)
 _PRODUCT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double)
@@ -44,6 +44,9 @@ class Callbacks:
 
     Args:
         calls: the functions of PyJLODE.jl.
+
+    Attributes:
+        replaying: what is said of replays, where that is kept.
     """
 
     def __init__(self, calls: Calls, p: ODEProblem) -> None:
@@ -54,6 +57,7 @@ class Callbacks:
         self.functions: dict[str, Any] = {}
         self.callables: list[Callable[..., None]] = []
         self.field: Held
+        self.replaying: ReplayRequest | None = None
         if p.event_fn is not None:
             self.margin = Margin(p)
             self.functions["event"] = self.function(_PLAIN, self.guard("event"))
@@ -133,6 +137,11 @@ class Callbacks:
     def parameter_gradients(self, theta: Tensor) -> list[Tensor | None]:
         """Of a gradient by the parameters, shape (m,), those by `p.params`."""
         return [x.to(q.device, q.dtype) for x, q in zip(self.params.leaves(theta), self.p.params)]
+
+    def apart(self, both: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """A gradient by the state and then by the parameters, shape (n + m,): that by the state, and those by
+        `p.params`."""
+        return both[: self.n], self.parameter_gradients(both[self.n :])
 
     def state(self, address: int) -> Tensor:
         """Shape (n,): a copy, for what autograd may keep."""
