@@ -1,13 +1,16 @@
 """What vector fields compiled from PyTorch to Julia cost, beside hand-written Julia, diffrax and torchdiffeq.
 
-    python benchmarks/compiled.py [--part first|small|call|stiff|neural|gradient|wide|size|sweep|allocations] [--rounds N]
-        [--alone]
+    python benchmarks/compiled.py [--part peers|first|small|call|stiff|neural|gradient|wide|size|sweep|allocations]
+        [--rounds N] [--alone]
 
 Every table is of one run: its contenders take turns, round after round, on one thread, and what is printed of them are
 medians of CPU time (which on one thread is the time, and which other programs on the machine change least), and medians
 of the ratios within a round. Contenders that are not installed are left out, and by --alone diffrax and torchdiffeq:
 where JAX was imported first, each call from one compiled Julia function to another takes 8 ns longer.
 
+peers: how many times as fast as diffrax under jit, of forward solves and gradients, with the ratios that are the goal; how
+    many times as long as hand-written Julia; and what a call and a gradient of next to no work cost. With a
+    `pyjlode.Solver`.
 first: seconds of tracing, generating and compiling, and of the first solve, for a 2-64-64-2 network.
 small: Lorenz, Lotka-Volterra, Hénon-Heiles and seven bodies (Pleiades), against a Julia function written in place by
     hand and solved from Julia by the same algorithm and step control: behind a pointer, as SciML does by default and PyJLODE does
@@ -809,7 +812,113 @@ def allocations(rounds: int) -> None:
             )
 
 
+def times(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of one run of each, for each of so many rounds in which they take turns."""
+    counts = {}
+    for name, run in runs.items():
+        for _ in range(4):  # the first compile, and make what is kept
+            run()
+        counts[name] = max(1, int(LEAST / max(seconds(run, 2), 1e-7)))
+    rows: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            rows[name].append(seconds(run, counts[name]))
+    return rows
+
+
+def row(title: str, runs: dict[str, Callable[[], Any]], rounds: int, goal: float, inverse: bool = False) -> None:
+    """A line of two contenders, ours first, and of the ratio of the other's time to ours; or `inverse`."""
+    (ours, theirs), name = times(runs, rounds).values(), list(runs)[1]
+    ratios = [a / b if inverse else b / a for a, b in zip(ours, theirs)]
+    print(
+        f"{title:40s} {min(ours) * 1e6:9.1f} us  {name} {min(theirs) * 1e6:9.1f} us  ratio "
+        f"{statistics.median(ratios):5.2f}  (goal: {'at most' if inverse else 'at least'} {goal})",
+        flush=True,
+    )
+
+
+def peers(rounds: int) -> None:
+    solver = lambda tol, **how: pyjlode.Solver("tsit5", engine="julia", compile=True, rtol=tol, atol=tol, **how)
+    for title, sizes, shape, dtype, tol in NETWORKS:
+        f, h0, t = MLP(*sizes, dtype=dtype), torch.randn(shape, dtype=dtype), torch.tensor([0.0, SPAN], dtype=dtype)
+        small = sizes == (2, 16, 16, 2)
+        if diffrax is not None:
+            jax_part = (*jax_mlp(f), jnp.array(h0.numpy()), jnp.array([0.0, SPAN]))
+            _peers(title, f, h0, t, solver, tol, list(f.parameters()), jax_part, rounds, 2 if small else 3, 3)
+    t = torch.tensor([0.0, 20.0], dtype=F64)
+    lorenz0, henon0 = torch.tensor([1.0, 0.0, 0.0], dtype=F64), torch.tensor([0.1, 0.2, 0.3, -0.2], dtype=F64)
+    systems: list[tuple[str, str, Any, Any, Tensor, list[float], float]] = [
+        ("Lorenz", "lorenz", lorenz, "jax_lorenz", lorenz0, LORENZ, 20.0),
+        ("Henon-Heiles", "henon", lambda p: henon, "jax_henon", henon0, [], 100.0),
+        ("Lotka-Volterra", "lotka", lotka, "jax_lotka", torch.ones(2, dtype=F64), LOTKA, 20.0),
+    ]
+    for title, name, make, jax_name, u0, p, end in systems:
+        f, t = make(torch.tensor(p, dtype=F64)), torch.tensor([0.0, end], dtype=F64)
+        solve, whole = solver(1e-8), solver(1e-8, options={"specialize": "full"})
+        run = lambda f=f, u0=u0, t=t, solve=solve: solve(f, u0, t)
+        full = lambda f=f, u0=u0, t=t, solve=whole: solve(f, u0, t)
+        if diffrax is not None:
+            once = jax.jit(jax_solver(globals()[jax_name], None, jnp.array([0.0, end]), diffrax.Tsit5(), 1e-8, 1e-8))
+            j0, jp = jnp.array(u0.numpy()), jnp.array(p)
+            theirs = lambda once=once, j0=j0, jp=jp: once(j0, jp).block_until_ready()
+            row(f"{title}, forward", {"ours": run, "diffrax": theirs}, rounds, 2.5)
+        hand, hand_full = (ByHand(name, u0, p, (0.0, end), "Tsit5()", (1e-8, 1e-8), full=x) for x in (False, True))
+        row(f"{title}, forward", {"ours": run, "by hand": hand}, rounds, 1.25, True)
+        row(f"{title}, forward, full", {"ours": full, "by hand": hand_full}, rounds, 1.25, True)
+    if diffrax is not None:
+        p = torch.tensor(LOTKA, dtype=F64, requires_grad=True)
+        h0, t = torch.ones(2, dtype=F64), torch.linspace(0, 10, 101, dtype=F64)
+        jax_part = (jax_lotka, jnp.array(LOTKA), jnp.ones(2), jnp.linspace(0.0, 10.0, 101))
+        _peers("Lotka-Volterra 101 outputs", lotka(p), h0, t, solver, 1e-8, [p], jax_part, rounds, 2.5, 4)
+    f, h0, t = MLP(2, 4, 2), torch.ones(2, dtype=F64), torch.tensor([0.0, 1e-3], dtype=F64)
+    solve, pull = solver(1e-3), solver(1e-3, adjoint=True)
+    start, bar = h0.clone().requires_grad_(), torch.ones(2, 2, dtype=F64)
+    wrt = [start, *f.parameters()]
+
+    def forward() -> None:
+        with torch.no_grad():
+            solve(f, h0, t)
+
+    rows = times({"call": forward, "gradient": lambda: torch.autograd.grad(pull(f, start, t), wrt, bar)}, rounds)
+    for name, goal in (("call", 50), ("gradient", 150)):
+        print(f"a {name} of next to no work, a module of four tensors: {min(rows[name]) * 1e6:.1f} us (goal: {goal})")
+
+
+def _peers(
+    title: str,
+    f: Any,
+    h0: Tensor,
+    t: Tensor,
+    solver: Any,
+    tol: float,
+    params: list[Tensor],
+    jax_part: Any,
+    rounds: int,
+    goal: float,
+    goal_gradient: float,
+) -> None:
+    solve, pull = solver(tol), solver(tol, adjoint=True)
+    jf, weights, j0, ts = jax_part
+    run = jax_solver(jf, None, ts, diffrax.Tsit5(), tol, tol)
+    once = jax.jit(run)
+    gradient = jax.jit(jax.grad(lambda a: (run(*a) ** 2).sum()))
+    start = h0.clone().requires_grad_()
+
+    def forward() -> None:
+        with torch.no_grad():
+            solve(f, h0, t)
+
+    def ours() -> Any:
+        return torch.autograd.grad(pull(f, start, t)[1:].square().sum(), [start, *params])
+
+    theirs = lambda: once(j0, weights).block_until_ready()
+    row(f"{title}, forward", {"ours": forward, "diffrax": theirs}, rounds, goal)
+    theirs = lambda: jax.block_until_ready(gradient((j0, weights)))
+    row(f"{title}, gradient", {"ours": ours, "diffrax": theirs}, rounds, goal_gradient)
+
+
 PARTS: dict[str, Callable[[int], None]] = {
+    "peers": peers,
     "first": first,
     "small": small,
     "call": call,

@@ -328,8 +328,7 @@ def _rebindable(held: Held, params: tuple[Tensor, ...]) -> tuple[Binding, ...]:
     )
 
 
-@contextlib.contextmanager
-def bound(bindings: Sequence[Binding], params: Sequence[Tensor]) -> Iterator[None]:
+def bound(bindings: Sequence[Binding], params: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
     """Within this context f holds the tensors that it held when the bindings were made, and its parameters want grad.
 
     Between a solve and its backward pass they may have been exchanged: by `torch.func.functional_call`, or by setting
@@ -337,6 +336,11 @@ def bound(bindings: Sequence[Binding], params: Sequence[Tensor]) -> Iterator[Non
     """
     frozen = [x for x in params if not x.requires_grad]
     moved = [(b, b.now()) for b in bindings if b.now() is not b.tensor]
+    return _bound(frozen, moved) if frozen or moved else _NOTHING
+
+
+@contextlib.contextmanager
+def _bound(frozen: Sequence[Tensor], moved: Sequence[tuple[Binding, Any]]) -> Iterator[None]:
     for b, _ in moved:
         b.put(b.tensor)
     for x in frozen:
@@ -353,8 +357,7 @@ def bound(bindings: Sequence[Binding], params: Sequence[Tensor]) -> Iterator[Non
                 b.put(now)
 
 
-@contextlib.contextmanager
-def unheard(params: Sequence[Tensor]) -> Iterator[None]:
+def unheard(params: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
     """Within this context gradients by the parameters are parts of what will be one, and nothing hears of them: not the
     hooks on these tensors (which clip, scale or log), nor `grad` where `retain_grad()` fills it.
 
@@ -362,6 +365,13 @@ def unheard(params: Sequence[Tensor]) -> Iterator[None]:
     """
     hooks = [(own, dict(own)) for x in params if (own := x._backward_hooks)]
     retained = [(x, x.grad) for x in params if x.retains_grad and not x.is_leaf]
+    return _unheard(hooks, retained) if hooks or retained else _NOTHING
+
+
+@contextlib.contextmanager
+def _unheard(
+    hooks: Sequence[tuple[Any, dict[Any, Any]]], retained: Sequence[tuple[Tensor, Tensor | None]]
+) -> Iterator[None]:
     for own, _ in hooks:
         own.clear()
     try:
@@ -371,6 +381,9 @@ def unheard(params: Sequence[Tensor]) -> Iterator[None]:
             own.update(kept)
         for x, before in retained:
             x.grad = before
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 @functools.cache

@@ -17,6 +17,7 @@ using SciMLLogging: SciMLLogging
 using SparseArrays: SparseMatrixCSC, nnz, nonzeros
 
 include("memory.jl")
+include("products.jl")
 include("rhs.jl")
 include("compiled.jl")
 include("algorithms.jl")

@@ -60,6 +60,14 @@ function call_compiled_field(bits::Int64, functions::Ptr{CompiledFunctions})
     end
 end
 
+"As [`prepare!`](@ref)."
+function call_prepare(field::Int64)
+    return answer() do
+        prepare!(HELD[field])
+        Int64(1)
+    end
+end
+
 "The address of the C function that [`compile`](@ref) makes."
 function call_compile(bits::Int64, text::Cstring)
     return answer() do
@@ -100,6 +108,7 @@ end
 function call_solve(field::Int64, alg::Int64, request::Ptr{Request}, outcome::Ptr{Outcome})
     return answer(HELD[field]) do
         r = unsafe_load(request)
+        prepare!(HELD[field])
         s, o = solve(solved(HELD[field], r), HELD[alg], r)
         unsafe_store!(outcome, o)
         hold(s)
@@ -117,6 +126,7 @@ end
 "The number of a [`Solve`](@ref) where steps are kept, else 1."
 function call_again(s::Int64, u0::Int64, out::Int64, outcome::Ptr{Outcome})
     return answer() do
+        prepare!(HELD[s].field)
         kept, o = again!(HELD[s], u0, out)
         unsafe_store!(outcome, o)
         kept === nothing ? Int64(1) : hold(kept)
@@ -140,6 +150,7 @@ end
 
 function call_adjoint(s::Int64, name::Cstring, alg::Int64, request::Ptr{AdjointRequest}, outcome::Ptr{Outcome})
     return answer(HELD[s].field) do
+        prepare!(HELD[s].field)
         unsafe_store!(outcome, adjoint!(HELD[s], unsafe_string(name), HELD[alg], unsafe_load(request)))
         Int64(1)
     end
@@ -147,6 +158,7 @@ end
 
 function call_replay(s::Int64, request::Ptr{ReplayRequest}, replayed::Ptr{Replayed})
     return answer(HELD[s].field) do
+        prepare!(HELD[s].field)
         unsafe_store!(replayed, replay!(HELD[s], unsafe_load(request)))
         Int64(1)
     end
@@ -170,6 +182,7 @@ function addresses()
         field = @cfunction(call_field, Int64, (Int64, Ptr{Functions})),
         stream = @cfunction(call_stream, Int64, (Int64, Ptr{Cvoid})),
         compiled_field = @cfunction(call_compiled_field, Int64, (Int64, Ptr{CompiledFunctions})),
+        prepare = @cfunction(call_prepare, Int64, (Int64,)),
         compile = @cfunction(call_compile, Int64, (Int64, Cstring)),
         source = @cfunction(call_source, Int64, (Int64, Int64, Int64, Int64, Int64, Int64)),
         source_function = @cfunction(call_source_function, Int64, (Cstring,)),

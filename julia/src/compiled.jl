@@ -96,119 +96,6 @@ const NAMES = Tuple(
 
 end
 
-"Numbers at an address, without a length: generated code knows how many there are."
-struct Numbers{T}
-    address::Ptr{T}
-end
-Base.@propagate_inbounds Base.getindex(a::Numbers, i::Int) = unsafe_load(a.address, i)
-Base.@propagate_inbounds Base.setindex!(a::Numbers, x, i::Int) = unsafe_store!(a.address, x, i)
-Base.:+(a::Numbers{T}, i::Int) where {T} = Numbers{T}(a.address + i * sizeof(T))
-
-"The element at an index; 0 is the index of a zero."
-Base.@propagate_inbounds pick(a::Numbers{T}, i::Int) where {T} = i == 0 ? zero(T) : a[i]
-
-# Below this many products a call of BLAS costs more than it saves.
-const FEW = 8_192
-
-"""
-    multiply!(out, m, n, k, a, a1, a2, b, b1, b2, add)
-
-The product of matrices (m, k) and (k, n) to `out`, (m, n) in row-major order, or added to it. `a1` is the step in memory
-from row to row of `a`, `a2` that from column to column; one of them is 1, and so for `b`.
-"""
-@inline function multiply!(out, m, n, k, a, a1, a2, b, b1, b2, add)
-    return if m * n * k <= FEW
-        multiply_few!(out, m, n, k, a, a1, a2, b, b1, b2, add)
-    else
-        multiply_many!(out, m, n, k, a, a1, a2, b, b1, b2, add)
-    end
-end
-
-@inline function multiply_few!(out::Numbers{T}, m, n, k, a, a1, a2, b, b1, b2, add) where {T}
-    if b2 == 1 && n > 1
-        for i in 0:(m - 1)
-            add || for j in 1:n
-                out[i * n + j] = zero(T)
-            end
-            for l in 0:(k - 1)
-                x = a[1 + i * a1 + l * a2]
-                @simd ivdep for j in 1:n
-                    out[i * n + j] = muladd(x, b[l * b1 + j], out[i * n + j])
-                end
-            end
-        end
-    else
-        for i in 0:(m - 1), j in 0:(n - 1)
-            total = zero(T)
-            @simd ivdep for l in 0:(k - 1)
-                total = muladd(a[1 + i * a1 + l * a2], b[1 + l * b1 + j * b2], total)
-            end
-            out[1 + i * n + j] = add ? out[1 + i * n + j] + total : total
-        end
-    end
-    return nothing
-end
-
-"Of another BLAS, with integers of 32 bits: dgemm, dgemv, sgemm, sgemv; null for Julia's own."
-const BORROWED = fill(C_NULL, 4)
-
-"""
-    borrow_blas(dgemm, dgemv, sgemm, sgemv)
-
-Multiply matrices in compiled functions by the Fortran functions at these addresses. Those of the library that a field
-was written with take as long there as here, round alike, and run on the threads that it was given.
-"""
-borrow_blas(addresses::Integer...) = (BORROWED .= pointer_to.(addresses); nothing)
-
-@noinline function multiply_many!(out, m, n, k, a, a1, a2, b, b1, b2, add)
-    return if BORROWED[1] == C_NULL
-        multiply_own!(out, m, n, k, a, a1, a2, b, b1, b2, add)
-    else
-        multiply_borrowed!(out, m, n, k, a, a1, a2, b, b1, b2, add)
-    end
-end
-
-for (T, k, gemm, gemv) in ((Float64, 1, :dgemm_, :dgemv_), (Float32, 3, :sgemm_, :sgemv_))
-    own(name) = :((BLAS.@blasfunc($name), BLAS.libblastrampoline))
-    for (multiply, I, gemm, gemv) in (
-            (:multiply_own!, BLAS.BlasInt, own(gemm), own(gemv)),
-            (:multiply_borrowed!, Int32, :(BORROWED[$k]), :(BORROWED[$(k + 1)])),
-        )
-        @eval begin
-            # BLAS's matrices are column-major: what lies here in rows is to it the transpose.
-            function $multiply(out::Numbers{$T}, m, n, k, a, a1, a2, b, b1, b2, add)
-                beta = add ? one($T) : zero($T)
-                if m == 1 || n == 1
-                    # (rows, k) times a vector
-                    x, x1, rows, s1, s2, step = m == 1 ? (b, a, n, b2, b1, a2) : (a, b, m, a1, a2, b1)
-                    trans, r, c, ld = s2 == 1 ? ('T', k, rows, s1) : ('N', rows, k, s2)
-                    ccall(
-                        $gemv, Cvoid,
-                        (
-                            Ref{UInt8}, Ref{$I}, Ref{$I}, Ref{$T}, Ptr{$T}, Ref{$I}, Ptr{$T}, Ref{$I}, Ref{$T}, Ptr{$T},
-                            Ref{$I}, Clong,
-                        ),
-                        trans, r, c, one($T), x.address, ld, x1.address, step, beta, out.address, 1, 1
-                    )
-                else
-                    transposed_b, ld_b = b2 == 1 ? ('N', b1) : ('T', b2)
-                    transposed_a, ld_a = a2 == 1 ? ('N', a1) : ('T', a2)
-                    ccall(
-                        $gemm, Cvoid,
-                        (
-                            Ref{UInt8}, Ref{UInt8}, Ref{$I}, Ref{$I}, Ref{$I}, Ref{$T}, Ptr{$T}, Ref{$I}, Ptr{$T}, Ref{$I},
-                            Ref{$T}, Ptr{$T}, Ref{$I}, Clong, Clong,
-                        ),
-                        transposed_b, transposed_a, n, m, k, one($T), b.address, ld_b, a.address, ld_a, beta, out.address,
-                        n, 1, 1
-                    )
-                end
-                return nothing
-            end
-        end
-    end
-end
-
 """
     compile(T, text)
 
@@ -217,7 +104,7 @@ and a time of type `T`, and the C function takes their addresses, and the time a
 """
 function compile(::Type{T}, text::AbstractString) where {T}
     m = Module(:Compiled)
-    names = [Expr(:(.), name) for name in (:Elementary, :Numbers, :multiply!, :pick)]
+    names = [Expr(:(.), name) for name in (:Elementary, :Numbers, :One, :Start, :multiply!, :pick)]
     Core.eval(m, Expr(:using, Expr(:(:), Expr(:(.), fullname(PyJLODE)...), names...)))
     imports = [Expr(:(.), name) for name in Elementary.NAMES]
     Core.eval(m, Expr(:using, Expr(:(:), Expr(:(.), fullname(Elementary)...), imports...)))
@@ -244,6 +131,7 @@ writes both products, one after the other; then it is of use to a replay alone.
 
   - `theta`: of `T`, the parameters.
   - `constants`: of `T`, what the functions read besides; `work`: of `T`, room for what they write in between.
+  - `layers`: each a [`Layer`](@ref), as numbers of Int64.
   - `columns`, `rows`: of Int64, the pattern of a sparse Jacobian as of a `SparseMatrixCSC`; empty for a dense one.
 """
 struct CompiledFunctions
@@ -260,6 +148,7 @@ struct CompiledFunctions
     work::Lent
     columns::Lent
     rows::Lent
+    layers::Lent
 end
 
 function Field{T}(c::CompiledFunctions) where {T}
@@ -271,7 +160,8 @@ function Field{T}(c::CompiledFunctions) where {T}
     end
     return Field{T}(
         c.n, c.f, c.jac, c.tgrad, c.jvp, c.vjp, c.vjp_p, c.event, Vector{T}(c.theta); native = true,
-        constants = Vector{T}(c.constants), work = Vector{T}(c.work), pattern
+        constants = Vector{T}(c.constants), work = Vector{T}(c.work), pattern,
+        layers = copy(reinterpret(Layer, Vector{Int64}(c.layers)))
     )
 end
 
@@ -280,9 +170,23 @@ function Base.copy(field::Field{T}) where {T}
     return Field{T}(
         field.n, field.f, field.jac, field.tgrad, field.jvp, field.vjp, field.vjp_p, field.event, copy(field.parameters);
         field.native, constants = copy(field.constants), work = copy(field.work),
-        pattern = field.pattern === nothing ? nothing : copy(field.pattern)
+        pattern = field.pattern === nothing ? nothing : copy(field.pattern), field.layers
     )
 end
+
+"""
+Have compiled functions see the values that a field now holds. What calls them otherwise than by a solve (or its adjoint)
+does this first.
+"""
+function prepare!(field::Field)
+    GC.@preserve field for layer in field.layers
+        held = layer.trained == 1 ? field.parameters : field.constants
+        from, to = Numbers(pointer(held)) + layer.from, Numbers(pointer(field.constants)) + layer.to
+        transpose!(to, from, layer.rows, layer.columns, layer.step)
+    end
+    return nothing
+end
+prepare!(source) = nothing
 
 "Set one of the numbers that a field holds: its parameters, and then its constants."
 function set_held!(field::Field, place, value)
@@ -348,3 +252,4 @@ function inlined(field::Field{T}) where {T}
     return Source{T}(field.n, Inlined(COMPILED[field.f], field), field.parameters, field.event)
 end
 inlined(field) = field
+prepare!(source::Source{T, <:Inlined}) where {T} = prepare!(source.f.field)

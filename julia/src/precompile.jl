@@ -117,6 +117,20 @@ function replay_linear(::Type{T}, text) where {T}
     return du0
 end
 
+"Products of all forms and sizes, as compiled functions ask for them."
+function multiply_all(::Type{T}) where {T}
+    x, out, layer = ones(T, 1_100_000), zeros(T, 10_000), Layer(1, 0, 2, 2, 2, 0)
+    GC.@preserve x out begin
+        a, to = Numbers(pointer(x)), Numbers(pointer(out))
+        for (m, n, k) in ((9, 9, 9), (2, 2, 9), (1, 1, 1), (70, 70, 70), (1, 1030, 1030)), start in (nothing, Start(a, 0, One()), Start(a, 1, 0))
+            multiply!(to, m, n, k, a, k, 1, a, n, 1, start)
+            multiply!(to, m, n, k, a, 1, m, a, 1, k, start)
+        end
+        transpose!(to, a, layer.rows, layer.columns, layer.step)
+    end
+    return out[1]
+end
+
 const IMPLICIT = (
     "Rosenbrock23()", "Rodas5P()", "RadauIIA5()", "FBDF()", "KenCarp4()", "Kvaerno5()", "TRBDF2()", "DefaultODEAlgorithm()",
 )
@@ -125,6 +139,8 @@ const IMPLICIT = (
     @compile_workload begin
         addresses()
         call_collect(1)
+        multiply_all(Float32)
+        multiply_all(Float64)
         for text in ("DP5()", "Tsit5()"), T in (Float32, Float64)
             solve_linear(T, text; dense = true) do s, alg, times, out
                 call_interpolate(s, address(times), address(out), length(times))

@@ -43,6 +43,7 @@ mutable struct Field{T, V <: AbstractVector{T}}
     const constants::Vector{T}
     const work::Vector{T}
     const pattern::Union{Nothing, SparseMatrixCSC{T, Int64}}
+    const layers::Vector{Layer}
 end
 
 pointer_to(address) = Ptr{Cvoid}(UInt(address))
@@ -56,9 +57,11 @@ end
 
 function Field{T}(
         n, f, jac, tgrad, jvp, vjp, vjp_p, event, parameters::V, place = Place(); native = false, constants = T[], work = T[],
-        pattern = nothing
+        pattern = nothing, layers = Layer[]
     ) where {T, V}
-    return Field{T, V}(n, f, jac, tgrad, jvp, vjp, vjp_p, event, V[], V[], parameters, place, native, constants, work, pattern)
+    return Field{T, V}(
+        n, f, jac, tgrad, jvp, vjp, vjp_p, event, V[], V[], parameters, place, native, constants, work, pattern, layers
+    )
 end
 
 function Field{T}(c::Functions) where {T}

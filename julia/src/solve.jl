@@ -288,6 +288,7 @@ function sweep(part, own::Field{T}, alg, r::Request, s::Systems, states) where {
         for (place, value) in zip(places, view(values, :, i))
             set_held!(own, place, value)
         end
+        prepare!(own)
         copyto!(u0, view(states, :, i, 1))
         native(own, own.f, view(slopes, :, i), u0, u0, own.parameters, outputs.times[1])
         outputs.system, outputs.next = i, 2

@@ -19,6 +19,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "field": (_I, _I, _P),
     "stream": (_I, _I, _P),
     "compiled_field": (_I, _I, _P),
+    "prepare": (_I, _I),
     "compile": (_I, _I, ctypes.c_char_p),
     "source": (_I, _I, _I, _I, _I, _I, _I),
     "source_function": (_I, ctypes.c_char_p),
@@ -109,6 +110,10 @@ class Calls:
     def compiled_field(self, dtype: torch.dtype, functions: CompiledFunctions) -> Held:
         """A field of compiled functions, which keeps what was lent."""
         return self._held(self._c["compiled_field"](_bits(dtype), functions.address), functions)
+
+    def prepare(self, field: Held) -> None:
+        """Have the functions of a compiled field, called by address, see the values that it now holds."""
+        self._check(self._c["prepare"](field.number))
 
     def compile(self, dtype: torch.dtype, text: str) -> int:
         """The address of the C function of a generated Julia function: `compile` in julia/src/compiled.jl."""

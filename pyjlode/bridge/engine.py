@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -21,7 +22,7 @@ from ..solution import Stats
 from . import places, runtime
 from .calls import Calls, Held
 from .function import JuliaFunction
-from .memory import AdjointRequest, Outcome, ReplayRequest, Request
+from .memory import AdjointRequest, Lent, Outcome, ReplayRequest, Request
 from .rhs import RHS, Callbacks, Source
 from .sweep import Sweep
 
@@ -233,10 +234,11 @@ def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = F
         record, rhs, solution = _solve(forward.augment(ordered), stats, None, dense, ordered)
         return Memory(ordered, record, gradient, rhs, solution, forward.split(ordered, record), p.params)
     if gradient == "discrete" and not dense and (found := _again(p, stats, gradient)):
-        from .codegen.field import Again  # half the cost of importing this package
-
         assert p.repeats is not None
-        return Memory(p, Record(found[0]), gradient, Again(p, p.repeats[gradient]), found[1])
+        repeated = p.repeats[gradient]
+        if repeated.replay is None:
+            repeated.replay = replay_request(p)
+        return Memory(p, Record(found[0]), gradient, repeated.again(p, found[2]), found[1])
     record, rhs, solution = _solve(p, stats, gradient, dense)
     return Memory(p, record, gradient, rhs, solution)
 
@@ -286,23 +288,47 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
 
 def _replay(memory: Memory, g: Tensor) -> Gradients:
     """The gradients of the numbers that came out: each step is taken again in Julia, and pulled back through."""
-    p, rhs, request = memory.problem, memory.rhs, ReplayRequest()
+    p, rhs = memory.problem, memory.rhs
     assert rhs is not None
-    a, theta = torch.zeros_like(p.y0), p.y0.new_zeros(rhs.params.size)
-    request.lend(du0=a, dp=theta, g=g.contiguous())
+    request = rhs.replaying
+    if request is None:
+        request = replay_request(p)
+    n, g = p.y0.numel(), g.contiguous()
+    both = p.y0.new_empty(n + rhs.params.size)
+    place = both.data_ptr()
+    with unrecorded(), runtime.julia() as calls:
+        rhs.refill()
+        rhs.here(calls)
+        request.du0 = Lent(place, n)
+        request.dp = Lent(place + n * both.itemsize, len(both) - n)
+        request.g = Lent(g.data_ptr(), g.numel())
+        replayed = _call(rhs, calls.replay, memory.solve, request)
+    if not isinstance(rhs, RHS):
+        count(p.f, replayed.nf)
+    rtol = p.rtol if isinstance(p.rtol, float) else float(torch.as_tensor(p.rtol).max())
+    if not replayed.apart <= rtol + 1e4 * torch.finfo(both.dtype).eps:
+        raise other_function()
+    a, grads = rhs.apart(both)
+    by_t = time_gradient(p, memory.record, g, a, p.f)
+    return Gradients(a.add_(g[0]), by_t, grads)
+
+
+def replay_request(p: ODEProblem) -> ReplayRequest:
+    """What is said of a replay before there are cotangents."""
+    request = ReplayRequest()
     request.lend_numbers(times=p.times)
     assert isinstance(p.method.tableau, ExplicitTableau)
     request.stages = p.method.tableau.stages
     request.lend(**_tableau(p.method.tableau))
-    with torch.no_grad(), runtime.julia() as calls:
-        rhs.refill()
-        rhs.here(calls)
-        replayed = _call(rhs, calls.replay, memory.solve, request)
-    if not isinstance(rhs, RHS):
-        count(p.f, replayed.nf)
-    if not replayed.apart <= float(torch.as_tensor(p.rtol).max()) + 1e4 * torch.finfo(a.dtype).eps:
-        raise other_function()
-    return Gradients(a + g[0], time_gradient(p, memory.record, g, a, p.f), rhs.parameter_gradients(theta))
+    return request
+
+
+def unrecorded() -> contextlib.AbstractContextManager[Any]:
+    """Within this context autograd records nothing; of no cost where it does not anyway."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 @functools.cache
@@ -462,8 +488,9 @@ def _succeeded(outcome: Outcome) -> bool:
     return outcome.code in (b"Success", b"Terminated", b"Default") and bool(outcome.finite)
 
 
-def _again(p: ODEProblem, stats: Stats, name: str) -> tuple[Tensor, Held | None] | None:
-    """The states of a solve like an earlier one, shape (T, n), and its steps; None where none was kept that is.
+def _again(p: ODEProblem, stats: Stats, name: str) -> tuple[Tensor, Held | None, Outcome] | None:
+    """The states of a solve like an earlier one, shape (T, n), its steps, and how it went; None where none was kept
+    that is.
 
     Args:
         name: of the function that is the field's, "f" or "sensitivities", or "discrete" for "f" with the steps kept.
@@ -472,7 +499,7 @@ def _again(p: ODEProblem, stats: Stats, name: str) -> tuple[Tensor, Held | None]
         return None
     repeated = p.repeats[name]
     try:
-        with torch.no_grad(), runtime.julia() as calls:
+        with unrecorded(), runtime.julia() as calls:
             out, held, outcome = repeated.solve(calls, p)
         count(p.f, outcome.nf)
         _look_at(outcome, p, stats)
@@ -480,7 +507,7 @@ def _again(p: ODEProblem, stats: Stats, name: str) -> tuple[Tensor, Held | None]
         p.repeats.pop(name, None)
         raise
     stats.compiled = p.f.program[0].mode
-    return out, held
+    return out, held, outcome
 
 
 def _field(calls: Calls, p: ODEProblem, gradient: str | None, stats: Stats, of: ODEProblem | None = None) -> Callbacks:

@@ -50,7 +50,7 @@ class Lender(Shown):
         self.tensors |= tensors
         for name, x in tensors.items():
             assert x.is_contiguous()
-            assert x.device.type == "cpu" or name in _STATES
+            assert x.is_cpu or name in _STATES
             setattr(self, name, Lent(x.data_ptr(), x.numel()))
 
     def lend_numbers(self, **numbers: Sequence[float]) -> None:
@@ -123,7 +123,7 @@ class CompiledFunctions(Lender):
     _fields_ = (
         ("n", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "event")),
-        *((name, Lent) for name in ("theta", "constants", "work", "columns", "rows")),
+        *((name, Lent) for name in ("theta", "constants", "work", "columns", "rows", "layers")),
     )
 
 

@@ -7,6 +7,8 @@ for a small system. Only what is compiled has plans: a compiled field is known b
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,6 +130,13 @@ def surroundings() -> str:
     return ""
 
 
+@functools.cache
+def _known() -> Callable[[Field, Tensor], Any]:
+    from .codegen.program import known  # half the cost of importing this package
+
+    return known
+
+
 def call(f: Any, h0: Any, t: Any, how: tuple[Any, ...]) -> Call | None:
     """The call, where it is one that there may be a plan for.
 
@@ -140,8 +149,7 @@ def call(f: Any, h0: Any, t: Any, how: tuple[Any, ...]) -> Call | None:
         return None
     if surroundings():
         return None
-    from .codegen.program import known  # half the cost of importing this package
-
+    known = _known()
     of = Field(f, h0.shape, (f, h0.shape))
     program = known(of, h0)
     if program is None:

@@ -22,7 +22,7 @@ from ..problem import Layout, ODEProblem
 from . import places
 from .calls import Calls, Held
 from .function import JuliaFunction
-from .memory import Clock, Functions, Request, Views
+from .memory import Clock, Functions, ReplayRequest, Request, Views
 
 _PLAIN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double)
 _PRODUCT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double)
@@ -45,6 +45,9 @@ class Callbacks:
 
     Args:
         calls: the functions of PyJLODE.jl.
+
+    Attributes:
+        replaying: what is said of replays, where that is kept.
     """
 
     def __init__(self, calls: Calls, p: ODEProblem) -> None:
@@ -55,6 +58,7 @@ class Callbacks:
         self.functions: dict[str, Any] = {}
         self.callables: list[Callable[..., None]] = []
         self.field: Held
+        self.replaying: ReplayRequest | None = None
         if p.event_fn is not None:
             self.margin = Margin(p)
             self.functions["event"] = self.function(_PLAIN, self.guard("event"))
@@ -138,6 +142,11 @@ class Callbacks:
     def look(self, address: int, n: int | None = None) -> Tensor:
         """Shape (n,), by default that of the state: a tensor for the duration of a callback, never the user's."""
         return self.place.look(address, self.n if n is None else n, self.dtype)
+
+    def apart(self, both: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """A gradient by the state and then by the parameters, shape (n + m,): that by the state, and those by
+        `p.params`."""
+        return both[: self.n], self.parameter_gradients(both[self.n :])
 
     def state(self, address: int) -> Tensor:
         """Shape (n,): a copy, for what autograd may keep."""

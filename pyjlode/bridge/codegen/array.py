@@ -27,6 +27,8 @@ aten = torch.ops.aten
 _FUSED = 48
 # Entries of a table of indices.
 _TABLE = 1 << 20
+# Products of numbers beyond which BLAS multiplies matrices: `FEW` in julia/src/products.jl.
+_FEW = 1 << 20
 _VIEWS = {
     *words("view permute transpose t expand select slice unsqueeze squeeze split split_with_sizes unsafe_split unbind"),
     *words("chunk narrow diagonal alias detach unfold movedim"),
@@ -114,30 +116,78 @@ class Emitted:
         )
 
 
-def emit(graph: Graph, args: Sequence[Tensor], trained: int, outputs: Sequence[int]) -> Emitted:
+def products(graph: Graph) -> int:
+    """How many products of numbers there are in the products of matrices of a graph."""
+    total = 0
+    for node in graph.module.graph.nodes:
+        factor = _FACTORS.get(getattr(node.target, "overloadpacket", None))
+        if factor is not None:
+            out, (*_, n) = meta_of(node).shape, meta_of(node.args[factor]).shape
+            total += math.prod(out) * n
+        elif node.target is aten.convolution.default:
+            total += math.prod(meta_of(node).shape) * math.prod(meta_of(node.args[1]).shape[1:])
+    return total
+
+
+# Which argument of a product of matrices is the left one.
+_FACTORS = {aten.mm: 0, aten.bmm: 0, aten.mv: 0, aten.addmm: 1, aten.baddbmm: 1, aten.addmv: 1}
+
+
+class Layers:
+    """Matrices among the tensors of a field that its functions want transposed: the transposes lie behind the
+    constants, where Julia puts them before each solve. `Layer` in julia/src/products.jl says what the numbers of each
+    are.
+
+    Args:
+        constants: numbers in front of them.
+    """
+
+    def __init__(self, constants: int) -> None:
+        self.start = self.stop = constants
+        self.known: dict[tuple[int, ...], int] = {}
+
+    def place(self, leaf: Leaf, rows: int, columns: int, step: int) -> Leaf:
+        """Where the transpose lies, (columns, rows), of a matrix in rows."""
+        key = int(leaf.array == "p"), int(leaf.view.storage_offset()), rows, columns, step
+        if key not in self.known:
+            self.known[key] = self.stop
+            self.stop += rows * columns
+        start = self.known[key]
+        whole = torch.empty(start + rows * columns, device="meta")
+        return Leaf("c", whole[start:].view(columns, rows))
+
+    @property
+    def table(self) -> Tensor:
+        """Of all of them, shape (6 layers,)."""
+        return torch.tensor([[*key, to] for key, to in self.known.items()], dtype=torch.int64).reshape(-1)
+
+
+def emit(graph: Graph, args: Sequence[Tensor], trained: int, outputs: Sequence[int], layers: Layers) -> Emitted:
     """The statements that compute some of the outputs of a graph and store them one after the other in `out`.
 
     Args:
         args: examples of its inputs, for shapes and dtypes: those that `graph.inputs` names, then the lifted tensors.
         trained: how many of the lifted tensors lie one after the other in `p`; the rest do in `c`.
         outputs: which.
+        layers: of the field.
 
     Raises:
         NotCompiled: an operation is not known.
     """
     try:
-        return _Emission(graph, args, trained).run(outputs)
+        return _Emission(graph, args, trained, layers).run(outputs)
     except Unknown:
         try:
-            return _Emission(decomposed(graph, args), args, trained).run(outputs)
+            return _Emission(decomposed(graph, args), args, trained, layers).run(outputs)
         except Unknown as unknown:
             raise NotCompiled(f"there is no Julia for {unknown}") from None
 
 
 class _Emission:
-    def __init__(self, graph: Graph, args: Sequence[Tensor], trained: int) -> None:
-        self.graph, self.args, self.trained = graph, args, trained
+    def __init__(self, graph: Graph, args: Sequence[Tensor], trained: int, layers: Layers) -> None:
+        self.graph, self.args, self.trained, self.layers = graph, args, trained, layers
         self.dtype = args[1].dtype
+        self.lanes = 32 // self.dtype.itemsize
         self.constants: list[str] = []
         self.lines: list[str] = []
         self.work = 0
@@ -217,7 +267,9 @@ class _Emission:
                 out = out.permute([dims.index(d) for d in range(out.dim())])
             elif target is aten.t.default:
                 out = out.t()
-            else:
+            elif target in (aten.squeeze.dim, aten.unsqueeze.default) and out.is_contiguous():
+                out = out.view(meta_of(node.args[0]).shape)
+            elif target not in (aten.detach.default, aten.alias.default):
                 if out.is_contiguous():
                     self.aims[node] = out
                 return
@@ -627,6 +679,12 @@ class _Emission:
         return out
 
     def do_sum(self, x: Any, dims: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
+        value = self.value(x)
+        over = range(len(value.shape)) if dims is None else [dims] if isinstance(dims, int) else dims
+        if value.shape and over and all(value.shape[d] == 1 for d in over):  # a batch of one
+            some = {d % len(value.shape) for d in over}
+            shape = [n for d, n in enumerate(value.shape) if keepdim or d not in some]
+            return self.viewed(aten.view.default, value, (shape,))
         return self.reduce(x, dims, keepdim, "{to} + {value}", self.literal(0.0))
 
     def do_mean(self, x: Any, dims: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
@@ -760,11 +818,41 @@ class _Emission:
         if _zero(x) or _zero(y):
             return self.value(0.0 if start is None else start).expand((*batch, m, n))
         leaf = self.aimed((*batch, m, n))
-        if start is not None or k == 0:
-            self.store(leaf, self.value(0.0 if start is None else start))
-        if m and n and k:
-            self.multiply(leaf, self.matrix(x), self.matrix(y), m, n, k, start is not None, batch)
+        begins = None if start is None else self.begins(start, (*batch, m, n))
+        if k == 0:
+            self.store(leaf, self.value(0.0) if begins is None else _at_leaf(begins))
+        elif m and n:
+            self.multiply(leaf, self.matrix(x), self.matrix(y), m, n, k, begins, batch)
         return _at_leaf(leaf)
+
+    def begins(self, start: Any, shape: Sequence[int]) -> Leaf | None:
+        """Where what a product is added to lies, of its shape; None where that is zero."""
+        value = self.value(start)
+        if _zero(value):
+            return None
+        if value.leaf is None or value.leaf.table is not None or value.leaf.truth:
+            to = self.room(value.shape)
+            self.store(to, value)
+            value = _at_leaf(to)
+        assert value.leaf is not None
+        return value.leaf.at(lambda x: x.expand(*shape))
+
+    def in_layers(
+        self, x: tuple[Leaf, int, int], y: tuple[Leaf, int, int], m: int, n: int, k: int
+    ) -> tuple[tuple[Leaf, int, int], tuple[Leaf, int, int]]:
+        """The matrices of a product as it runs through memory best, as far as they are the field's own; `multiply!` in
+        julia/src/products.jl chooses how it does."""
+        (a, a1, a2), (b, b1, b2) = x, y
+        if m * n * k > _FEW:  # it is BLAS's to do
+            return x, y
+        if b.array in "pc" and n >= self.lanes and b2 != 1:
+            return x, (self.layers.place(b, n, k, b2), n, 1)
+        if a.array in "pc" and n < self.lanes <= m and a1 != 1:
+            return (self.layers.place(a, m, k, a1), 1, m), y
+        thin = n < self.lanes <= k and a2 == 1 and (m < self.lanes or a1 != 1)
+        if b.array in "pc" and thin and b1 != 1:
+            return x, (self.layers.place(b, k, n, b1), 1, k)
+        return x, y
 
     def multiply(
         self,
@@ -774,10 +862,13 @@ class _Emission:
         m: int,
         n: int,
         k: int,
-        add: bool,
+        begins: Leaf | None,
         batch: Sequence[int] = (),
     ) -> None:
-        (a, a1, a2), (b, b1, b2) = x, y
+        """Args:
+        begins: what it is added to, of its shape; None for zeros.
+        """
+        (a, a1, a2), (b, b1, b2) = (x, y) if batch else self.in_layers(x, y, m, n, k)
 
         def at(one: Leaf) -> str:
             offset = one.view.storage_offset()
@@ -787,7 +878,10 @@ class _Emission:
             return f"{array} + ({offset} + {one.view.stride()[0]}i1)"
 
         self.lines.append(f"    # {self.origin}")
-        text = f"multiply!({at(leaf)}, {m}, {n}, {k}, {at(a)}, {a1}, {a2}, {at(b)}, {b1}, {b2}, {str(add).lower()})"
+        start = (
+            "nothing" if begins is None else f"Start({at(begins)}, {', '.join(map(str, begins.view.stride()[-2:]))})"
+        )
+        text = f"multiply!({at(leaf)}, {m}, {n}, {k}, {at(a)}, {a1}, {a2}, {at(b)}, {b1}, {b2}, {start})"
         if batch:
             self.lines += [f"    for i1 in 0:{batch[0] - 1}", f"        {text}", "    end"]
         else:
@@ -864,11 +958,12 @@ class _Emission:
         columns, view, padded = self.patches(x, kernel, stride, padding, dilation)
         b, k, n = columns.view.shape
         out = self.room((b, o, n))
+        begins = None
         if bias is not None:
-            self.store(out, self.viewed(aten.view.default, self.value(bias), ((1, o, 1),)))
+            begins = self.begins(self.viewed(aten.view.default, self.value(bias), ((1, o, 1),)), (b, o, n))
         rows = self.matrix(self.viewed(aten.view.default, weight, ((o, k),)))
         rows = (rows[0].at(lambda v: v.expand(b, *v.shape)), *rows[1:])
-        self.multiply(out, rows, (columns, n, 1), o, n, k, bias is not None, (b,))
+        self.multiply(out, rows, (columns, n, 1), o, n, k, begins, (b,))
         outs = view(padded).shape[2 + rank :]
         return self.viewed(aten.view.default, _at_leaf(out), ((b, o, *outs),))
 
@@ -904,7 +999,7 @@ class _Emission:
             rows = self.matrix(self.viewed(aten.view.default, weight, ((o, k),)))
             transposed_rows = (rows[0].at(lambda v: v.T.expand(b, k, o)), rows[2], rows[1])
             spread = self.room((b, k, n))
-            self.multiply(spread, transposed_rows, (slopes, n, 1), k, n, o, False, (b,))
+            self.multiply(spread, transposed_rows, (slopes, n, 1), k, n, o, None, (b,))
             total = self.room(padded.view.shape)
             self.store(total, self.value(0.0))
             parts, target = spread.view.view(b, c, *kernel, *view(padded).shape[2 + rank :]), view(total)
@@ -920,7 +1015,7 @@ class _Emission:
             out = self.room((o, k))
             self.store(out, self.value(0.0))
             everywhere = out.at(lambda v: v.expand(b, o, k))
-            self.multiply(everywhere, (slopes, n, 1), (columns.at(lambda v: v.mT), 1, n), o, k, n, True, (b,))
+            self.multiply(everywhere, (slopes, n, 1), (columns.at(lambda v: v.mT), 1, n), o, k, n, everywhere, (b,))
             by_weight = self.viewed(aten.view.default, _at_leaf(out), (weight.shape,))
         if 2 in wanted:
             by_bias = self.do_sum(g, [0, *range(2, 2 + rank)])

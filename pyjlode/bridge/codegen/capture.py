@@ -184,11 +184,22 @@ class Root:
     def _held(self, f: Any, captures: Captures, entry: Entry, values: tuple[Any, ...]) -> Held | None:
         if entry.reason:
             raise NotCompiled(entry.reason)
+        zeros = entry.zeros
+        if zeros is None:
+            zeros = entry.zeros = {place: str(value) for place, value in entry.floats.items() if value == 0.0}
+        for place, value in zeros.items():
+            if str(_number(f, place, captures)) != value:  # equal, for guards
+                raise NotCompiled("f reads a zero of another sign than before")
+        held = entry.only_held
+        if held is None:
+            kinds = {kind for kind, *_ in entry.inputs}
+            plain = kinds <= {"t", "h", "held"} and not entry.counters
+            held = entry.only_held = [i for i, (kind, *_) in enumerate(entry.inputs) if kind == "held"] if plain else ()
+        if held != ():  # by far the most fields
+            tensors = [values[i] for i in held]
+            return Held(entry, (id(entry), entry, ()), tensors, list(range(len(tensors))), [], [], self.layout)
         from .dynamo import Slot
 
-        for place, value in entry.floats.items():
-            if value == 0.0 and str(_number(f, place, captures)) != str(value):  # equal, for guards
-                raise NotCompiled("f reads a zero of another sign than before")
         tensors, integers = [], []
         numbers: dict[int, Tensor] = {}
         for kind, x in zip(entry.inputs, values):

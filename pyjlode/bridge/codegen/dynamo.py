@@ -41,6 +41,7 @@ _CONFIG = {
     "accumulated_cache_size_limit": 1 << 16,
     "verbose": False,
     "suppress_errors": False,
+    "record_runtime_overhead": False,
 }
 _lock = threading.RLock()
 
@@ -102,6 +103,9 @@ class Entry:
         without_graph: why there is no value with a graph.
         programs: made of it, by the numbers of its integer tensors.
         steps: what the native engine made of it.
+        zeros: of the floats those that are zero, as text; None before it was asked for.
+        only_held: where the tensors are that it holds, if it has no other inputs than these and t and h; else (); None
+            before it was asked for.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -118,6 +122,8 @@ class Entry:
         self.reason = self.without_graph = ""
         self.programs: dict[Any, Any] = {}
         self.steps: dict[Any, Any] = {}
+        self.zeros: dict[str, str] | None = None
+        self.only_held: Sequence[int] | None = None
 
     def found(self, *values: Any) -> NoReturn:
         raise Found(self, values)
@@ -206,15 +212,20 @@ class Captures:
                 options={"guard_filter_fn": lambda guards: self.attempt.look(guards)},
             )
             self.capture_blindly = torch.compile(function, backend=self._backend, fullgraph=True, dynamic=False)
-            self.only_find = torch._dynamo.run(self.capture_or_find)
+            self.only_find = _only_run(function, torch._dynamo.run(self.capture_or_find))
         except Exception as error:
             raise NotCompiled(f"this PyTorch ({torch.__version__}) does not let f be captured: {error}") from error
 
     def find(self, f: Any) -> tuple[Entry, tuple[Any, ...]] | None:
         """The capture that f is like, and what its graph is called with; None where there is none."""
         try:
-            # Leaving inference mode turns gradients on.
-            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _nothing, torch.no_grad():
+            if torch.is_inference_mode_enabled():
+                with torch.inference_mode(False), torch.no_grad():  # leaving inference mode turns gradients on
+                    self.only_find(f, *self.args)
+            elif torch.is_grad_enabled():
+                with torch.no_grad():
+                    self.only_find(f, *self.args)
+            else:
                 self.only_find(f, *self.args)
         except Found as found:
             return found.entry, found.values
@@ -301,7 +312,27 @@ class Counts(NotCompiled):
         self.places = tuple(places)
 
 
-_nothing = contextlib.nullcontext()
+def _only_run(function: Callable[..., Any], public: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that finds captures and makes none: as `torch._dynamo.run` makes it, `public`, but for what that does
+    around a call, which takes as long as the guards.
+    """
+    frames = torch._dynamo.eval_frame
+    if not all(hasattr(frames, name) for name in ("set_eval_frame", "_callback_from_stance")):
+        return public
+    set_eval_frame, from_stance = frames.set_eval_frame, frames._callback_from_stance
+
+    def run(*args: Any) -> Any:
+        if from_stance(False) is not False:
+            return public(*args)
+        before = set_eval_frame(False)
+        try:
+            return function(*args)
+        finally:
+            set_eval_frame(before)
+
+    return run
+
+
 log = logging.getLogger("pyjlode")
 
 

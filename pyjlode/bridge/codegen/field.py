@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from ...methods import Method
 from ...notices import warn
 from ...problem import FEW, Layout, ODEProblem, like
 from ..calls import Calls, Held
-from ..memory import CompiledFunctions, Outcome, Request
+from ..memory import CompiledFunctions, Outcome, ReplayRequest, Request
 from ..plans import surroundings
 from ..rhs import Callbacks
 from .program import Fields, JuliaField, Program, program_of, refuse, some_outputs
@@ -39,18 +40,18 @@ class Holding:
 
     Attributes:
         tensors: that its functions read; the first of them are trained.
-        parts: of Julia's memory, one for each.
+        own: Julia's.
     """
 
     p: ODEProblem
     program: Program
     tensors: list[Tensor]
-    parts: list[Tensor]
+    own: JuliaField
     functions: dict[str, Any] = {}  # noqa: RUF012  # that are called back: none
 
     def refill(self) -> None:
         """Have Julia's field look at these values again, whatever solve it served in between."""
-        fill(self.parts, self.tensors)
+        self.own.fill(self.tensors)
 
     @property
     def trained(self) -> list[Tensor]:
@@ -64,9 +65,20 @@ class Holding:
 
     def parameter_gradients(self, theta: Tensor) -> list[Tensor | None]:
         """Of a gradient by all that the compiled functions hold, shape (m,), those by `p.params`."""
-        found = {id(x): g for x, g in zip(self.trained, _parts(theta, self.trained))}
-        grads = [(x, found.get(id(x))) for x in self.p.params]
-        return [None if g is None else g.to(x.device, x.dtype) for x, g in grads]
+        return self._in_order(unflatten(theta, self.trained))
+
+    def apart(self, both: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """A gradient by the state and then by all that the compiled functions hold, shape (n + m,): that by the state,
+        and those by `p.params`."""
+        a, *grads = unflatten(both, [self.p.y0, *self.trained])
+        return a, self._in_order(grads)
+
+    def _in_order(self, grads: Sequence[Tensor]) -> list[Tensor | None]:
+        trained, wanted = self.trained, self.p.params
+        if len(trained) != len(wanted) or not all(map(operator.is_, trained, wanted)):
+            found = dict(zip(map(id, trained), grads))
+            return [None if (g := found.get(id(x))) is None else g.to(x.device, x.dtype) for x in wanted]
+        return [g if g.dtype == x.dtype else g.to(x.dtype) for x, g in zip(wanted, grads)]
 
 
 class Compiled(Holding, Callbacks):
@@ -85,6 +97,7 @@ class Compiled(Holding, Callbacks):
     def __init__(self, calls: Calls, p: ODEProblem, gradient: str | None, of: ODEProblem | None = None) -> None:
         super().__init__(calls, p)
         self.shared: Fields | None = None
+        self.calls = calls
         if why := surroundings():
             raise NotCompiled(why)
         if of is not None and not _explicit(p.method):
@@ -117,9 +130,11 @@ class Compiled(Holding, Callbacks):
             functions = CompiledFunctions(n=self.n, event=self.pointers.get("event", 0), **fields)
             functions.lend(
                 theta=_flat(trained, self.dtype),
-                constants=_flat(constants, self.dtype),
+                constants=_flat(constants, self.dtype, program.layers.stop),
                 work=torch.empty(max(program.work, 1), dtype=self.dtype),
             )
+            if program.layers.known:
+                functions.lend(layers=program.layers.table)
             if "jac" in names and program.pattern is not None:
                 functions.lend(columns=program.pattern.columns, rows=program.pattern.rows)
             memory = functions.tensors
@@ -128,8 +143,8 @@ class Compiled(Holding, Callbacks):
             if shared:
                 shared.add(own, self)
         else:
-            fill(own.parts, tensors)
-        self.own, self.shared, self.field, self.parts = own, shared, own.held, own.parts
+            own.fill(tensors)
+        self.own, self.shared, self.field = own, shared, own.held
         self.value = names[0]
         self.addresses = addresses
         self.verify(names, addresses)
@@ -142,7 +157,7 @@ class Compiled(Holding, Callbacks):
             held = calls.repeated(self.field, algorithm, request)
             start = self.p.y0.clone() if self.value == "sensitivities" else None
             name = "discrete" if request.keep else self.value
-            self.p.repeats[name] = Repeated(held, self.own.parts, start, bool(request.keep))
+            self.p.repeats[name] = Repeated(held, self.own, start, bool(request.keep))
             if self.shared is not None:  # the field stays that integrator's
                 self.shared.keep(self.own)
                 self.shared = None
@@ -156,6 +171,8 @@ class Compiled(Holding, Callbacks):
     def call(self, address: int, out: Tensor, t: float, u: Tensor, v: Tensor | None = None) -> Tensor:
         """out, of such a function."""
         m = self.own.memory
+        if self.program.layers.known:
+            self.calls.prepare(self.field)
         tensors = (out, u if v is None else v, u, m["theta"], m["constants"], m["work"])
         _FUNCTION(address)(*[x.data_ptr() for x in tensors], t)
         return out
@@ -321,35 +338,47 @@ class Repeated:
 
     Attributes:
         held: Julia's integrator.
-        parts: of the memory that it looks at, one for each tensor of the field's.
+        own: Julia's field, which is the integrator's.
         start: the first state of the sensitivities, shape (n + n (n + m),); None where the state is without them.
         keep: the steps are kept.
+        replay: what is said of a replay of them, once one was asked for.
     """
 
     held: Held
-    parts: list[Tensor]
+    own: JuliaField
     start: Tensor | None
     keep: bool
+    replay: ReplayRequest | None = None
+
+    def again(self, p: ODEProblem, outcome: Outcome) -> Again:
+        """The field of such a solve, known by how it went."""
+        return Again(p, self, outcome)
 
     def solve(self, calls: Calls, p: ODEProblem) -> tuple[Tensor, Held | None, Outcome]:
         """The states, shape (T, n) or with their sensitivities, the solve with its steps, and how it went."""
         program, source = p.f.program
-        fill(self.parts, program.read(source))
+        self.own.fill(program.read(source))
         y0 = p.y0
         if self.start is not None:
             self.start[: len(y0)] = y0
             y0 = self.start
         out = torch.empty(len(p.times), len(y0), dtype=y0.dtype)
-        return out, *calls.again(self.held, y0, out, keep=self.keep)
+        held, outcome = calls.again(self.held, y0, out, keep=self.keep)
+        self.own.filled = outcome
+        return out, held, outcome
 
 
 class Again(Holding, Callbacks):
     """The field of a repeated solve, with the values of this one: nothing of it is called back."""
 
-    def __init__(self, p: ODEProblem, repeated: Repeated) -> None:
-        self.p, self.parts = p, repeated.parts
+    def __init__(self, p: ODEProblem, repeated: Repeated, outcome: Outcome) -> None:
+        self.p, self.own, self.replaying, self.outcome = p, repeated.own, repeated.replay, outcome
         self.program, source = p.f.program
         self.tensors = self.program.read(source)
+
+    def refill(self) -> None:
+        if self.own.filled is not self.outcome:  # else nothing was solved in between
+            super().refill()
 
 
 def agrees(p: ODEProblem, trained: Sequence[Tensor]) -> bool:
@@ -400,22 +429,16 @@ def _explicit(method: Method) -> bool:
     return method.kind in ("adaptive", "fixed")
 
 
-def fill(parts: list[Tensor], tensors: Sequence[Tensor]) -> None:
-    """Have a field look at the values of tensors as they are now.
-
-    Args:
-        parts: of the field's memory, each of the shape of its tensor.
-    """
-    if parts:
-        torch._foreach_copy_(parts, list(tensors))
-
-
 def _parts(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [part.view(x.shape) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
+    sizes = [x.numel() for x in tensors]
+    return [part.view(x.shape) for part, x in zip(flat[: sum(sizes)].split(sizes), tensors)]
 
 
-def _flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Tensors one after the other, shape (m,), as numbers of one type."""
-    if not tensors:
-        return torch.empty(0, dtype=dtype)
-    return torch.cat([x.reshape(-1).to("cpu", dtype) for x in tensors])
+unflatten: Callable[[Tensor, list[Tensor]], list[Tensor]] = torch._C._nn.unflatten_dense_tensors
+
+
+def _flat(tensors: Sequence[Tensor], dtype: torch.dtype, size: int = 0) -> Tensor:
+    """Tensors one after the other, as numbers of one type; and zeros behind them, up to `size` numbers in all."""
+    parts = [x.detach().reshape(-1).to("cpu", dtype) for x in tensors]
+    rest = size - sum(x.numel() for x in parts)
+    return torch.cat([*parts, torch.zeros(max(rest, 0), dtype=dtype)])

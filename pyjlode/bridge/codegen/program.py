@@ -25,6 +25,9 @@ log = logging.getLogger("pyjlode")
 FUNCTIONS = ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "pull")
 # A sparse Jacobian wins from about this size, and below this part of non-zeros.
 _SPARSE_SIZE, _SPARSE_PART = 24, 0.3
+# Products of numbers, in products of matrices, from which on loops are faster than straight-line code, and compiled in
+# less time: benchmarks/compiled.py --part size.
+_NETWORK = 64
 # Programs kept of one capture, with other numbers in its integer tensors.
 _KEPT = 64
 # Fields of the same functions that are kept while nobody uses them.
@@ -40,11 +43,28 @@ class Pattern(NamedTuple):
 
 @dataclass(eq=False)
 class JuliaField:
-    """A field of Julia's, and the memory that it looks at: whole, and for each of the tensors that f holds."""
+    """A field of Julia's, and the memory that it looks at.
+
+    Attributes:
+        memory, parts: whole, and for each of the tensors that f holds.
+        filled: stands for the values that are there now; None where nothing does.
+    """
 
     held: calls.Held
     memory: dict[str, Tensor]
     parts: list[Tensor]
+    filled: object = None
+
+    def fill(self, tensors: Sequence[Tensor], stands: object = None) -> None:
+        """Have it look at the values of tensors as they are now.
+
+        They are copied, whether they changed or not: what is written through `x.data`, or a view that NumPy has of x,
+        does not count in `x._version`. One call copies all, in 2 to 4 us for a small network.
+        """
+        self.filled = None
+        if self.parts:
+            torch._foreach_copy_(self.parts, list(tensors))
+        self.filled = stands
 
 
 class _Lease(weakref.ref):
@@ -93,8 +113,9 @@ class Program:
         trace: of one of them.
 
     Attributes:
-        mode: "scalar" where that has few enough operations, else "array".
+        mode: "array" where that is a network, or has too many operations for "scalar".
         work: numbers that the functions need room for.
+        layers: matrices that they want transposed.
         fields: Julia's, by the names of their functions.
         params: how the trained tensors lie in Julia's vector of them, once it was asked for.
         plans: what the front door keeps of calls with such a field.
@@ -117,13 +138,11 @@ class Program:
         self.params: Layout | None = None
         self.plans: dict[tuple[Any, ...], Any] = {}
         self.work = 0
+        self.layers = array.Layers(sum(x.numel() for x in trace.tensors[trace.trained :]))
         self._texts: dict[str, str] = {}
         self._addresses: dict[str, int] = {}
-        self.mode = "scalar"
-        try:
-            _ = self._f
-        except NotCompiled:
-            self.mode = "array"
+        network = array.products(trace.f) >= _NETWORK
+        self.mode = "array" if network or not self._is_short else "scalar"
         _ = self.text("f")
 
     def read(self, source: Held) -> list[Tensor]:
@@ -138,7 +157,7 @@ class Program:
             NotCompiled: there is none for this function.
         """
         if name not in self._texts:
-            straight = self.mode == "scalar" or name == "sensitivities"
+            straight = self.mode == "scalar" or name == "sensitivities"  # of which there are no others
             self._texts[name] = getattr(self, f"_{name}_text")() if straight else self._array_text(name)
         return self._texts[name]
 
@@ -156,6 +175,15 @@ class Program:
                 _compiled[key] = calls.compile(self.dtype, text)
             self._addresses[name] = _compiled[key]
         return self._addresses[name]
+
+    @functools.cached_property
+    def _is_short(self) -> bool:
+        """Whether f is few enough operations to be straight-line code."""
+        try:
+            _ = self._f
+        except NotCompiled:
+            return False
+        return True
 
     @functools.cached_property
     def _f(self) -> scalar.Functions:
@@ -252,7 +280,7 @@ class Program:
 
     def _sensitivities_text(self) -> str:
         n, width = self.n, self.n + self.parameters
-        if self.mode != "scalar" or n * n * width > 4 * scalar.LIMIT:
+        if n * n * width > 4 * scalar.LIMIT or not self._is_short:
             raise NotCompiled("its sensitivities are those of too many numbers")
         code, outputs = self._vjp
         memo: dict[int, dict[int, int]] = {}
@@ -267,7 +295,7 @@ class Program:
                     total = code.make("add", total, code.make("mul", factor, code.load("u", n + j * width + k + 1)))
                 places.append(total)
         parts = [
-            self.text("f"),
+            self._f_text(),
             self._function("products", "out", places, range(1, n * width + 1), code, 0),
             _SENSITIVITIES.format(n=n),
         ]
@@ -278,7 +306,7 @@ class Program:
         graph = trace.f if name == "f" else trace.jvp if name in ("jvp", "tgrad") else trace.vjp
         thetas = list(range(2, 2 + trace.trained))
         outputs = {"f": [0], "jvp": [0], "vjp_p": thetas, "pull": [1, *thetas]}.get(name, [1])
-        emitted = array.emit(graph, trace.examples(graph), trace.trained, outputs)
+        emitted = array.emit(graph, trace.examples(graph), trace.trained, outputs, self.layers)
         start = emitted.work
         if name == "jac":  # a row for each unit vector
             emitted.work += 2 * self.n

@@ -1,11 +1,13 @@
 """Compiled functions compared with PyTorch's own, one by one."""
 
 import ctypes
+import math
 
 import pytest
 import torch
 
 from pyjlode.bridge import runtime
+from pyjlode.bridge.codegen import program as programs
 from pyjlode.bridge.codegen import scalar
 from pyjlode.bridge.codegen.capture import held_by
 from pyjlode.bridge.codegen.program import FUNCTIONS, Program
@@ -56,12 +58,18 @@ def reference(f, h0, params, t, v):
     }
 
 
+@pytest.fixture(name="program_of")
+def _program_of():
+    return program_of
+
+
 @pytest.fixture
 def check(julia, monkeypatch):
     """check(f, h0, mode): f and all its products, compiled in a mode, are PyTorch's, around h0."""
 
     def run(f, h0, mode, functions=FUNCTIONS, points=2, room=0.0):
         monkeypatch.setattr(scalar, "LIMIT", -1 if mode == "array" else 1 << 20)
+        monkeypatch.setattr(programs, "_NETWORK", math.inf)
         program, source = program_of(f, h0)
         assert program.mode == mode
         tensors = [source.tensors[i] for i in program.trace.slots]
@@ -80,9 +88,14 @@ def check(julia, monkeypatch):
                 pattern = program.pattern if name == "jac" else None
                 sizes = {"jac": n * n, "vjp_p": len(theta), "pull": n + len(theta)}
                 size = sizes.get(name, n) if pattern is None else len(pattern.rows)
+                # Behind the constants lie the transposes that the functions ask for, as Julia puts them there.
+                held = torch.cat([constants, torch.full((program.layers.stop - len(constants),), 7.0, dtype=dtype)])
+                for (trained, start, rows, columns, step), to in program.layers.known.items():
+                    matrix = (theta if trained else constants).as_strided((rows, columns), (step, 1), start)
+                    held[to : to + rows * columns] = matrix.T.reshape(-1)
                 # A guard on both sides: nothing is written beside the output.
                 out, work = torch.full((size + 2,), 7.0, dtype=dtype), torch.full((program.work + 2,), 7.0, dtype=dtype)
-                tensors_in = (v, h.reshape(-1), theta, constants)
+                tensors_in = (v, h.reshape(-1), theta, held)
                 pointers = [x.data_ptr() for x in tensors_in]
                 _C(address)(out.data_ptr() + dtype.itemsize, *pointers, work.data_ptr() + dtype.itemsize, t)
                 assert float(out[0]) == float(out[-1]) == float(work[0]) == float(work[-1]) == 7.0

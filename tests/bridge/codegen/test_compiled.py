@@ -91,7 +91,8 @@ def test_gradients_are_the_native_engines(name, adjoint, mode, monkeypatch):
         if adjoint == "forward":
             pytest.skip("the sensitivities of large fields are not compiled")
         monkeypatch.setattr(scalar, "LIMIT", -1)
-        monkeypatch.setattr(capture, "_roots", type(capture._roots)())
+    monkeypatch.setattr(programs, "_NETWORK", math.inf)
+    monkeypatch.setattr(capture, "_roots", type(capture._roots)())
     f, h0, t = problems()[name]
     params = list(f.parameters()) if isinstance(f, nn.Module) else [c.cell_contents for c in f.__closure__]
 
