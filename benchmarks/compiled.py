@@ -816,9 +816,9 @@ def times(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[flo
     """CPU seconds of one run of each, for each of so many rounds in which they take turns."""
     counts = {}
     for name, run in runs.items():
-        for _ in range(4):  # the first compile, and make what is kept
+        for _ in range(20):  # the first compile, and make what is kept
             run()
-        counts[name] = max(1, int(LEAST / max(seconds(run, 2), 1e-7)))
+        counts[name] = max(1, int(LEAST / max(min(seconds(run, 2) for _ in range(5)), 1e-7)))
     rows: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():

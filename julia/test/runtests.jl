@@ -3,7 +3,8 @@
 using LinearAlgebra
 using PyJLODE
 using PyJLODE: AdjointRequest, Field, Functions, Lent, Outcome, Request, Source, adjoint!, algorithm, interpolate!, lend,
-    ReplayRequest, Replayed, Systems, replay!, source_function, structure
+    Numbers, One, ReplayRequest, Replayed, Start, Systems, replay!, source_function, structure
+using Random: Xoshiro
 using SciMLSensitivity
 using Test
 
@@ -118,6 +119,32 @@ end
         @test sizeof(Functions) == 9 * 8
         @test sizeof(Outcome) == 12 * 8
         @test sizeof(Systems) == 8 + 3 * 16
+    end
+
+    @testset "products of matrices of all sizes and forms, $T" for T in (Float32, Float64)
+        rng = Xoshiro(0)
+        sizes = [ntuple(_ -> rand(rng, 1:21), 3) for _ in 1:300]
+        append!(sizes, [(3, 5, 0), (50, 50, 50), (40, 61, 7), (1, 1030, 1030), (103, 102, 101)])
+        for (m, n, k) in sizes
+            A, B = rand(rng, T, m, k) .- T(0.5), rand(rng, T, k, n) .- T(0.5)
+            # Each in rows or in columns; and what it is added to: nothing, a row, a column, a matrix, or what is there.
+            (a, a1, a2), (b, b1, b2) = ((rand(rng, Bool) ? (vec(X), 1, size(X, 1)) : (vec(permutedims(X)), size(X, 2), 1)) for X in (A, B))
+            kind = rand(rng, (:none, :row, :column, :matrix, :there))
+            S = kind == :none ? zeros(T, m, n) : rand(rng, T, m, n)
+            kind == :row && (S .= S[1:1, :])
+            kind == :column && (S .= S[:, 1:1])
+            s = vec(permutedims(S))
+            out = [kind == :there ? s : fill(T(NaN), m * n); T(7)]
+            GC.@preserve a b s out begin
+                from = Numbers(pointer(kind == :there ? out : s))
+                start = kind == :none ? nothing : kind == :column ? Start(from, n, 0) : Start(from, kind == :row ? 0 : n, One())
+                PyJLODE.multiply!(
+                    Numbers(pointer(out)), m, n, k, Numbers(pointer(a)), a1, a2, Numbers(pointer(b)), b1, b2, start
+                )
+            end
+            @test permutedims(reshape(out[1:(end - 1)], n, m)) ≈ S + A * B atol = 30 * eps(T) * sqrt(k + 1)
+            @test out[end] == 7  # nothing is written beside it
+        end
     end
 
     @testset "a replay is the adjoint of the steps, $T, to $last" for T in (Float32, Float64), last in (2.0, -2.0)
