@@ -9,12 +9,13 @@ nor when parameters change.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -392,7 +393,8 @@ def compiled(f: Function, examples: Sequence[Tensor], trial: Sequence[Tensor]) -
             for node in module.graph.nodes:  # of other tensors without numbers than the compiler's own
                 node.meta.clear()
             right = module(*trial)
-            made: Any = torch._inductor.compile(module, inputs, options=_OPTIONS)
+            with _kept_on_disk():
+                made: Any = torch._inductor.compile(module, inputs, options=_OPTIONS)
             _compare(made(*trial), right)
             return made
     except NotCompiled:
@@ -409,6 +411,22 @@ def compiled(f: Function, examples: Sequence[Tensor], trial: Sequence[Tensor]) -
 # Of sizes and strides the guards have made sure, and the solver of its own tensors'. With `inplace_buffers` PyTorch's
 # compiler (2.13) writes over what a matrix product has still to read: gradients of the last layer came out wrong.
 _OPTIONS = {"size_asserts": False, "inplace_buffers": False}
+
+
+@contextlib.contextmanager
+def _kept_on_disk() -> Iterator[None]:
+    """Within this context the compiler keeps what it makes for other processes, as it does for graphs with shapes that
+    may be symbols; these here are not."""
+    try:
+        from torch._guards import TracingContext, tracing
+        from torch._subclasses import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        context: Any = tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True))))
+    except (ImportError, TypeError):  # it costs time alone
+        context = contextlib.nullcontext()
+    with context:
+        yield
 
 
 def _compare(found: Sequence[Tensor], right: Sequence[Tensor]) -> None:
