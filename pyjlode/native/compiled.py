@@ -167,7 +167,11 @@ class Program:
         self.polynomials = torch.tensor(self.P.T, dtype=torch.float64, device=self.device)
         self.slots, self.trained = trace.slots, trace.trained
         self.counts, self.adds = trace.steps, trace.adds
+        # Expanded tensors, and slices with gaps, are copied: guards make sure that these are always the same ones.
+        self.dense = [x.clone().stride() == x.stride() for x in trace.tensors]
         field = trace.f.module
+        if _writes(field):
+            raise NotCompiled("f writes into tensors that it holds, as batch normalisation does in training")
         self.value = lambda *args: field(*args).to(self.dtype)
         self.checked = False
         try:
@@ -388,7 +392,7 @@ def compiled(f: Function, examples: Sequence[Tensor], trial: Sequence[Tensor]) -
         with warnings.catch_warnings(), lasting(), torch.no_grad():
             warnings.simplefilter("ignore")
             inputs: list[Any] = [x.detach() for x in examples]
-            module = make_fx(f)(*inputs)
+            module = make_fx(f)(*trial)  # which runs it, and f may write into what it holds
             _share(module)
             for node in module.graph.nodes:  # of other tensors without numbers than the compiler's own
                 node.meta.clear()
@@ -447,6 +451,20 @@ def _compare(found: Sequence[Tensor], right: Sequence[Tensor]) -> None:
                 f"{_ASKED}: PyTorch's compiler made code that gives other numbers than PyTorch, by "
                 f"{float((x - y).abs().max()):.3g}; use compile=None, and tell PyTorch."
             )
+
+
+def _writes(module: torch.fx.GraphModule) -> bool:
+    """Whether a graph writes into a tensor, the statistics of a batch normalisation among them."""
+    for node in module.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            schema = node.target._schema
+            if schema.is_mutable:
+                return True
+            for i, argument in enumerate(schema.arguments):
+                value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+                if "batch_norm" in schema.name and argument.name in ("training", "train") and value:
+                    return True
+    return False
 
 
 def _words(error: Exception) -> str:
@@ -606,9 +624,9 @@ class Steps:
         self.s, self.fsal = program.s, True
         y = p.y0
         self.originals = [held.tensors[i] for i in program.slots]
-        self.lifted = [
-            x.detach() if x.device == y.device or x.ndim else x.detach().to(y.device) for x in self.originals
-        ]
+        lifted = [x.detach() if dense else x.detach().contiguous() for x, dense in zip(self.originals, program.dense)]
+        # Numbers may lie on the CPU beside a state that does not.
+        self.lifted = [x if x.device == y.device or x.ndim else x.to(y.device) for x in lifted]
         self.versions = self.versions_now()
         self.rtol, self.atol = (as_like(x, y).contiguous() for x in (p.rtol, p.atol))
         self.numpy = numpy_dtype(y)

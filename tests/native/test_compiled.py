@@ -212,7 +212,8 @@ def test_without_gradients(context, graphs):
 def test_states_that_do_not_lie_in_one_piece(the_compiler):
     """What is compiled for one layout in memory would read another one wrong."""
     h0 = torch.tensor([0.8, 9.0, -0.5, 9.0], dtype=F64)
-    f, how = lambda t, h: torch.sin(h.flip(0) + t), {"method": "midpoint", **HOW}
+    wide, gaps = torch.tensor(0.7, dtype=F64).expand(2), torch.tensor([0.3, 9.0, 0.6, 9.0], dtype=F64)[::2]
+    f, how = lambda t, h: torch.sin(wide * h.flip(0) + t * gaps), {"method": "midpoint", **HOW}
     for h in (h0[::2].clone(), h0[::2], h0[::2].clone()):
         same([odeint(f, h, TIMES, compile=True, **how)], [odeint(f, h, TIMES, **how)])
     assert len(the_compiler) == 1
@@ -322,10 +323,16 @@ def dropout():
     return lambda t, h: net(h)
 
 
+def batch_norm():
+    net = nn.Sequential(nn.Linear(2, 3, dtype=F64), nn.BatchNorm1d(3, dtype=F64), nn.Linear(3, 2, dtype=F64))
+    return lambda t, h: net(h)
+
+
 REFUSED = {
     "random": (lambda: (dropout(), H0, {}), "random"),
     "a branch on a value": (lambda: (lambda t, h: -h if t > 0.5 else h, H0, {}), "Python number or a branch"),
     "kept results": (lambda: (Keeps(), H0, {}), "changes what it holds"),
+    "statistics of a batch": (lambda: (batch_norm(), torch.ones(2, 2, dtype=F64), {}), "writes into"),
     "another method": (lambda: (lambda t, h: -h, H0, {"method": "rodas5p"}), "not an explicit"),
     "a multistep method": (lambda: (lambda t, h: -h, H0, {"method": "explicit_adams"}), "not an explicit"),
     "sensitivities": (lambda: (Net(), H0, {"adjoint": "forward"}), "another system"),
