@@ -2,7 +2,7 @@
 
     python benchmarks/steps.py [--device cuda] [--rounds N] [--only NAME] [--method NAME]
 
-For each network: seconds of compilation, then the time of a solve, and of a solve with its gradient (`adjoint=True`,
+For each network, and the likelihood of a CNF in the plane: seconds of compilation, then the time of a solve, and of a solve with its gradient (`adjoint=True`,
 torchdiffeq's `odeint_adjoint`, diffrax's checkpoints), all with the same method and tolerance. The contenders take
 turns, round after round, on one thread: medians in ms, and in brackets medians of the ratios to compiled within a
 round, so that more than 1 is slower. What is not installed is left out. On a GPU the waits of the host for it are
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import pyjlode
+from pyjlode.nn import CNF
 
 torch.set_num_threads(1)
 F64, F32 = torch.float64, torch.float32
@@ -162,7 +163,7 @@ def compare(title: str, runs: dict[str, Callable[[], Any]], rounds: int, device:
         for name, run in runs.items():
             run()  # after another one's turn
             walls[name].append(seconds(run, device))
-    print(f"{title:36s} compilation {compiling:5.1f} s", end="")
+    print(f"{title:42s} compilation {compiling:5.1f} s", end="")
     for name, row in walls.items():
         ratio = statistics.median(x / y for x, y in zip(row, walls["compiled"]))
         print(
@@ -192,6 +193,31 @@ def waits(p: Problem, method: str) -> None:
     print(f"{p.name:36s} {stats.naccept + stats.nreject} steps, {count} waits of the host")
 
 
+class TimeField(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(3, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 2)
+        )
+
+    def forward(self, t: Tensor, h: Tensor) -> Tensor:
+        return self.net(torch.cat([h, t.expand(*h.shape[:-1], 1)], -1))
+
+
+def flow(width: int, batch: int, trace: str, method: str, rounds: int, device: str) -> None:
+    """The likelihood of a continuous normalizing flow in the plane, and its gradient."""
+    f, x = TimeField(width).to(device), torch.randn(batch, 2, device=device)
+    runs = {}
+    for name, compile in (("compiled", True), ("eager", None)):
+        model = CNF(f, 2, trace=trace, method=method, engine="torch", compile=compile, rtol=1e-5, atol=1e-5).to(device)
+
+        def run(model: CNF = model) -> Any:
+            return torch.autograd.grad(-model.log_prob(x).mean(), list(f.parameters()))
+
+        runs[name] = run
+    compare(f"CNF {width}-{width}, batch {batch}, {trace}: gradient", runs, rounds, device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -208,6 +234,10 @@ def main() -> None:
             compare(f"{p.name}: gradient", gradients, args.rounds, args.device)
             if args.device == "cuda":
                 waits(p, args.method)
+    for trace in ("exact", "hutchinson"):
+        if args.only in "CNF":
+            width, batch = (64, 4096) if args.device == "cuda" else (32, 100)
+            flow(width, batch, trace, args.method, args.rounds, args.device)
 
 
 if __name__ == "__main__":
