@@ -160,8 +160,9 @@ def planned(solver: Any, name: str, e: Equation) -> plans.Call | None:
         return None
     if e.event_fn is not None or e.mass_matrix is not None or e.jac is not None or e.adjoint_params is not None:
         return None
-    if isinstance(e.t, Tensor) and e.t.ndim != 1:
-        return None
+    first = e.t[0] if isinstance(e.t, (list, tuple)) and e.t else e.t
+    if isinstance(first, (list, tuple)) or (isinstance(first, Tensor) and first.ndim > (first is e.t)):
+        return None  # times of each system of a batch
     return plans.call(e.f, e.h0, e.t, (solver, meant))
 
 

@@ -353,7 +353,9 @@ class Search:
                 stop = sign * np.minimum(np.append(self.stops, math.inf)[place], sign * self.end)
             # A step that would end just short of a stop ends on it: no sliver is left over.
             t1 = np.where(dt * (1 + 1e-10) >= sign * (stop - t), stop, t + sign * dt)
-            reach = t1 - t if left == B else np.where(self.live, t1 - t, 0.0)
+            if left < B:
+                t1 = np.where(self.live, t1, t)
+            reach = t1 - t
             stuck = np.count_nonzero(reach) != left or (rejected is not None and (rejected == t1).any())
             if stuck or (self.finder is not None and np.isinf(reach).any()):
                 known = t1 if rejected is None else rejected
@@ -395,13 +397,15 @@ class Search:
             if self.crawl is not None:
                 self.crawl.look(self.tries_before + self.tried, step, accepted, self.end, self.rows)
             if good:
-                if self._advance(step, spans, t1, stop, accepted, good == B):
+                # A system that rests is where it was after a step of no length, if f is finite there.
+                everywhere = good == left and (left == B or not np.isnan(err).any())
+                if self._advance(step, spans, t1, stop, accepted, everywhere):
                     left = self._left()
                 if self.tape is not None:
                     self._keep(step, accepted)
                 if after is not None:
                     after = np.where(accepted, np.isin(self.t, self.jumps), after)
-                mask = None if good == B else self._index(accepted)[:, None]
+                mask = None if everywhere else self._index(accepted)[:, None]
                 calls = p.f.nfe
                 maker.accept(step, accepted, mask, Spans(self.t, np.full(B, sign), after, before), self.y)
                 if p.f.nfe > calls:
