@@ -43,7 +43,7 @@ class Memory:
         """Whether the product calls f again: not where all of its graph is kept, or its sensitivities are."""
         head = self.record.head
         if self.problem.rows is not None:
-            return self.gradient != "discrete" or self.record.tape is None
+            return self.gradient != "discrete" or self.record.tape is None or self.record.late is not None
         return self.sensitivities is None and (head is None or head.steps < len(self.record.kept))
 
 
