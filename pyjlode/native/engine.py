@@ -45,7 +45,7 @@ class Memory:
         if self.gradient == "discrete" and self.problem.compiled is not None:
             return False
         if self.problem.rows is not None:
-            return self.gradient != "discrete" or self.record.tape is None
+            return self.gradient != "discrete" or self.record.tape is None or self.record.late is not None
         return self.sensitivities is None and (head is None or head.steps < len(self.record.kept))
 
 

@@ -355,9 +355,10 @@ def test_graphs_that_are_kept_and_steps_taken_again_give_the_same(method, monkey
         return [*first, *torch.autograd.grad(h.square().sum(), (h0, f.mu))]
 
     kept = of()
-    monkeypatch.setattr(sensitivity, "GRAPH_BUDGET", 0)
-    for a, b in zip(kept, of()):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    for budget in (0, 60_000):  # of none, and of some
+        monkeypatch.setattr(sensitivity, "GRAPH_BUDGET", budget)
+        for a, b in zip(kept, of()):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_a_function_that_changed_is_no_gradient(monkeypatch):

@@ -96,7 +96,8 @@ class SystemsRecord:
 
     Attributes:
         ys: (T, n) states at the output times; with events, at the start and at each system's own.
-        trail: the accepted steps. tape: their graphs, where these were kept.
+        trail: the accepted steps. tape: the graphs of the first of them, where these were kept. late: the others, and
+            `made` of those alone.
         made: (T, B) which step an output lies in; node: (T, B) whether at its end, as its state.
         event_t: (B,) times of the events; NaN where there is none.
         met: the steps that the events lie in. at_events: times (B,) near them -> states (B, d), in a recorded solve.
@@ -112,6 +113,7 @@ class SystemsRecord:
     failed: np.ndarray
     dense: Any = None
     tape: Tape | None = None
+    late: tuple[Trail, np.ndarray] | None = None
     event_t: Any = None
     met: events.Met | None = None
     at_events: Any = None
@@ -185,6 +187,8 @@ class Search:
         self.dense = Dense(p, maker) if dense else None
         self.tape = Tape.of(p) if states and not dense and taped(maker) else None
         self.inside: Tensor | None = None
+        self.kept: Tape | None = None
+        self.late: tuple[Trail, np.ndarray] | None = None
         self.whole: Any = maker
         self.crawl = Crawl(p) if p.method.kind == "adaptive" and not p.transformed else None
         self.narrows = self.tape is None and not dense and narrow.worth(p)
@@ -237,6 +241,8 @@ class Search:
         if self.p.moving:  # an output moves past the end of a step, unless that is the end of all
             at_end &= times == self.end[i]
         self.made[j, i], self.node[j, i] = self.trail.count[i], at_end
+        if self.late is not None:
+            self.late[1][j, i] = self.late[0].count[i]
         self.next[systems] = until
         self._next_times()
         if self.ys is None:
@@ -448,8 +454,9 @@ class Search:
             k1 = step.slope1().reshape(-1)
         j, i, at_end = self.places
         piece = Piece(*self.leaves, step.y1, k1, accepted, self.inside, j, i, at_end)
-        if not self.tape.add(piece):
-            self.tape = None  # too many for the memory: they will be taken again
+        if not self.tape.add(piece):  # the memory for graphs is full: later steps will be taken again
+            self.kept, self.tape = self.tape, None
+            self.late = Trail(self.p, states=True), np.full_like(self.made, NOWHERE)
         self.y = self.y.detach()
 
     def _advance(
@@ -482,6 +489,8 @@ class Search:
         if not self.trail.counted:
             kind = np.where(at_stop, np.where(t1 == self.end, LAST, STOP), FREE) if stopped else _free(self.B)
             self.trail.add(spans, kind, self.y, accepted)
+            if self.late is not None:
+                self.late[0].add(spans, kind, self.y, accepted)
         else:
             self.trail.count += accepted
         if self.size is not None:
@@ -547,9 +556,9 @@ class Search:
         record = SystemsRecord(
             self.y, self.trail, self.made, self.node, (p.moments(self.t), end.view(-1)), self.failed, size=self.size
         )
-        if self.tape is not None:
-            self.tape.close()
-            record.tape = self.tape
+        record.tape, record.late = self.tape or self.kept, self.late
+        if record.tape is not None:
+            record.tape.close()
         if self.dense is not None:
             self.dense.close(self.trail, self.failed)
             record.dense = self.dense

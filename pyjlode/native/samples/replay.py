@@ -201,16 +201,20 @@ def discrete(p: ODEProblem, record: SystemsRecord, g: Tensor, maker: Maker, *, a
     """
     if record.tape is None:
         return _Backward(p, record, maker).run(g)
-    grads = _through(p, record, record.tape, g.view(len(g), p.batch, -1), again)
+    grads = _through(p, record, record.tape, g.view(len(g), p.batch, -1), maker, again)
     # What a step makes of its cotangent has no part in what does not count in it, but for infinite derivatives there.
     if bool(torch.isfinite(torch.stack([x.sum() for x in (grads.y0, *grads.params) if x is not None])).all()):
         return grads
     return _Backward(p, record, maker).run(g)
 
 
-def _through(p: ODEProblem, record: SystemsRecord, tape: Tape, g: Tensor, again: bool) -> Gradients:
-    params = Sum(p.params)
-    a = tape.pull(torch.zeros_like(g[0]), g, params, again)
+def _through(p: ODEProblem, record: SystemsRecord, tape: Tape, g: Tensor, make: Maker, again: bool) -> Gradients:
+    params, a = Sum(p.params), torch.zeros_like(g[0])
+    if record.late is not None:
+        trail, made = record.late
+        later = _Backward(p, replace(record, trail=trail, made=made), make)
+        a, params = later.steps(a, g), later.params
+    a = tape.pull(a, g, params, again)
     j, i = np.nonzero(record.made == AT_START)
     index = torch.from_numpy(i).to(a.device)
     a = a.index_add(0, index, g[torch.from_numpy(j).to(a.device), index])
@@ -229,15 +233,12 @@ class _Backward(Replay):
         self.sizes: list[Tensor] = []
 
     def run(self, g: Tensor) -> Gradients:
-        B, trail = self.B, self.trail
-        g = g.view(len(g), B, -1)
+        g = g.view(len(g), self.B, -1)
         a = torch.zeros_like(g[0])
         if self.record.met is not None:
             found = torch.from_numpy(self.record.met.found).to(g.device)
             g = torch.where(found[:, None], g, torch.stack([g[0], torch.zeros_like(g[1])]))
-        for k in reversed(range(len(trail))):
-            a = self.pull(k, a, g)
-        self.check()
+        a = self.steps(a, g)
         if self.record.met is not None:
             start = a + g[0]
         else:
@@ -245,6 +246,13 @@ class _Backward(Replay):
             index = torch.from_numpy(i).to(a.device)
             start = a.index_add(0, index, g[torch.from_numpy(j).to(a.device), index])
         return Gradients(start.reshape(-1), self.time_gradient() if self.want_t else None, self.params.total)
+
+    def steps(self, a: Tensor, g: Tensor) -> Tensor:
+        """Cotangents a (B, d) of the states at the ends -> (B, d) at the starts of the first steps."""
+        for k in reversed(range(len(self.trail))):
+            a = self.pull(k, a, g)
+        self.check()
+        return a
 
     def pull(self, k: int, a: Tensor, g: Tensor) -> Tensor:
         """Cotangents a (B, d) of the states after the k-th steps -> (B, d) before; adds to the rest."""

@@ -37,7 +37,7 @@ class Piece(NamedTuple):
 
 
 class Tape:
-    """The graphs of all attempts of a solve, as long as they fit into the memory for that.
+    """The graphs of the first attempts of a solve, as many as fit into the memory for that.
 
     Args:
         k0: the slope at the start, with its graph, of the leaf y0.
