@@ -130,7 +130,7 @@ def products(graph: Graph) -> int:
 
 
 # Which argument of a product of matrices is the left one.
-_FACTORS = {aten.mm: 0, aten.bmm: 0, aten.mv: 0, aten.addmm: 1, aten.baddbmm: 1, aten.addmv: 1}
+_FACTORS: dict[Any, int] = {aten.mm: 0, aten.bmm: 0, aten.mv: 0, aten.addmm: 1, aten.baddbmm: 1, aten.addmv: 1}
 
 
 class Layers:
