@@ -123,6 +123,8 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
         return f"method={p.method.name!r} has no counterpart there"
     if p.y0.device.type not in ("cpu", "cuda"):
         return f"the state lies on {p.y0.device}, and Julia is given tensors on the CPU and on CUDA devices"
+    if places.of(p.y0).kind != places.HOST and isinstance(p.f.f, JuliaFunction):
+        return f"the state lies on {p.y0.device}, and a julia_function is code for the CPU"
     if p.y0.device.type == "cuda" and (obstacle := runtime.without("CUDA")):
         return f"the state lies on {p.y0.device}, and {obstacle}"
     if gradient == "discrete" and (obstacle := _cannot_replay(p)):

@@ -153,9 +153,7 @@ class Callbacks:
         return self.look(address).clone()
 
     def here(self, calls: Calls) -> None:
-        """Have Julia's work for this field go where PyTorch's goes now."""
-        if self.place.kind == places.CUDA:
-            calls.stream(self.field, self.place.stream())
+        """Have Julia's work for this field go where PyTorch's goes now: on the host that is one place."""
 
     def event(self, margin: int, u: int, t: float) -> None:
         value = self.margin(t, self.state(u))
@@ -201,6 +199,10 @@ class RHS(Callbacks):
         )
         self.field = calls.field(self.dtype, functions)
         self.views.owner = self.field
+
+    def here(self, calls: Calls) -> None:
+        if self.place.kind == places.CUDA:
+            calls.stream(self.field, self.place.stream())
 
     def check_kept(self) -> None:
         """Warn, once, if f kept what it was shown."""

@@ -141,6 +141,12 @@ def test_nothing_is_compiled_there():
     assert "lies on" in stats.not_compiled
 
 
+def test_julia_functions_are_for_the_host():
+    f = pyjlode.julia_function("f(du, u, p, t) = (du .= -u)")
+    with places.standing_in(), pytest.raises(errors.BadOption, match="code for the CPU"):
+        odeint(f, torch.ones(2, dtype=F64), T, engine="julia")
+
+
 def test_without_cuda(monkeypatch):
     monkeypatch.setattr(runtime, "find", lambda: runtime.Found("julia", "nowhere", "this test"))
     runtime.without.cache_clear()
