@@ -277,10 +277,9 @@ end
     if Base.find_package("JLArrays") === nothing
         @info "Without JLArrays.jl nothing of what is done on devices is tested."
     else
-        @eval using JLArrays: JLArrays, JLVector
-        JLArrays.allowscalar(false)
+        include("jlarrays.jl")
         on_device(::Type{T}; names...) where {T} = Field{T}(
-            structure(Functions; n = 2, parameters = haskey(names, :vjp_p) ? 1 : 0, kind = 2, names...)
+            structure(Functions; n = 2, parameters = haskey(names, :vjp_p) ? 1 : 0, kind = STAND_IN, names...)
         )
         @testset "as on a device: $text, $T" for text in ("Tsit5()", "DP5()", "DP8()", "BS3()", "Vern7()"), T in (Float32, Float64)
             times, rtol = [0.0, 0.3, 1.7, 2.0], T == Float64 ? 1.0e-9 : 1.0e-5

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Kinds of devices, as `DEVICES` in julia/src/memory.jl has them.
-HOST, CUDA, STAND_IN = 0, 1, 2
-
-# The Julia package of each kind that is not the host's.
-PACKAGES = {CUDA: "CUDA", STAND_IN: "JLArrays"}
-
-_standing_in = False
+# Kinds of devices, as `DEVICES` in julia/src/memory.jl has them, and the Julia package of each that is not the host.
+HOST, CUDA = 0, 1
+PACKAGES = {CUDA: "CUDA"}
 
 
 class Place(NamedTuple):
@@ -59,18 +53,4 @@ class _OnDevice:
 
 def of(x: Tensor) -> Place:
     """Where a tensor's memory is."""
-    if x.device.type == "cuda":
-        return Place(CUDA, x.device)
-    return Place(STAND_IN if _standing_in else HOST, x.device)
-
-
-@contextlib.contextmanager
-def standing_in() -> Iterator[None]:
-    """Within this context states on the host are given to Julia as arrays that behave as a device's (JLArrays.jl): for
-    tests of what is done on devices, without one."""
-    global _standing_in
-    _standing_in = True
-    try:
-        yield
-    finally:
-        _standing_in = False
+    return Place(CUDA if x.device.type == "cuda" else HOST, x.device)

@@ -1,7 +1,9 @@
 """States that are on a device: what is done there, on arrays of the host's memory that refuse what a device would make
 slow or impossible (JLArrays.jl: no element by itself), against the same on the host."""
 
+import contextlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,10 +28,27 @@ class MLP(torch.nn.Module):
         return self.net(h) * torch.cos(t)
 
 
+STAND_IN = 2  # as in julia/test/jlarrays.jl
+JULIA = Path(__file__).parents[2] / "julia"
+
+
+@contextlib.contextmanager
+def standing_in():
+    """Within this context states on the host are given to Julia as arrays that behave as a device's."""
+    if "JLArrays" not in runtime.seconds():
+        runtime.load("JLArrays")
+        with runtime.julia():
+            runtime.evaluate(f'include(raw"{JULIA / "test" / "jlarrays.jl"}")')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(places, "of", lambda x: places.Place(STAND_IN, x.device))
+        patch.setitem(places.PACKAGES, STAND_IN, "JLArrays")
+        yield
+
+
 def both(run):
     """The same on the host, and as on a device."""
     here = run()
-    with places.standing_in():
+    with standing_in():
         return here, run()
 
 
@@ -52,7 +71,7 @@ def test_what_f_is_shown_is_the_solvers_memory():
         seen.add(h.data_ptr())
         return -h
 
-    with places.standing_in():
+    with standing_in():
         solution = solve(f, torch.ones(3, dtype=F64), T, method="dopri5", dense=False, **TOL)
     assert solution.stats.nfe > 30
     assert len(seen) < 12
@@ -127,14 +146,14 @@ def test_errors_come_through():
             raise ZeroDivisionError("of f's own")
         return -h
 
-    with places.standing_in(), pytest.raises(ZeroDivisionError, match="of f's own"):
+    with standing_in(), pytest.raises(ZeroDivisionError, match="of f's own"):
         odeint(f, torch.ones(2, dtype=F64), T, **TOL)
-    with places.standing_in(), pytest.raises(errors.SolveError):
+    with standing_in(), pytest.raises(errors.SolveError):
         odeint(lambda t, h: h * h, torch.ones(2, dtype=F64), T, **TOL)
 
 
 def test_nothing_is_compiled_there():
-    with places.standing_in():
+    with standing_in():
         with pytest.raises(errors.NotCompiled, match="lies on"):
             odeint(lambda t, h: -h, torch.ones(2, dtype=F64), T, **{**TOL, "compile": True})
         stats = solve(lambda t, h: -h, torch.ones(2, dtype=F64), T, **{**TOL, "compile": None}).stats
@@ -143,7 +162,7 @@ def test_nothing_is_compiled_there():
 
 def test_julia_functions_are_for_the_host():
     f = pyjlode.julia_function("f(du, u, p, t) = (du .= -u)")
-    with places.standing_in(), pytest.raises(errors.BadOption, match="code for the CPU"):
+    with standing_in(), pytest.raises(errors.BadOption, match="code for the CPU"):
         odeint(f, torch.ones(2, dtype=F64), T, engine="julia")
 
 
