@@ -8,6 +8,14 @@ using Random: Xoshiro
 using SciMLSensitivity
 using Test
 
+# JLArrays.jl is in the package's own test environment, and may not be in that of a caller.
+const AS_ON_DEVICES = Base.find_package("JLArrays") !== nothing
+if AS_ON_DEVICES
+    include("jlarrays.jl")
+else
+    @info "Without JLArrays.jl nothing of what is done on devices is tested."
+end
+
 # The harmonic oscillator with a friction that is a parameter: u'' = -u - p u'.
 const FRICTION = Ref(0.1)
 
@@ -273,11 +281,7 @@ end
         adjoint(r.s, name, "Tsit5()", times, 2 .* r.out; rtol, max_steps = 3)
     end
 
-    # JLArrays.jl is in the package's own test environment, and may not be in that of a caller.
-    if Base.find_package("JLArrays") === nothing
-        @info "Without JLArrays.jl nothing of what is done on devices is tested."
-    else
-        include("jlarrays.jl")
+    if AS_ON_DEVICES
         on_device(::Type{T}; names...) where {T} = Field{T}(
             structure(Functions; n = 2, parameters = haskey(names, :vjp_p) ? 1 : 0, kind = STAND_IN, names...)
         )
