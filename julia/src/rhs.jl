@@ -74,7 +74,7 @@ end
 vectors(::Field{T, V}) where {T, V} = V
 
 "Whether a callback may look at `a` itself."
-function pin!(field::Field{T, V}, a::V) where {T, V}
+function pin!(field::Field{T, V}, a::V) where {T, V <: AbstractVector{T}}
     for b in field.pinned
         a === b && return true
     end

@@ -64,7 +64,7 @@ def test_solutions(method, dtype):
 
 
 def test_what_f_is_shown_is_the_solvers_memory():
-    """Not copies: with `dopri5`, whose last stage is the next step's first, the same few addresses come again."""
+    """Not copies, which would all lie in one place: the same few addresses come again."""
     seen = set()
 
     def f(t, h):
@@ -74,7 +74,7 @@ def test_what_f_is_shown_is_the_solvers_memory():
     with standing_in():
         solution = solve(f, torch.ones(3, dtype=F64), T, method="dopri5", dense=False, **TOL)
     assert solution.stats.nfe > 30
-    assert len(seen) < 12
+    assert 2 < len(seen) < 12
 
 
 def test_tuples_tolerances_of_each_element_and_dense_output():
@@ -161,7 +161,7 @@ def test_nothing_is_compiled_there():
 
 
 def test_julia_functions_are_for_the_host():
-    f = pyjlode.julia_function("f(du, u, p, t) = (du .= -u)")
+    f = pyjlode.julia_function("f(du, u, p, t) = (du .= -u)", torch.zeros(1, dtype=F64))
     with standing_in(), pytest.raises(errors.BadOption, match="code for the CPU"):
         odeint(f, torch.ones(2, dtype=F64), T, engine="julia")
 
