@@ -124,7 +124,7 @@ end
         @test sizeof(ReplayRequest) == 7 * 16 + 8
         @test sizeof(Replayed) == 16
         @test sizeof(AdjointRequest) == 8 * 16 + 9 * 8
-        @test sizeof(Functions) == 9 * 8
+        @test sizeof(Functions) == 12 * 8
         @test sizeof(Outcome) == 12 * 8
         @test sizeof(Systems) == 8 + 3 * 16
     end
@@ -168,10 +168,10 @@ end
         @test replayed.apart < 10 * eps(T)
         dt = last / 8
         step(p) = (M = [0 1; -1 -p]; I + dt * M + dt^2 / 2 * M^2)
-        loss(u0, p) = sum(g[:, 2] .* (step(p)^4 * u0)) + sum(g[:, 3] .* (step(p)^8 * u0))
+        of_steps(u0, p) = sum(g[:, 2] .* (step(p)^4 * u0)) + sum(g[:, 3] .* (step(p)^8 * u0))
         @test du0 ≈ transpose(step(0.1)^4) * g[:, 2] + transpose(step(0.1)^8) * g[:, 3]
         h = 1.0e-6
-        @test only(dp) ≈ (loss([1, 0.5], 0.1 + h) - loss([1, 0.5], 0.1 - h)) / 2h rtol = sqrt(eps(T)) / 10
+        @test only(dp) ≈ (of_steps([1, 0.5], 0.1 + h) - of_steps([1, 0.5], 0.1 - h)) / 2h rtol = sqrt(eps(T)) / 10
     end
 
     @testset "systems of a sweep end where each would" begin
@@ -290,6 +290,7 @@ end
             r = run(on_device(T; pointers(T).f), text, times; T, rtol)
             @test r.code == "Success"
             @test r.out ≈ run(T, text, times; rtol).out rtol = 100eps(T)
+            @test 1 < length(r.s.field.pinned) <= PyJLODE.PINNED  # the callbacks saw the solver's own arrays
         end
         @testset "as on a device: event, dense output" begin
             functions = pointers(Float64)
