@@ -417,6 +417,8 @@ def _solve(
             outcome = systems.solve(calls, rhs, algorithm, request)
         else:
             rhs = _field(calls, p, gradient, stats, of)
+            if isinstance(rhs, RHS):  # Julia asks for the first slope itself; of a large state each array counts
+                p.f0 = p.f.probed = None
             solution, outcome = _call(rhs, calls.solve, rhs.field, algorithm, request)
             try:
                 known = len(p.times) if _succeeded(outcome) and p.event_fn is None else 1
