@@ -272,11 +272,6 @@ def test_fallback_has_a_reason():
         odeint(branches, torch.ones(2, dtype=F64), T, engine="julia", compile=True)
 
 
-def test_compile_true_is_for_julia():
-    with pytest.raises(NotCompiled, match="Julia engine"):
-        odeint(lambda t, h: -h, torch.ones(2, dtype=F64), T, engine="torch", compile=True)
-
-
 def test_errors_of_a_solve_are_as_with_callbacks():
     with pytest.raises(pyjlode.errors.SolveError):
         odeint(lambda t, h: h**2, torch.ones(1, dtype=F64), 2 * T, engine="julia", compile=True)
