@@ -1,6 +1,6 @@
 """On one CUDA device, in one process: pyjlode's engines beside torchdiffeq and diffrax, rounds interleaved.
 
-    python benchmarks/cuda.py [--all] [--only NAME] [--rounds N]
+    python benchmarks/gpu.py [--all] [--only NAME] [--rounds N]
 
 Forward solves and gradients of: 2-64-64-2, batch 1,024; a flow as FFJORD's, 64-64-64, batch 4,096, with the exact and
 with Hutchinson's trace; 64-256-256-64, batch 8,192; and a reaction-diffusion equation of 4,096 points (stiff; the
@@ -11,6 +11,8 @@ the native engine with `compile=True`, "julia" the Julia engine called back. Wha
 
 `--all` first runs `pyjlode doctor` and the tests marked `cuda`, and prints a summary of everything last.
 """
+
+# Not cuda.py: PyTorch imports a package of that name, and would find this file beside the program that runs.
 
 from __future__ import annotations
 
