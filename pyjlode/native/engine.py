@@ -16,12 +16,25 @@ from ..numbers import on_host
 from ..parameters import graph_mark
 from ..problem import Callback, ODEProblem, like
 from ..solution import Stats, Steps
-from . import compiled, dae, interpolation, loop, sample_events, samples, scipy_ivp, sensitivity
+from . import dae, interpolation, loop, sample_events, samples, scipy_ivp, sensitivity
 from .sensitivity import Gradients
 from .step import Step
 
 NAME = "torch"
 OWN_STEPS = samples.OWN_STEPS
+
+
+def _own_steps() -> Any:
+    """What solves systems each on its own; loaded when first asked for, as compiled steps are: few need them."""
+    from .samples import engine
+
+    return engine
+
+
+def _compiled() -> Any:
+    from . import compiled
+
+    return compiled
 
 
 def recommended(p: ODEProblem, *, asked: bool = False) -> str:
@@ -52,6 +65,7 @@ class Memory:
 def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = False) -> Any:
     """Solve `p`; with `recorded`, under autograd."""
     if p.compile:
+        compiled = _compiled()
         p = compiled.prepare(p, stats, dense=dense)
         return compiled.finished(p, lambda: loop.solve(p, stats, dense=dense))
     if p.method.kind == "scipy":
@@ -62,7 +76,7 @@ def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = 
             )
         return scipy_ivp.solve(p, stats, dense=dense)
     if p.rows is not None:
-        return samples.solve(p, stats, recorded=recorded, dense=dense)
+        return _own_steps().solve(p, stats, recorded=recorded, dense=dense)
     if p.transformed and p.event_fn:
         return sample_events.solve(p, stats, dense=dense)
     return loop.solve(p, stats, recorded=math.inf if recorded else 0, dense=dense)
@@ -118,7 +132,7 @@ def output_slope(p: ODEProblem, step: Step, t: float) -> Tensor:
 
 def crossing(p: ODEProblem, record: Any, gradient: str | None) -> tuple[Tensor, Tensor]:
     """Times and states of the events of systems that each have their own."""
-    return samples.crossing(p, record, gradient)
+    return _own_steps().crossing(p, record, gradient)
 
 
 def apart(p: ODEProblem) -> str | None:
@@ -128,18 +142,19 @@ def apart(p: ODEProblem) -> str | None:
 
 def of_systems(p: ODEProblem, f: Any) -> Any:
     """The user's f as a function of a time for each system, (B,)."""
-    return samples.fitted(p, f)
+    return _own_steps().fitted(p, f)
 
 
 def event_of_systems(p: ODEProblem, event_fn: Any) -> Any:
     """The user's event function of times (B,) and flat states (n,): (B, m)."""
-    return samples.fitted_event(p, event_fn)
+    return _own_steps().fitted_event(p, event_fn)
 
 
 def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = False) -> Memory:
     """Solve `p` and keep what `vjp` needs for the gradient method named."""
     kept = dense or gradient in ("interpolating", "quadrature", "gauss")
     if p.compile:
+        compiled = _compiled()
         p = compiled.prepare(p, stats, gradient=gradient, dense=kept)
         steps = gradient == "discrete"
         return Memory(p, compiled.finished(p, lambda: loop.solve(p, stats, steps=steps, dense=kept)), gradient)
@@ -151,7 +166,7 @@ def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = F
             )
         return Memory(p, scipy_ivp.solve(p, stats, dense=kept), gradient)
     if p.rows is not None and gradient != "forward":
-        return Memory(p, samples.solve(p, stats, states=gradient == "discrete", dense=kept), gradient)
+        return Memory(p, _own_steps().solve(p, stats, states=gradient == "discrete", dense=kept), gradient)
     if gradient == "forward":
         p = like(p, rows=None)
         record, S = sensitivity.solve_forward(p, stats, dense=dense)
@@ -176,7 +191,7 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     p, record = memory.problem, memory.record
     with torch.no_grad():
         if memory.gradient == "discrete" and p.rows is not None:
-            return samples.discrete(p, record, g, again=again)
+            return _own_steps().discrete(p, record, g, again=again)
         if memory.gradient == "discrete":
             return sensitivity.discrete(p, record, g, again=again)
         if memory.gradient == "forward":

@@ -161,18 +161,8 @@ class Linear:
             if rate and self.B > 1:  # the pulled one is a sum over the systems
                 slope = directional(self.p, t, y, torch.ones_like(t), torch.zeros_like(y))
             return k, products.reshape(self.d, self.B, self.d).transpose(0, 1), slope if rate else None
-        # Aliases: what f knows of y and t in another way is not a part of df/dy.
-        at, point = (
-            (x.view_as(x) if x.requires_grad else self.p.leaf(x) for x in (t, y))
-            if recorded
-            else (x.detach().requires_grad_() for x in (t, y))
-        )
-        with torch.enable_grad():
-            k = self.p.f(at, point)
-        if not k.requires_grad:
-            raise RuntimeError("its result has no graph")
-        if compiled(k):  # under `torch.func` PyTorch runs such a function as it was written
-            self.compiled = True
+        k, at, point = self.graphed(t, y, recorded)
+        if self.compiled:  # under `torch.func` PyTorch runs such a function as it was written
             return self.reverse_columns(t, y, rate)
         wanted = [point, at] if rate and self.B == 1 else [point]
         rows, *by_time = self.all_rows(k, wanted, recorded)
@@ -185,6 +175,25 @@ class Linear:
         if self.B > 1:
             return k, blocks, self.time_derivative(t, y)
         return k, blocks, k.new_zeros(k.shape) if by_time[0] is None else by_time[0]
+
+    def graphed(self, t: Tensor, y: Tensor, recorded: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """f (n,) with a graph, and the time and state that it leads to; notes whether f is `compiled`.
+
+        Raises:
+            RuntimeError: f has no graph.
+        """
+        # Aliases: what f knows of y and t in another way is not a part of df/dy.
+        at, point = (
+            (x.view_as(x) if x.requires_grad else self.p.leaf(x) for x in (t, y))
+            if recorded
+            else (x.detach().requires_grad_() for x in (t, y))
+        )
+        with torch.enable_grad():
+            k = self.p.f(at, point)
+        if not k.requires_grad:
+            raise RuntimeError("its result has no graph")
+        self.compiled = compiled(k)
+        return k, at, point
 
     def all_rows(self, k: Tensor, wanted: list[Tensor], recorded: bool) -> Sequence[Tensor | None]:
         """For each wanted tensor the d products of its Jacobian with `tangents`, (d, *shape)."""

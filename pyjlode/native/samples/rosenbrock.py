@@ -14,7 +14,6 @@ from ...derivatives import REFUSALS, pulled
 from ...notices import warn_once
 from ...problem import ODEProblem
 from ...solution import Stats
-from ...tracing import compiled
 from ..linear import Linear
 from ..rosenbrock import coefficients
 from ..stiff_tableaus import RosenbrockTableau
@@ -61,17 +60,8 @@ class SystemsLinear(Linear):
             k, pull = made
             by_t, by_y = pulled(pull, self.tangents(y))
         else:
-            at, point = (
-                (x.view_as(x) if x.requires_grad else self.p.leaf(x) for x in (t, y))
-                if recorded
-                else (x.detach().requires_grad_() for x in (t, y))
-            )
-            with torch.enable_grad():
-                k = self.p.f(at, point)
-            if not k.requires_grad:
-                raise RuntimeError("its result has no graph")
-            if compiled(k):
-                self.compiled = True
+            k, at, point = self.graphed(t, y, recorded)
+            if self.compiled:
                 return self._by_reverse(t, y, recorded)
             rows, times = self.all_rows(k, [point, at], recorded)
             if rows is None:
