@@ -35,7 +35,7 @@ from torch._C._profiler import ProfilerActivity, ProfilerConfig, ProfilerState, 
 
 import pyjlode
 from pyjlode import plot
-from pyjlode.demo import FAINT, INK, STYLE
+from pyjlode.tools.demo import FAINT, INK, STYLE
 
 torch.set_num_threads(1)
 

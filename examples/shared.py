@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pyjlode.demo import FAINT, INK, SHADE, STYLE
+from pyjlode.tools.demo import FAINT, INK, SHADE, STYLE
 
 __all__ = ["COLORS", "FAINT", "INK", "SHADE", "STYLE", "arguments", "fit", "table"]
 

@@ -1,5 +1,5 @@
 """`python -m pyjlode` is the command `pyjlode`."""
 
-from .cli import main
+from .tools.cli import main
 
 raise SystemExit(main())

@@ -6,8 +6,9 @@ import pytest
 import torch
 from matplotlib import image
 
-from pyjlode import demo, plot
+from pyjlode import plot
 from pyjlode.data import hudson_bay
+from pyjlode.tools import demo
 
 
 @pytest.fixture(scope="module")

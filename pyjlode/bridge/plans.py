@@ -2,7 +2,7 @@
 say the same.
 
 A training loop makes the same call again and again, and making a problem of its arguments takes longer than Julia needs
-for a small system. Only what is compiled has plans: a compiled field is known by what it reads (`codegen.capture`).
+for a small system. Only what is compiled has plans: a compiled field is known by what it reads (`pyjlode.capture`).
 """
 
 from __future__ import annotations
@@ -14,21 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._device import DeviceContext
 
 from .. import arguments
+from ..capture.surroundings import surroundings
 from ..problem import Field, Prepared, like
 from ..solution import Stats
 
 # Plans kept for one program: what they cost is a few small objects.
 _KEPT = 64
 _TENSORS, _STATES = (Tensor, nn.Parameter), (torch.float32, torch.float64)
-_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
 
 
 @dataclass
@@ -115,19 +109,6 @@ class Call:
             if before.last[0] == p.times:
                 plan.last = before.last
         self.plans[self.key] = plan
-
-
-def surroundings() -> str:
-    """Why nothing compiled can be f just now, for what lies in no object of f's; "" for no reason."""
-    if any(map(vars(nn.modules.module).get, _HOOKS)):
-        return "hooks are registered for all modules"
-    if torch._C._len_torch_dispatch_stack():
-        return "a TorchDispatchMode is active"
-    if torch._C._len_torch_function_stack() and any(
-        type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack()
-    ):
-        return "a TorchFunctionMode is active"
-    return ""
 
 
 @functools.cache

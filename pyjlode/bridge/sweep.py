@@ -55,7 +55,7 @@ class Sweep:
     """
 
     def __init__(self, p: ODEProblem) -> None:
-        from .codegen.capture import held_by  # half the cost of importing this package
+        from ..capture.held import held_by  # half the cost of importing this package
 
         assert p.layout is not None
         self.p = p

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..methods.explicit import TSIT5
+from ..methods.stiff import NDF, RODAS5P
 from ..numbers import outside, read, rows
 from ..problem import ODEProblem
 from ..solution import Stats
@@ -19,9 +21,7 @@ from .linear import DENSE_LIMIT
 from .newton import POLISH_RECORDED
 from .rosenbrock import Rosenbrock
 from .step import Interval
-from .stiff_tableaus import NDF, RODAS5P
 from .stiffness import Attempt, Maker
-from .tableaus import TSIT5
 
 # |λ dt| on the boundary of tsit5's stability region, on the negative real axis, with some room.
 _BOUNDARY = 3.2

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..methods.stiff import NDFTableau
 from ..problem import ODEProblem
 from ..solution import Stats
 from .linear import Jacobian, Linear, System
 from .newton import _SAME, POLISH_RECORDED, Converged, Frozen, damped, newton, newton_tolerance, settled
 from .step import Interval, fraction, stage_times
-from .stiff_tableaus import NDFTableau
 from .stiffness import Attempt
 
 _MAX_ITERS = 4

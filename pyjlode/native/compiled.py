@@ -25,6 +25,7 @@ from torch import Tensor
 from .. import parameters
 from ..errors import Discovered, NotCompiled
 from ..gradients import other_function
+from ..methods.explicit import ExplicitTableau
 from ..numbers import as_like, lasting, on_host
 from ..problem import ODEProblem, like
 from ..solution import Stats
@@ -34,7 +35,6 @@ from .interpolation import powers
 from .loop import Kept, Record
 from .sensitivity import Replay, Sum
 from .step import Interval, fraction, host_times, numpy_dtype
-from .tableaus import ExplicitTableau
 
 log = logging.getLogger("pyjlode")
 
@@ -130,9 +130,9 @@ def _program(p: ODEProblem) -> tuple[Program, Any]:
 @functools.cache
 def _capture() -> tuple[Any, Any, Any]:
     """What captures f. Importing it, and Dynamo with it, takes seconds: that is for those who ask for it."""
-    from ..bridge.codegen.capture import held_by
-    from ..bridge.codegen.trace import Trace
-    from ..bridge.plans import surroundings
+    from ..capture.held import held_by
+    from ..capture.surroundings import surroundings
+    from ..capture.trace import Trace
 
     return held_by, Trace, surroundings
 
@@ -404,7 +404,7 @@ def compiled(f: Function, examples: Sequence[Tensor], trial: Sequence[Tensor]) -
     except NotCompiled:
         raise
     except Exception as error:
-        from ..bridge.runtime import of_a_signal
+        from ..signals import of_a_signal
 
         if of_a_signal(error):
             raise

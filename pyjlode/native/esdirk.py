@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..methods.stiff import EsdirkTableau
 from ..numbers import kept
 from ..problem import ODEProblem
 from ..solution import Stats
@@ -16,7 +17,6 @@ from . import controller, interpolation
 from .linear import Linear, System
 from .newton import POLISH_RECORDED, Converged, Frozen, damped, newton, newton_tolerance, settled
 from .step import Interval, fraction, stage_times
-from .stiff_tableaus import EsdirkTableau
 from .stiffness import Attempt
 
 _MAX_ITERS = 7

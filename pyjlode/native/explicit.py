@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..methods.explicit import ExplicitTableau
 from ..notices import warn
 from ..numbers import kept, read
 from ..problem import ODEProblem
 from . import interpolation
 from .step import Interval, fraction, stage_times
-from .tableaus import ExplicitTableau
 
 
 class Buffered:

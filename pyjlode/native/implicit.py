@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..derivatives import jacobian
 from ..errors import NotConverged
+from ..methods.explicit import ImplicitTableau
 from ..numbers import derivatives, factored, solve
 from ..problem import ODEProblem, rms_norm
 from . import interpolation
 from .step import Interval, fraction, numpy_dtype, stage_times
-from .tableaus import ImplicitTableau
 
 # In a recorded solve the stages are reached by Newton iterations that autograd does not see, then polished by this many
 # that it does. With the exact Jacobian at the solution each of them makes one more order of derivative exact.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..ends import no_event, stops, too_many_steps, too_small
 from ..errors import BadOption, NonFiniteState
+from ..methods.explicit import ExplicitTableau
 from ..numbers import listed, on_host, rows
 from ..problem import Callbacks, ODEProblem, is_finite
 from ..solution import Stats
@@ -25,7 +26,6 @@ from .interpolation import DenseOutput, output
 from .multistep import Adams, AdamsStep, Past
 from .step import Interval, Step, length
 from .stiff import replayer, stiff_steps
-from .tableaus import ExplicitTableau
 
 OnStep = Callable[[Step], None]
 

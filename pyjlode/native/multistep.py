@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..methods.explicit import RK4
 from ..notices import warn
 from ..numbers import as_like, on_host, read, solve
 from ..problem import ODEProblem
 from . import interpolation
 from .explicit import ExplicitRK
 from .step import Interval, fraction, stage_times
-from .tableaus import RK4
 
 START_ORDER = 4  # of the Runge-Kutta method that makes the first steps
 MAX_ITERS = 4

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..methods.stiff import RadauTableau
 from ..problem import ODEProblem, rms_norm
 from ..solution import Stats
 from . import interpolation
 from .linear import Jacobian, Linear, System
 from .newton import POLISH_RECORDED, Converged, Frozen, damped, newton, newton_tolerance, settled
 from .step import Interval, fraction, stage_times
-from .stiff_tableaus import RadauTableau
 from .stiffness import Attempt
 
 _MAX_ITERS = 6

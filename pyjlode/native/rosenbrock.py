@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..derivatives import REFUSALS, directional
+from ..methods.stiff import RosenbrockTableau
 from ..numbers import as_like, kept
 from ..problem import ODEProblem
 from ..solution import Stats
@@ -18,7 +19,6 @@ from . import controller, interpolation
 from .linear import Jacobian, Linear, System
 from .newton import POLISH_RECORDED, SINGULAR
 from .step import Interval, fraction, stage_times
-from .stiff_tableaus import RosenbrockTableau
 from .stiffness import Attempt
 
 Solve = Callable[[Tensor, Any], Tensor]

@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import forward
 from ..derivatives import grad, pull_back, vjp
 from ..gradients import Gradients, other_function, time_gradient
+from ..methods.explicit import ExplicitTableau
 from ..numbers import as_like, on_host
 from ..parameters import graph_mark
 from ..problem import Callbacks, Field, Layout, Norm, ODEProblem, like, max_rms_norm, not_negative
@@ -29,7 +30,6 @@ from .linear import Jacobian, Linear
 from .loop import Head, Kept, Record
 from .multistep import Past
 from .step import Step
-from .tableaus import ExplicitTableau
 
 
 class Sum:

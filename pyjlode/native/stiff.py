@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..ends import no_event, stops, too_many_steps, too_small
 from ..errors import NonFiniteState, NotConverged
+from ..methods.stiff import EsdirkTableau, NDFTableau, RadauTableau, RosenbrockTableau
 from ..numbers import derivatives
 from ..problem import Field, ODEProblem, is_finite
 from ..solution import Stats
@@ -24,7 +25,6 @@ from .newton import POLISH_RECORDED, POLISH_REPLAY
 from .radau import Radau
 from .rosenbrock import Rosenbrock
 from .step import Interval, Step, length
-from .stiff_tableaus import EsdirkTableau, NDFTableau, RadauTableau, RosenbrockTableau
 from .stiffness import Maker, linked
 
 

@@ -136,7 +136,7 @@ except TimeoutError:
 def test_an_exception_in_a_trace_leaves_nothing_behind():
     code = """
 import random, signal
-from pyjlode.bridge.codegen import capture
+from pyjlode.capture import held as capture
 class Late(Exception):
     pass
 def late(*args):

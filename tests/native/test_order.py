@@ -10,7 +10,7 @@ from problems import FEHLBERG as P
 from problems import rms_error, slope
 
 from pyjlode import METHODS, odeint, odeint_dense, solve
-from pyjlode.native.stiff_tableaus import EsdirkTableau
+from pyjlode.methods.stiff import EsdirkTableau
 
 NATIVE = [m for m in METHODS.values() if m.kind != "scipy"]
 ADAPTIVE = [m for m in METHODS.values() if m.adaptive]

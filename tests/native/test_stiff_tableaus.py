@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_tableaus import Conditions, density, size, trees
 
-from pyjlode.native import stiff_tableaus as st
-from pyjlode.native.tableaus import RADAU_IIA5
+from pyjlode.methods import stiff as st
+from pyjlode.methods.explicit import RADAU_IIA5
 
 ROSENBROCK = [st.RODAS5P, st.ROSENBROCK23]
 ESDIRK = [st.KVAERNO5, st.KENCARP4, st.TRBDF2]

@@ -10,8 +10,8 @@ from functools import cache
 import numpy as np
 import pytest
 
-from pyjlode.native import tableaus
-from pyjlode.native.tableaus import ExplicitTableau, ImplicitTableau
+from pyjlode.methods import explicit as tableaus
+from pyjlode.methods.explicit import ExplicitTableau, ImplicitTableau
 
 EXPLICIT = [tab for tab in vars(tableaus).values() if isinstance(tab, ExplicitTableau)]
 IMPLICIT = [tab for tab in vars(tableaus).values() if isinstance(tab, ImplicitTableau)]

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ...capture.trace import Graph, decomposed
 from ...errors import NotCompiled
 from .code import Code
 from .ops import ELEMENTWISE, is_setting, words
 from .scalar import EMPTY, MOVES, NAMED_SETTINGS, ZEROS, Unknown, arguments, meta_of, padded, positions
-from .trace import Graph, decomposed
 
 aten = torch.ops.aten
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...capture.surroundings import surroundings
 from ...derivatives import REFUSALS, directional_by_reverse, jacobian
 from ...derivatives import vjp as torch_vjp
 from ...errors import NotCompiled
@@ -19,7 +20,6 @@ from ...notices import warn
 from ...problem import FEW, Layout, ODEProblem, like
 from ..calls import Calls, Held
 from ..memory import CompiledFunctions, Outcome, ReplayRequest, Request
-from ..plans import surroundings
 from ..rhs import Callbacks
 from .program import Fields, JuliaField, Program, program_of, refuse, some_outputs
 

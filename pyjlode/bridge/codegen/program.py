@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...capture.held import Held, Root, find, held_by, root_of
+from ...capture.trace import Trace
 from ...errors import NotCompiled
 from ...problem import Field, Layout, is_finite
-from .. import calls, runtime
+from ...signals import undisturbed
+from .. import calls
 from ..calls import Calls
 from . import array, scalar
-from .capture import Held, Root, find, held_by, root_of
-from .trace import Trace
 
 log = logging.getLogger("pyjlode")
 
@@ -412,7 +413,7 @@ def _make(held: Held, root: Root, like: Tensor) -> Program | NotCompiled:
     if root.seen is not None and not root.seen.taken:
         seen, root.seen.taken = root.seen, True
     try:
-        with runtime.undisturbed():  # else what a handler of a signal's raises would be remembered as the reason
+        with undisturbed():  # else what a handler of a signal's raises would be remembered as the reason
             return Program(Trace(held, like), seen)
     except NotCompiled as error:
         return NotCompiled(*error.args)  # without the frames of the trace, which hold tensors

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...capture.trace import Graph, decomposed
 from ...errors import NotCompiled
 from .code import Code
 from .ops import ELEMENTWISE, is_setting, words
-from .trace import Graph, decomposed
 
 # Beyond this many operations on numbers, code in loops compiles in less time and runs as fast.
 LIMIT = 4_000

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ...methods import METHODS
+from ...methods.stiff import RosenbrockTableau
 from ...problem import ODEProblem
-from ..stiff_tableaus import RosenbrockTableau
 
 # Names of the methods that give each system steps of its own: explicit pairs, and Rosenbrock methods.
 OWN_STEPS = tuple(

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ...errors import BadOption
 from ...gradients import Gradients
+from ...methods.stiff import RosenbrockTableau
 from ...problem import ODEProblem
 from ...solution import Stats
-from ..stiff_tableaus import RosenbrockTableau
 from . import events, replay
 from .explicit import Explicit
 from .field import fitted, fitted_event

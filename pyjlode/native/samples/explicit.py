@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...methods.explicit import ExplicitTableau
 from ...problem import ODEProblem
 from ..explicit import coefficients
-from ..tableaus import ExplicitTableau
 from .steps import Errors, Spans, host
 
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ...ends import too_many_steps, too_small
 from ...errors import NonFiniteState, SolveError
+from ...methods.explicit import ExplicitTableau
 from ...notices import warn
 from ...problem import ODEProblem, Rows
 from ...solution import Stats, SystemStats
 from .. import explicit
-from ..tableaus import ExplicitTableau
 from . import events, narrow
 from .dense import Dense
 from .steps import Maker, Spans, between, host

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ... import numbers
 from ...derivatives import REFUSALS, pulled
+from ...methods.stiff import RosenbrockTableau
 from ...notices import warn_once
 from ...problem import ODEProblem
 from ...solution import Stats
 from ..linear import Linear
 from ..rosenbrock import coefficients
-from ..stiff_tableaus import RosenbrockTableau
 from .steps import Errors, Spans, host
 
 

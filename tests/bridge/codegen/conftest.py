@@ -9,9 +9,9 @@ import torch
 from pyjlode.bridge import runtime
 from pyjlode.bridge.codegen import program as programs
 from pyjlode.bridge.codegen import scalar
-from pyjlode.bridge.codegen.capture import held_by
 from pyjlode.bridge.codegen.program import FUNCTIONS, Program
-from pyjlode.bridge.codegen.trace import Trace
+from pyjlode.capture.held import held_by
+from pyjlode.capture.trace import Trace
 from pyjlode.problem import Field
 
 _C = ctypes.PYFUNCTYPE(None, *[ctypes.c_void_p] * 6, ctypes.c_double)

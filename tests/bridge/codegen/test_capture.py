@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from pyjlode.bridge.codegen import capture
-from pyjlode.bridge.codegen.capture import find, held_by
-from pyjlode.bridge.codegen.trace import Trace
+from pyjlode.capture import held as capture
+from pyjlode.capture.held import find, held_by
+from pyjlode.capture.trace import Trace
 from pyjlode.errors import NotCompiled
 from pyjlode.problem import Field, Layout
 
@@ -267,7 +267,7 @@ def test_what_changes_again_and_again_is_given_up():
 
 
 def test_what_could_not_be_captured_is_not_tried_again(monkeypatch):
-    from pyjlode.bridge.codegen import dynamo
+    from pyjlode.capture import dynamo
 
     calls, inner = [], dynamo.Captures.capture
 

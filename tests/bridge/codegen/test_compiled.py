@@ -10,8 +10,9 @@ from torch import nn
 
 import pyjlode
 from pyjlode import odeint, solve
-from pyjlode.bridge.codegen import capture, scalar
 from pyjlode.bridge.codegen import program as programs
+from pyjlode.bridge.codegen import scalar
+from pyjlode.capture import held as capture
 from pyjlode.errors import NotCompiled
 from pyjlode.problem import Field
 

@@ -28,8 +28,8 @@ from torch import nn
 
 import pyjlode
 from pyjlode import arguments, odeint, solve
-from pyjlode.bridge.codegen import capture
 from pyjlode.bridge.codegen import program as programs
+from pyjlode.capture import held as capture
 from pyjlode.errors import NotCompiled
 from pyjlode.problem import flat_field
 

@@ -16,10 +16,10 @@ from torch import nn
 
 import pyjlode
 from pyjlode.bridge.codegen import array, scalar
-from pyjlode.bridge.codegen.capture import held_by
 from pyjlode.bridge.codegen.ops import ELEMENTWISE
 from pyjlode.bridge.codegen.program import FUNCTIONS, Program, program_of
-from pyjlode.bridge.codegen.trace import Trace
+from pyjlode.capture.held import held_by
+from pyjlode.capture.trace import Trace
 from pyjlode.errors import NotCompiled
 from pyjlode.problem import Field
 

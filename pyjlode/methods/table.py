@@ -6,10 +6,10 @@ import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-from . import errors
-from .native import stiff_tableaus as st
-from .native import tableaus as tb
-from .native.tableaus import ExplicitTableau
+from .. import errors
+from . import explicit as tb
+from . import stiff as st
+from .explicit import ExplicitTableau
 
 Kind = Literal["adaptive", "fixed", "implicit", "stiff", "auto", "adams", "scipy", "julia"]
 Tableau = (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .tableaus import hermite_dense
+from .explicit import hermite_dense
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,8 +25,8 @@ import torch
 import torch._dynamo
 from torch import Tensor, fx, nn
 
-from ...errors import NotCompiled
-from ..runtime import of_a_signal
+from ..errors import NotCompiled
+from ..signals import of_a_signal
 
 # What is said to Dynamo while it captures, as far as it knows the name. A field is captured anew where a number that it
 # reads has changed; how often is not for Dynamo to decide, whose warnings speak of things that the user never wrote.

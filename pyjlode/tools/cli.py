@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import GRADIENTS, __version__
-from .errors import PyJLODEError
+from .. import GRADIENTS, __version__
+from ..errors import PyJLODEError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...errors import NotCompiled
-from ...problem import Field, Layout
-from ..runtime import undisturbed
+from ..errors import NotCompiled
+from ..problem import Field, Layout
+from ..signals import undisturbed
 
 if TYPE_CHECKING:
     from .dynamo import Captures, Entry, Slot

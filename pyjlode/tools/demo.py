@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import plot
-from .data import hudson_bay
-from .errors import BadOption
-from .methods import find
-from .nn import NeuralODE
+from .. import plot
+from ..data import hudson_bay
+from ..errors import BadOption
+from ..methods import find
+from ..nn import NeuralODE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .bridge import runtime
-from .odeint import odeint
+from ..bridge import runtime
+from ..odeint import odeint
 
 # What `engine="julia"` is made of, in the order in which it is loaded.
 PACKAGES = ("PythonCall", "PyJLODE", "SciMLBase", "OrdinaryDiffEqCore", "SciMLSensitivity")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ...errors import NotCompiled
-from ..runtime import of_a_signal
-from .capture import Held
+from ..errors import NotCompiled
+from ..signals import of_a_signal
+from .held import Held
 
 aten = torch.ops.aten
 

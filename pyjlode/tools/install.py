@@ -7,8 +7,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from .bridge.runtime import IMAGE, without
-from .errors import EngineUnavailable
+from ..bridge.runtime import IMAGE, without
+from ..errors import EngineUnavailable
 
 # As julia/Project.toml has it.
 _CUDA = {"uuid": "052768ef-5323-5732-b1bb-66c8b64840ba", "version": "5.11"}

@@ -1,0 +1,1 @@
+"""The command line: `pyjlode demo`, `pyjlode setup`, `pyjlode doctor`."""
