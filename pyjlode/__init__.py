@@ -2,6 +2,7 @@
 
 from . import errors
 from .bridge.function import julia_function
+from .ensembles import Ensemble, ensemble, ensemble_map
 from .gradients import GRADIENTS
 from .methods import METHODS, julia_method
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, solve
@@ -13,9 +14,12 @@ __version__ = "0.1.0"
 __all__ = [
     "GRADIENTS",
     "METHODS",
+    "Ensemble",
     "Solution",
     "Solver",
     "Stats",
+    "ensemble",
+    "ensemble_map",
     "errors",
     "julia_function",
     "julia_method",

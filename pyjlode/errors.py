@@ -90,6 +90,10 @@ class NotConverged(SolveError):
     """The nonlinear equations of an implicit step were not solved in `max_iters` iterations."""
 
 
+class WorkerDied(PyJLODEError, RuntimeError):
+    """No process that was to share an ensemble's work has survived; the message says what may be the cause."""
+
+
 class JuliaError(PyJLODEError, RuntimeError):
     """Julia raised an error that none of the others stands for; the message is Julia's own."""
 

@@ -274,6 +274,8 @@ class Search:
         for i in which.nonzero()[0].tolist():
             said = error(i)
             if self.o.on_failure == "raise":
+                if self.failed.size == 1:
+                    raise said
                 raise type(said)(
                     f"{self.rows.name(i)} of the batch: {said} (options={{'on_failure': 'nan'}} goes on with the "
                     "others.)",
