@@ -26,7 +26,7 @@ from .notices import warn
 from .odeint import solve
 from .tasks import Span
 
-_CHUNK = 256  # systems in one batch: more gain little, and are lost together where a worker dies
+_CHUNK = 4096  # systems in one batch: more gain little, and are lost together where a worker dies
 _CHUNKS = 4  # for each worker, so that none has to wait long for the last
 
 
@@ -88,7 +88,7 @@ def ensemble(
             executor with the method `submit`: `concurrent.futures`, `dask.distributed.Client(...).get_executor()`,
             `mpi4py.futures.MPIPoolExecutor`, loky. Or a function without arguments that makes one, so that it can be
             made anew where it breaks.
-        chunk: systems in a batch. By default 256, or fewer where each worker would get less than four.
+        chunk: systems in a batch. By default 4,096, or fewer where each worker would get less than four batches.
         retries: how often a batch is tried again whose worker died; then it is halved, down to the system to blame.
         directory: where every batch is kept as it comes (`.npz`). The same call goes on from there, after an interrupt
             or a crash too.

@@ -1,6 +1,8 @@
 """Each example runs, in a small setting, finds what it looks for, and leaves its picture."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,33 @@ def test_every_example_is_run():
 @pytest.fixture(autouse=True)
 def default_threads():
     assert torch.get_num_threads() == 1
+
+
+def test_magnetic_pendulum(tmp_path):
+    _, nearest = run("magnetic_pendulum", tmp_path, n=9, executor=None)
+    assert nearest.unique().tolist() == [0, 1, 2]
+    # The pendulum and its mirror image in the axis of the first magnet, which swaps the other two.
+    mirrored = torch.tensor([0, 2, 1])[nearest.flip(1)]
+    assert float((mirrored == nearest).double().mean()) > 0.9
+
+
+def test_distributed_training(tmp_path):
+    """Two processes train what one does; where one dies, the same command goes on and trains the same."""
+    program = [str(EXAMPLES / "distributed_training.py"), "--steps", "12", "--every", "5"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+    def losses(name, *command):
+        kept = tmp_path / f"{name}.pt"
+        where = ["--checkpoint", str(kept), "--out", str(tmp_path / f"{name}.png")]
+        done = subprocess.run([*command, *where], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return done, torch.load(kept, weights_only=True)["losses"]
+
+    alone, whole = losses("one", sys.executable, *program)
+    assert alone.returncode == 0, alone.stderr
+    died, part = losses("two", *torchrun, *program, "--die-at", "7")
+    assert died.returncode != 0
+    assert len(part) == 5
+    again, rest = losses("two", *torchrun, *program)
+    assert again.returncode == 0, again.stderr
+    assert len(whole) == len(rest) == 12
+    assert rest == pytest.approx(whole, rel=1e-3)
