@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..bridge import runtime
+from ..hints import EngineName
 from ..odeint import odeint
 
 # What `engine="julia"` is made of, in the order in which it is loaded.
@@ -99,7 +100,7 @@ def examine() -> Report:
     return report
 
 
-def _try_cuda(report: Report, engine: str) -> None:
+def _try_cuda(report: Report, engine: EngineName) -> None:
     """Solve on the GPU too, where there is one."""
     if not torch.cuda.is_available():
         return
@@ -133,7 +134,7 @@ end
 """
 
 
-def trial(engine: str, device: str = "cpu") -> Trial:
+def trial(engine: EngineName, device: str = "cpu") -> Trial:
     """Solve and differentiate the oscillator twice on one engine."""
     walls = []
     for _ in range(2):
