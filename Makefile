@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-quick lint format docs julia bench clean
 
 demo: .venv/plot
 	$(BIN)/pyjlode demo
@@ -14,10 +14,19 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, in site/. A warning (a link that leads nowhere, a name that does not exist) is an error.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The Julia engine: some minutes, about 5 GB, and the internet.
+julia: .venv/dev
+	$(BIN)/pyjlode setup
 
 bench: .venv/bench
 	$(BIN)/python benchmarks/nonstiff.py
@@ -33,4 +42,4 @@ bench: .venv/bench
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

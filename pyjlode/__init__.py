@@ -1,5 +1,8 @@
 """Solve and differentiate `h' = f(t, h)` from PyTorch."""
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 from . import errors
 from .bridge.function import julia_function
 from .ensembles import Ensemble, ensemble, ensemble_map
@@ -9,6 +12,9 @@ from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from .solution import Solution, Stats
 from .solver import Solver
 from .source import julia_source
+
+if _TYPE_CHECKING:
+    from . import nn, plot
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,9 +30,24 @@ __all__ = [
     "julia_function",
     "julia_method",
     "julia_source",
+    "nn",
     "odeint",
     "odeint_adjoint",
     "odeint_dense",
     "odeint_event",
+    "plot",
     "solve",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    """`pyjlode.nn` and `pyjlode.plot`, loaded when they are first asked for."""
+    if name in ("nn", "plot"):
+        from importlib import import_module
+
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,7 +7,7 @@ state; and the state and the times at each call.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -53,6 +53,8 @@ _BY_KIND["auto"] = _BY_KIND["stiff"]
 _BY_KIND["julia"] = {"first_step", "min_step", "max_step", "step_t", "jump_t", "step_size"}
 OPTIONS = frozenset({field.name for field in fields(SolverOptions)} | {"dtype"})
 _KNOWN = sorted(OPTIONS)
+# Those that may be keywords of a call: `dtype` says nothing, and `solver` is what others call the method.
+KEYWORDS = OPTIONS - {"dtype", "solver"}
 
 
 def state(h0: Any) -> tuple[Layout, Tensor]:
@@ -189,6 +191,31 @@ def _filled(given: Any) -> Tensor:
         return torch.stack([torch.cat([x, x[-1:].expand(longest - len(x))]) for x in parts])
     except (RuntimeError, TypeError, ValueError) as error:
         raise BadTime("t must be a tensor of times, or a list with a 1-D tensor of times for each system.") from error
+
+
+def with_args(args: Any, *functions: Any) -> list[Any]:
+    """Functions of (t, h) made of the user's functions of (t, h, *args). None stays None.
+
+    Raises:
+        BadOption: `args` is not a tuple.
+    """
+    if not isinstance(args, (tuple, list)):
+        raise BadOption(f"args must be a tuple of what f takes after (t, h), as in (k,); got a {type(args).__name__}.")
+    return [f if f is None else _with(args, f) for f in functions]
+
+
+def _with(args: Sequence[Any], f: Any) -> Any:
+    if not callable(f):
+        return f
+
+    def called(t: Tensor, h: Any) -> Any:
+        return f(t, h, *args)
+
+    for name in CALLBACKS:
+        for suffix in ("", "_adjoint"):
+            if (call := getattr(f, name + suffix, None)) is not None:
+                setattr(called, name + suffix, call)
+    return called
 
 
 def method_of(method: Any) -> Method:
@@ -528,13 +555,14 @@ def system_norms(layout: Layout | None, batch: int) -> Callable[[Tensor], Tensor
 
 
 _NO_CALLBACKS = Callbacks()
+CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
 def callbacks(f: Any, method: Method, layout: Layout, like: Tensor, suffix: str = "") -> Callbacks:
     """The callbacks that `f` carries as attributes, taking `(t0, y0, dt)` as tensors in the user's own structure."""
     supported = {"adaptive": 3, "stiff": 3, "auto": 3, "scipy": 0}.get(method.kind, 1)
     found: list[Callable[..., None] | None] = []
-    for i, name in enumerate(("callback_step", "callback_accept_step", "callback_reject_step")):
+    for i, name in enumerate(CALLBACKS):
         call = getattr(f, name + suffix, None)
         if call is not None and i >= supported:
             warn(f"{method.name} does not call {name + suffix}.")

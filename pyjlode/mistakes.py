@@ -23,22 +23,22 @@ _SCIPY = {
     "fun": "the first argument is f(t, h)",
     "t_span": "the third argument is t, all times to solve at, the first and last of which are the span",
     "t_eval": "the third argument is t, all times to solve at",
-    "args": "f takes t and h alone: write lambda t, h: f(t, h, *args), and gradients reach args too",
     "events": "one event is event_fn=, a function of (t, h) whose zero ends the solve",
     "dense_output": "pyjlode.solve(...).interpolate(t) is the dense output",
     "Dfun": "df/dh is jac=, a function of (t, h)",
     "tfirst": "f is always f(t, h)",
-    "dt": 'fixed steps are options={"step_size": ...}, the first step is options={"first_step": ...}',
-    "dt0": 'fixed steps are options={"step_size": ...}, the first step is options={"first_step": ...}',
+    "dt": "fixed steps are step_size=, the first step is first_step=",
+    "dt0": "fixed steps are step_size=, the first step is first_step=",
     "solver": 'the solver is method=; one of SciPy\'s is method="scipy_solver", options={"solver": ...}',
 }
 
 
 def front(options: frozenset[str], like: Callable[..., Any] | None = None) -> Callable[[Front], Front]:
-    """Make a function of the front door take torchdiffeq's names of its arguments as well, and explain unknown ones.
+    """Make a function of the front door take torchdiffeq's names of its arguments and single options as well, and
+    explain unknown ones.
 
     Args:
-        options: names that belong in `options`.
+        options: names that are read as if they stood in `options`.
         like: a function whose keywords this one takes beside its own.
     """
 
@@ -53,7 +53,7 @@ def front(options: frozenset[str], like: Callable[..., Any] | None = None) -> Ca
         @functools.wraps(call)
         def front_door(*args: Any, **kwargs: Any) -> Any:
             if not known.issuperset(kwargs) if known else not THEIRS.keys().isdisjoint(kwargs):
-                kwargs = renamed(name, args, kwargs, known, options)
+                kwargs = renamed(name, args, with_options(kwargs, options) if known else kwargs, known)
             return call(*args, **kwargs)
 
         return cast(Front, front_door)
@@ -65,8 +65,32 @@ def _parameters(call: Callable[..., Any] | None) -> list[inspect.Parameter]:
     return [] if call is None else list(inspect.signature(call).parameters.values())
 
 
+def overloaded(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, for type checkers: what it takes and returns stands in the overloads before it."""
+    return call
+
+
+def with_options(keywords: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    """Keywords with the options among them in `options`: `step_size=0.1` is `options={"step_size": 0.1}`.
+
+    Raises:
+        TypeError: an option is given twice.
+    """
+    found = names.intersection(keywords)
+    if not found:
+        return dict(keywords)
+    rest = {name: value for name, value in keywords.items() if name not in found}
+    given = rest.get("options")
+    if given is not None and not isinstance(given, Mapping):  # which is refused where options are read
+        return rest
+    if twice := sorted(found.intersection(given or {})):
+        raise TypeError(f"the option {twice[0]!r} is given twice, by itself and in options. Give one of them.")
+    rest["options"] = {**(given or {}), **{name: keywords[name] for name in keywords if name in found}}
+    return rest
+
+
 def renamed(
-    call: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], known: frozenset[str] | None, options: frozenset[str]
+    call: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], known: frozenset[str] | None
 ) -> dict[str, Any]:
     """The keyword arguments under our names.
 
@@ -81,16 +105,11 @@ def renamed(
             given[ours] = given.pop(theirs)
     for name in given:
         if known is not None and name not in known:
-            raise TypeError(
-                f"{call}() got an unexpected keyword argument {name!r}{keyword(name, given[name], known, options)}"
-            )
+            raise TypeError(f"{call}() got an unexpected keyword argument {name!r}{keyword(name, known)}")
     return given
 
 
-def keyword(name: str, value: Any, known: frozenset[str], options: frozenset[str]) -> str:
-    if name in options:
-        said = repr(value) if isinstance(value, (int, float, str, bool)) else "..."
-        return f': it is an option of the solver, options={{"{name}": {said}}}.'
+def keyword(name: str, known: frozenset[str]) -> str:
     if name in _SCIPY:
         return f": {_SCIPY[name]}."
     message = unknown(name, "argument", sorted(known))

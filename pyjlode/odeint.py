@@ -3,39 +3,55 @@ words. `solver.py` reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from . import arguments, mistakes
 from .errors import BadTime
+from .methods import Method
 from .numbers import on_host
 from .problem import Equation
-from .solution import Solution
+from .solution import Solution, State
 from .solver import solved
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-@mistakes.front(arguments.OPTIONS)
+    from .hints import EngineName, GradientName, How, MethodName, Options, Said
+
+
+@overload
+def odeint(f: Callable[..., Any], h0: State, t: Any, *, event_fn: None = None, **said: Unpack[Said]) -> State: ...
+@overload
 def odeint(
-    f: Callable[[Tensor, Any], Any],
+    f: Callable[..., Any], h0: State, t: Any, *, event_fn: Callable[..., Tensor], **said: Unpack[Said]
+) -> tuple[Tensor, State]: ...
+
+
+@mistakes.overloaded
+@mistakes.front(arguments.KEYWORDS)
+def odeint(
+    f: Callable[..., Any],
     h0: Any,
     t: Any,
     *,
-    adjoint: bool | str = False,
-    method: str | None = None,
+    args: tuple[Any, ...] = (),
+    adjoint: bool | GradientName = False,
+    method: MethodName | Method | None = None,
     rtol: Any = None,
     atol: Any = None,
-    engine: str = "auto",
-    options: dict[str, Any] | None = None,
-    event_fn: Callable[[Tensor, Any], Tensor] | None = None,
+    engine: EngineName = "auto",
+    options: Options | Mapping[str, Any] | None = None,
+    event_fn: Callable[..., Tensor] | None = None,
     mass_matrix: Any = None,
-    jac: Callable[[Tensor, Any], Tensor] | None = None,
+    jac: Callable[..., Tensor] | None = None,
     adjoint_rtol: Any = None,
     adjoint_atol: Any = None,
-    adjoint_method: str | None = None,
-    adjoint_options: dict[str, Any] | None = None,
+    adjoint_method: MethodName | Method | None = None,
+    adjoint_options: Mapping[str, Any] | None = None,
     adjoint_params: Iterable[Tensor] | None = None,
     compile: bool | None = None,
 ) -> Any:
@@ -53,6 +69,8 @@ def odeint(
         t: shape (T,), floating point, strictly increasing or strictly decreasing; a tensor, or a sequence of floats.
             With `options["batch_dims"]` also (*batch, T), times for each system, or a list of a 1-D tensor for each;
             rows of different length are filled up with their last time.
+        args: what `f` takes after `(t, h)`, as in SciPy: it is called as `f(t, h, *args)`, and so are `event_fn` and
+            `jac`. Tensors among them get gradients like all that `f` uses.
         adjoint: how to differentiate. False: through the solver's own operations (any order of derivative). True: the
             engine's recommended adjoint: "discrete", and on Julia's for stiff methods and events "gauss", or "forward"
             where few sensitivities are compiled. Or one by name:
@@ -63,11 +81,13 @@ def odeint(
             several tensors: in each of them). A number, a tensor that broadcasts to `h0`, or a pytree with one for
             each tensor. By default 1e-7 and 1e-9; for states in float32 or complex64, which do not resolve that, 1e-6
             and 1e-7.
-        engine: "julia" (DifferentialEquations.jl), "torch" (native), or "auto": Julia where it is set up and can solve
-            and differentiate this problem, else torch; torch as well for explicit methods with large networks, where it
-            is faster. `Solution.stats.reason` says why. The environment variable PYJLODE_ENGINE sets what "auto" means.
+        engine: "julia" (DifferentialEquations.jl), "torch" (the native engine; "native" is another word for it), or
+            "auto": Julia where it is set up and can solve and differentiate this problem, else torch; torch as well for
+            explicit methods with large networks, where it is faster. `Solution.stats.reason` says why. The environment
+            variable PYJLODE_ENGINE sets what "auto" means.
         options: for the solver; torchdiffeq's names, see `pyjlode.problem.SolverOptions`. `{"batch_dims": 1}` solves
-            each sample of a batch as if it were alone, with steps, times and an event of its own.
+            each sample of a batch as if it were alone, with steps, times and an event of its own. An option may be
+            written as a keyword too: `step_size=0.1` is `options={"step_size": 0.1}`; `progress=True` shows a bar.
         event_fn: `event_fn(t, h) -> Tensor`; the solve ends where the first of its elements crosses zero. `t` must
             then have two elements, of which the second gives the direction only. With `options["batch_dims"]` its shape
             begins with the batch's, and each system ends at its own event; one without is NaN.
@@ -117,28 +137,32 @@ def odeint(
         "adjoint_options": adjoint_options,
         "compile": compile,
     }
+    if args:
+        f, event_fn, jac = arguments.with_args(args, f, event_fn, jac)
     solution = solved(how, Equation(f, h0, t, event_fn, mass_matrix, jac, adjoint_params), dense=False)
     return solution.h if event_fn is None else (solution.event_t, solution.h)
 
 
-@mistakes.front(arguments.OPTIONS, like=odeint)
+@mistakes.front(arguments.KEYWORDS, like=odeint)
 def solve(
-    f: Callable[[Tensor, Any], Any],
-    h0: Any,
+    f: Callable[..., Any],
+    h0: State,
     t: Any,
     *,
+    args: tuple[Any, ...] = (),
     dense: bool = True,
-    event_fn: Callable[[Tensor, Any], Tensor] | None = None,
+    event_fn: Callable[..., Tensor] | None = None,
     mass_matrix: Any = None,
-    jac: Callable[[Tensor, Any], Tensor] | None = None,
+    jac: Callable[..., Tensor] | None = None,
     adjoint_params: Iterable[Tensor] | None = None,
-    **how: Any,
-) -> Solution:
+    **how: Unpack[How],
+) -> Solution[State]:
     """As `odeint`, but return a `Solution`: states, dense output, and an account of the work.
 
     Args:
         dense: keep the dense output for `Solution.interpolate`: the stages of every step. The rest is as in `odeint`.
-        how: keyword arguments of `Solver`: `method`, `rtol`, `atol`, `adjoint`, `engine`, `options`, `compile` ... .
+        how: keyword arguments of `Solver`: `method`, `rtol`, `atol`, `adjoint`, `engine`, `options`, `compile` ... ,
+            and single options.
 
     Returns:
         A `Solution` with `t`, `h`, `stats`, `event_t` and `interpolate(t)`.
@@ -146,12 +170,14 @@ def solve(
     Raises:
         What `odeint` raises.
     """
+    if args:
+        f, event_fn, jac = arguments.with_args(args, f, event_fn, jac)
     return solved(how, Equation(f, h0, t, event_fn, mass_matrix, jac, adjoint_params), dense=dense)
 
 
-@mistakes.front(arguments.OPTIONS)
+@mistakes.front(arguments.KEYWORDS)
 def odeint_adjoint(
-    f: Callable[[Tensor, Any], Any], h0: Any, t: Any, *, adjoint: bool | str = "backsolve", **kwargs: Any
+    f: Callable[..., Any], h0: Any, t: Any, *, adjoint: bool | GradientName = "backsolve", **kwargs: Any
 ) -> Any:
     """torchdiffeq's function of this name: `odeint` with the O(1)-memory adjoint of Chen et al. 2018.
 
@@ -167,17 +193,17 @@ def odeint_adjoint(
     return odeint(f, h0, t, adjoint=adjoint, **kwargs)
 
 
-@mistakes.front(arguments.OPTIONS)
+@mistakes.front(arguments.KEYWORDS)
 def odeint_event(
-    f: Callable[[Tensor, Any], Any],
-    h0: Any,
+    f: Callable[..., Any],
+    h0: State,
     t0: Tensor | float,
     *,
-    event_fn: Callable[[Tensor, Any], Tensor],
+    event_fn: Callable[..., Tensor],
     reverse_time: bool = False,
     odeint_interface: Callable[..., Any] = odeint,
     **kwargs: Any,
-) -> tuple[Tensor, Any]:
+) -> tuple[Tensor, State]:
     """Solve until an event: where the first element of `event_fn(t, h)` crosses zero.
 
     Args:
@@ -198,6 +224,7 @@ def odeint_event(
         EventNotFound: no element crosses zero; and what `odeint` raises.
     """
     t0 = t0 if isinstance(t0, Tensor) else on_host(float(t0))
+    kwargs = mistakes.with_options(kwargs, arguments.KEYWORDS)
     each = bool((kwargs.get("options") or {}).get("batch_dims"))
     if t0.numel() != 1 and not each:
         raise BadTime(f"t0 must be one time; it has shape {tuple(t0.shape)}.")
@@ -206,10 +233,10 @@ def odeint_event(
     return odeint_interface(f, h0, t, event_fn=event_fn, **kwargs)
 
 
-@mistakes.front(arguments.OPTIONS)
+@mistakes.front(arguments.KEYWORDS)
 def odeint_dense(
-    f: Callable[[Tensor, Any], Any], h0: Any, t0: Tensor | float, t1: Tensor | float, **kwargs: Any
-) -> Callable[[Tensor | float], Any]:
+    f: Callable[..., Any], h0: State, t0: Tensor | float, t1: Tensor | float, **kwargs: Any
+) -> Callable[[Tensor | float], State]:
     """Solve from `t0` to `t1` and return the solution as a function of time.
 
     Args:

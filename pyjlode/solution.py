@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
-from pickle import PicklingError
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -21,9 +20,38 @@ if TYPE_CHECKING:
 
     from .problem import Layout, ODEProblem
 
+State = TypeVar("State")
 
-@dataclass
-class SystemStats:
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two trees hold the same: tensors of equal numbers (NaN is equal to itself), shape, dtype and device."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+            return False
+        return torch.allclose(a.detach(), b.detach(), rtol=0, atol=0, equal_nan=True)
+    ours, spec = pytree.tree_flatten(a)
+    theirs, other = pytree.tree_flatten(b)
+    if spec != other:
+        return False
+    if spec.is_leaf():
+        return type(a) is type(b) and bool(a == b)
+    return all(map(same, ours, theirs))
+
+
+class _Compared:
+    """A dataclass whose fields may hold tensors, of which `==` gives no answer."""
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        names = [x.name for x in fields(self) if x.compare]  # type: ignore[arg-type]
+        return self is other or all(same(getattr(self, name), getattr(other, name)) for name in names)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(eq=False)
+class SystemStats(_Compared):
     """An account of each system of a batch that was solved with steps of its own. All tensors have the shape of the
     batch, on the CPU.
 
@@ -41,8 +69,8 @@ class SystemStats:
     why: dict[Any, str] = field(default_factory=dict)
 
 
-@dataclass
-class Stats:
+@dataclass(eq=False)
+class Stats(_Compared):
     """An account of one solve.
 
     Attributes:
@@ -96,9 +124,13 @@ class Steps:
     rejected: list[tuple[float, float]] = field(default_factory=list)
 
 
-@dataclass
-class Solution:
+@dataclass(eq=False, repr=False)
+class Solution(_Compared, Generic[State]):
     """The solution of an initial value problem.
+
+    Two solutions are equal if their times, states and events are, number for number; what it took to find them does not
+    matter. A pickled solution has its numbers without their graph, and without the dense output, which needs the solver
+    and `f`.
 
     Attributes:
         t: shape (T,), or (*batch, T) with a row for each system: the times asked for; with an event, `[t0, event_t]`.
@@ -110,16 +142,16 @@ class Solution:
     """
 
     t: Tensor
-    h: Any
-    stats: Stats
+    h: State
+    stats: Stats = field(compare=False)
     event_t: Tensor | None = None
-    _interpolant: Callable[[Tensor], Any] | None = None
-    steps: Steps | None = None
+    _interpolant: Callable[[Tensor], Any] | None = field(default=None, compare=False)
+    steps: Steps | None = field(default=None, compare=False)
 
-    def __copy__(self) -> Solution:
+    def __copy__(self) -> Solution[State]:
         return replace(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Solution:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Solution[State]:
         # PyTorch copies no tensor that has a graph; a clone keeps it. The dense output is never written to.
         h = pytree.tree_map(Tensor.clone, self.h)
         event_t = None if self.event_t is None else self.event_t.clone()
@@ -128,20 +160,43 @@ class Solution:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """To pickle: the numbers without their graph, which another process cannot follow.
-
-        Raises:
-            PicklingError: there is dense output. It calls the solver and `f`.
-        """
-        if self._interpolant is not None:
-            raise PicklingError(
-                "a Solution with dense output cannot be pickled: interpolate(t) needs the solver and f. Ask for all "
-                "times that you need in t, and solve(..., dense=False)."
-            )
+        """To pickle: the numbers without their graph, which another process cannot follow, and without the dense
+        output, which calls the solver and `f`."""
         bare = {"t": self.t.detach(), "h": pytree.tree_map(Tensor.detach, self.h)}
-        return {**self.__dict__, **bare, "event_t": None if self.event_t is None else self.event_t.detach()}
+        bare["event_t"] = None if self.event_t is None else self.event_t.detach()
+        return {**self.__dict__, **bare, "_interpolant": self._interpolant and _left_behind}
 
-    def interpolate(self, t: Tensor | float) -> Any:
+    def __repr__(self) -> str:
+        leaves, s = pytree.tree_leaves(self.h), self.stats
+        shapes = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in leaves)
+        ends = self.t.detach().reshape(-1, self.t.shape[-1])
+        span = f"t={float(ends[0, 0]):.4g} ... {float(ends[0, -1]):.4g}"
+        event = "" if self.event_t is None else ", ended by an event"
+        steps = f"{s.naccept} steps ({s.nreject} rejected), {s.nfe} calls of f"
+        return f"Solution(h: {shapes}, {span}{event}, {s.method} on {s.engine}: {steps})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a small picture, where matplotlib is installed, and the account of the work."""
+        import html
+        import io
+
+        text = f"<pre>{html.escape(repr(self))}</pre>"
+        leaves = pytree.tree_leaves(self.h)
+        if self.t.ndim > 1 or sum(x[0].numel() for x in leaves) > _LINES or len(self.t) < 2:
+            return text
+        try:
+            from . import plot
+
+            picture, figure = io.StringIO(), plot.figure(5, 2.6)
+            if len(self.plot(figure.add_subplot()).lines) > 1:
+                figure.legend(fontsize="small", loc="outside right upper")
+            figure.savefig(picture, format="svg")
+        except ImportError:
+            return text
+        drawn = picture.getvalue()
+        return drawn[drawn.index("<svg") :] + text
+
+    def interpolate(self, t: Tensor | float) -> State:
         """The state at other times within the span, from the solver's dense output.
 
         Args:
@@ -153,7 +208,7 @@ class Solution:
 
         Raises:
             BadTime: `t` lies outside the span.
-            BadOption: the solve was asked not to keep its dense output.
+            BadOption: the solve was asked not to keep its dense output, or the solution was pickled.
             GradientUnavailable: the solve has an adjoint, which knows nothing of these times, and gradients are on.
         """
         if self._interpolant is None:
@@ -183,7 +238,7 @@ class Solution:
         if ax is None:
             ax = plot.figure(7, 4).add_subplot()
         t, h = self.t.detach(), self.h
-        if self._interpolant is not None and len(t) > 1:
+        if self._interpolant not in (None, _left_behind) and len(t) > 1:
             t = torch.linspace(float(t[0]), float(t[-1]), 400, dtype=torch.float64, device="cpu")
             with torch.no_grad():
                 h = self.interpolate(t)
@@ -196,6 +251,17 @@ class Solution:
             plot.trajectory(ax, t, leaf, labels=labels, **line)
         ax.set_xlabel("t")
         return ax
+
+
+# Components up to which a notebook shows a picture.
+_LINES = 12
+
+
+def _left_behind(t: Tensor) -> NoReturn:
+    raise BadOption(
+        "the dense output of this solution was not pickled: it needs the solver and f. Ask for all times in t, or "
+        "interpolate before you pickle."
+    )
 
 
 def interpolant(

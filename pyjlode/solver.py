@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -35,8 +35,13 @@ from .problem import (
     flat_field,
     like,
 )
-from .solution import Solution, Stats, Steps, interpolant
+from .solution import Solution, State, Stats, Steps, interpolant
 from .tracing import untraced
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .hints import EngineName, GradientName, HowElse, MethodName, Options, What
 
 # Kinds of states for which a solver keeps what it says, and solvers that are kept for calls without one.
 _STATES, _SOLVERS = 16, 128
@@ -84,7 +89,7 @@ class Solver:
 
     Args:
         method, rtol, atol, adjoint, engine, options, adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options,
-            compile: as in `odeint`.
+            compile: as in `odeint`. Single options may be keywords too.
 
     Attributes:
         method and so on: what was said, as it was read: numbers are floats, times among the options are tuples of
@@ -95,22 +100,26 @@ class Solver:
             a tolerance, `batch_dims`) is found in the call, before an engine starts.
     """
 
-    method: str | Method | None = None
+    method: MethodName | Method | None = None
     _: KW_ONLY
     rtol: Any = None
     atol: Any = None
-    adjoint: bool | str = False
-    engine: str = "auto"
-    options: Mapping[str, Any] | None = None
+    adjoint: bool | GradientName = False
+    engine: EngineName = "auto"
+    options: Options | Mapping[str, Any] | None = None
     adjoint_rtol: Any = None
     adjoint_atol: Any = None
-    adjoint_method: str | Method | None = None
+    adjoint_method: MethodName | Method | None = None
     adjoint_options: Mapping[str, Any] | None = None
     compile: bool | None = None
     _forward: Said = field(init=False)
     _backward: Said = field(init=False)
     _warnings: tuple[str, ...] = field(init=False)
     _readings: dict[Any, Reading] = field(init=False)
+
+    if TYPE_CHECKING:
+
+        def __init__(self, method: MethodName | Method | None = None, **how: Unpack[HowElse]) -> None: ...
 
     @untraced
     def __post_init__(self) -> None:
@@ -122,7 +131,7 @@ class Solver:
         if all(isinstance(read[name], float) and read[name] == 0 for name in ("rtol", "atol")):
             raise BadTolerance(arguments.BOTH_ZERO)
         gradients.check(self.adjoint, row, bool(options.get("allow_unstable")))
-        choice.check(self.engine)
+        read["engine"] = choice.named(self.engine)
         if self.compile not in (None, True, False):
             raise BadOption(f"compile must be True, False or None; got {self.compile!r}.")
         if self.adjoint is not True:
@@ -186,15 +195,24 @@ class Solver:
             )
         return False
 
+    @overload
+    def __call__(
+        self, f: Callable[..., Any], h0: State, t: Any, *, event_fn: None = None, **what: Unpack[What]
+    ) -> State: ...
+    @overload
+    def __call__(
+        self, f: Callable[..., Any], h0: State, t: Any, *, event_fn: Callable[..., Tensor], **what: Unpack[What]
+    ) -> tuple[Tensor, State]: ...
     def __call__(
         self,
-        f: Callable[[Tensor, Any], Any],
+        f: Callable[..., Any],
         h0: Any,
         t: Any,
         *,
-        event_fn: Callable[[Tensor, Any], Tensor] | None = None,
+        args: tuple[Any, ...] = (),
+        event_fn: Callable[..., Tensor] | None = None,
         mass_matrix: Any = None,
-        jac: Callable[[Tensor, Any], Tensor] | None = None,
+        jac: Callable[..., Tensor] | None = None,
         adjoint_params: Iterable[Tensor] | None = None,
     ) -> Any:
         """Solve `dh/dt = f(t, h)`, `h(t[0]) = h0`, and give the states at the times `t`.
@@ -202,26 +220,31 @@ class Solver:
         Args, returns and raises:
             As `odeint`.
         """
+        if args:
+            f, event_fn, jac = arguments.with_args(args, f, event_fn, jac)
         solution = solved(self, Equation(f, h0, t, event_fn, mass_matrix, jac, adjoint_params), dense=False)
         return solution.h if event_fn is None else (solution.event_t, solution.h)
 
     def solve(
         self,
-        f: Callable[[Tensor, Any], Any],
-        h0: Any,
+        f: Callable[..., Any],
+        h0: State,
         t: Any,
         *,
-        event_fn: Callable[[Tensor, Any], Tensor] | None = None,
+        args: tuple[Any, ...] = (),
+        event_fn: Callable[..., Tensor] | None = None,
         mass_matrix: Any = None,
-        jac: Callable[[Tensor, Any], Tensor] | None = None,
+        jac: Callable[..., Tensor] | None = None,
         adjoint_params: Iterable[Tensor] | None = None,
         dense: bool = True,
-    ) -> Solution:
+    ) -> Solution[State]:
         """As a call, but return a `Solution`: states, dense output, and an account of the work.
 
         Args, returns and raises:
             As `pyjlode.solve`.
         """
+        if args:
+            f, event_fn, jac = arguments.with_args(args, f, event_fn, jac)
         return solved(self, Equation(f, h0, t, event_fn, mass_matrix, jac, adjoint_params), dense=dense)
 
     def _prepare(self, e: Equation, engine: str) -> Prepared:
@@ -399,7 +422,7 @@ class Solver:
 
 
 _BACKWARD = ("adjoint_rtol", "adjoint_atol", "adjoint_method", "adjoint_options")
-Solver.__init__ = mistakes.front(arguments.OPTIONS)(Solver.__init__)  # type: ignore[method-assign]
+Solver.__init__ = mistakes.front(arguments.KEYWORDS)(Solver.__init__)  # type: ignore[method-assign]
 
 
 def _times(t: Any, reading: Reading) -> tuple[Tensor, list[float], Rows | None]:
@@ -459,7 +482,7 @@ _kept: dict[tuple[Any, ...], Solver] = {}
 _SIMPLE = frozenset((bool, int, float, str, type(None), torch.Size, torch.dtype))
 
 
-def kept(how: dict[str, Any]) -> Solver:
+def kept(how: Mapping[str, Any]) -> Solver:
     """The solver for keyword arguments of `Solver`.
 
     Of numbers and words it is kept for the next call that says the same. Lists count as their elements, and small
@@ -520,7 +543,7 @@ def _append(values: list[Any], x: Any) -> None:
 
 
 @untraced
-def solved(how: Solver | dict[str, Any], e: Equation, *, dense: bool) -> Solution:
+def solved(how: Solver | Mapping[str, Any], e: Equation, *, dense: bool) -> Solution:
     """Solve an equation.
 
     Args:

@@ -1,9 +1,13 @@
 """The command line, as a process: what it prints where, and its exit status."""
 
+import json
+import os
+import platform
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import pyjlode
 
@@ -22,6 +26,27 @@ def test_help_names_the_commands_and_their_options():
     text = run("demo", "--help").stdout
     for option in ("--out", "--seed", "--adjoint", "--method", "--engine", "--quick"):
         assert option in text
+
+
+def test_doctor_says_that_an_engine_is_missing(tmp_path):
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON_JULIA", "JULIA_"))}
+    env |= {"PYTHON_JULIAPKG_PROJECT": str(tmp_path / "none"), "JULIA_DEPOT_PATH": str(tmp_path)}
+    command = [sys.executable, "-m", "pyjlode", "doctor"]
+    told = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert told.returncode == 0  # what is there works
+    assert told.stdout.endswith("The native engine works.\nThe Julia engine is not installed.\n")
+    assert "pyjlode setup" in told.stdout
+    for part in (pyjlode.__version__, torch.__version__, platform.platform(), "GB free", str(tmp_path), "CUDA"):
+        assert part in told.stdout
+    report = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, env=env).stdout)
+    assert report["engines"] == {"torch": "works", "julia": "is not installed"}
+    assert report["disk"] > 0
+
+
+def test_setup_tells_of_an_existing_julia_and_of_no_internet():
+    text = run("setup", "--help").stdout
+    for word in ("PYTHON_JULIAPKG_EXE", "PYTHON_JULIACALL_PROJECT", "PYTHON_JULIAPKG_OFFLINE", "JULIA_PKG_SERVER"):
+        assert word in text
 
 
 @pytest.mark.parametrize("wrong", [["demo", "--qick"], ["dmeo"], [], ["demo", "--seed", "one"]], ids=str)

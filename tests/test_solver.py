@@ -357,8 +357,8 @@ def test_what_is_wrong_for_a_state_is_said_before_f_is_called(how, words):
 def test_unknown_arguments_are_explained():
     with pytest.raises(TypeError, match=r"Solver\(\).*'rtol'"):
         Solver("tsit5", rtoll=1e-3)
-    with pytest.raises(TypeError, match=r'options=\{"first_step": 0.1\}'):
-        Solver(first_step=0.1)
+    with pytest.raises(TypeError, match="step_size="):
+        Solver(dt=0.1)
     with pytest.raises(TypeError, match=r"solve\(\).*'rtol'"):
         solve(decay, H0, T, rtoll=1e-3)
     with pytest.raises(TypeError, match="rtol"):

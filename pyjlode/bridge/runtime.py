@@ -97,7 +97,8 @@ def _find() -> Found | str:
 
 
 IMAGE = "pyjlode-sysimage" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-_SOURCES = Path(__file__).parent.parent / "julia"
+# Beside the Python package in a checkout, in it where it was installed from a wheel.
+_SOURCES = next(x / "julia" for x in Path(__file__).parents[1:3] if (x / "julia" / "Project.toml").exists())
 
 
 def image(project: str) -> str | None:

@@ -19,19 +19,23 @@ from ..parameters import Held
 from ..problem import Callbacks, Equation, ODEProblem, Prepared, flat_field
 
 ENGINES = ("auto", "torch", "julia")
+ALIASES = {"native": "torch"}  # what the documentation calls it
 ENGINE_VARIABLE = "PYJLODE_ENGINE"  # what "auto" means, where the user has set it: "torch" or "julia"
 
 # Products of numbers in a call of f from which on nothing is gained by Julia: benchmarks/compiled.py --part size.
 _LARGE = 10_000_000
 
 
-def check(name: Any) -> None:
-    """
+def named(name: Any) -> str:
+    """The name of an engine, of which "native" is another word for "torch".
+
     Raises:
         BadOption: no such engine.
     """
+    name = ALIASES.get(name, name) if isinstance(name, str) else name
     if name not in ENGINES:
-        raise BadOption(f"engine must be 'auto', 'julia' or 'torch'; got {name!r}.")
+        raise BadOption(f"engine must be 'auto', 'julia' or 'torch' (also called 'native'); got {name!r}.")
+    return name
 
 
 def choose(name: str, p: ODEProblem, adjoint: bool | str, *, recorded: bool = False) -> tuple[Engine, str]:
@@ -48,6 +52,7 @@ def choose(name: str, p: ODEProblem, adjoint: bool | str, *, recorded: bool = Fa
     reason, only = f"asked for by engine={name!r}", julia.needed(p)
     if name == "auto" and not only and os.environ.get(ENGINE_VARIABLE, "auto") != "auto":
         name, reason = os.environ[ENGINE_VARIABLE], f"asked for by {ENGINE_VARIABLE}"
+        name = ALIASES.get(name, name)
         if name not in ("torch", "julia"):
             raise BadOption(f"{ENGINE_VARIABLE} must be 'torch', 'julia' or 'auto'; it is {name!r}.")
     if name == "torch" and not only:

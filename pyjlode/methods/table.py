@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .. import errors
@@ -40,8 +40,8 @@ class Method:
     order: int
     kind: Kind
     about: str
-    tableau: Tableau | None = None
-    pi: tuple[float, float] = (0.0, 0.0)
+    tableau: Tableau | None = field(default=None, repr=False)
+    pi: tuple[float, float] = field(default=(0.0, 0.0), repr=False)
     mass: bool = False
     julia: str | None = None
 
@@ -145,7 +145,16 @@ _ROWS = [
     Method("scipy_solver", 0, "scipy", "any method of `scipy.integrate.solve_ivp`, named by options['solver']"),
 ]
 
-METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
+
+class Table(dict[str, Method]):
+    """Methods by their names; a line for each where it is shown."""
+
+    def __repr__(self) -> str:
+        lines = [f"  {m.name:18} {m.kind:9} {f'order {m.order}' if m.order else '':9} {m.about}" for m in self.values()]
+        return "\n".join([f"{len(self)} methods:", *lines])
+
+
+METHODS: dict[str, Method] = Table((row.name, row) for row in _ROWS)
 ALIASES = {"fixed_adams": "implicit_adams"}
 # What others call the same, or the nearest: SciPy, MATLAB, Julia beside the table's last column. Lower case.
 ELSEWHERE = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from .. import arguments, mistakes
 from ..errors import BadOption, BadShape
 from ..odeint import odeint, solve
 from ..solution import Stats
@@ -87,6 +88,7 @@ class CNF(nn.Module):
         **solver_options: Any,
     ) -> None:
         super().__init__()
+        solver_options = mistakes.with_options(solver_options, arguments.KEYWORDS)
         inspect.signature(odeint).bind(f, None, None, **solver_options)
         check({"adjoint": True, **solver_options})
         self.f = f

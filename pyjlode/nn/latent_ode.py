@@ -197,7 +197,7 @@ class LatentODE(nn.Module):
         times, index = own_times(torch.cat([t.new_full((len(t), 1), self.t0), t, end.expand(len(t))[:, None]], 1))
         settings = dict(self.ode.solver_options)
         settings["options"] = {**(settings.get("options") or {}), "batch_dims": 2}
-        state = z0 if self.events is None else (z0, z0.new_zeros(z0.shape[:-1]))
+        state: Any = z0 if self.events is None else (z0, z0.new_zeros(z0.shape[:-1]))
         try:
             solution = solve(self.ode.f, state, times.expand(len(z0), -1, -1), dense=False, **settings)
         except BadFunction:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from .. import arguments, mistakes
 from ..errors import BadOption, BadShape, BadTime
 from ..odeint import odeint, solve
 from ..solution import Stats
@@ -60,6 +61,7 @@ class NeuralODE(nn.Module):
         if augment < 0:
             raise BadOption(f"augment is how many zeros to append; got {augment}.")
         # A misspelt option is an error here, where it is written, not in the first training step.
+        solver_options = mistakes.with_options(solver_options, arguments.KEYWORDS)
         inspect.signature(odeint).bind(f, None, None, **solver_options)
         check({"adjoint": True, **solver_options})
         if solver_options.get("adjoint_params") is not None:

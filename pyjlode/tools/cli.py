@@ -53,6 +53,24 @@ def _setup(args: argparse.Namespace) -> int:
     return 0
 
 
+_SETUP = """Install Julia and the SciML packages into an environment of their own (with juliapkg), and compile
+them ahead. Needs the internet, some minutes, and about 5 GB of disk.
+
+If you have a Julia (1.10.3 or newer):
+  it is used if it stands on the PATH, or if PYTHON_JULIAPKG_EXE names its executable. Its packages go into an
+  environment of their own; yours are not touched.
+
+If you manage the packages yourself:
+  set PYTHON_JULIACALL_EXE to Julia's executable and PYTHON_JULIACALL_PROJECT to an environment that holds PythonCall,
+  SciMLSensitivity and PyJLODE (the folder `julia` of this package, by Pkg.develop). Then setup only compiles them.
+
+Without internet:
+  run setup on a machine with the same system that has it, with JULIA_DEPOT_PATH and PYTHON_JULIAPKG_PROJECT naming two
+  folders. Copy these folders, and Julia, to the same paths, set both variables there and PYTHON_JULIAPKG_OFFLINE=yes,
+  and run setup again: it compiles. Behind a proxy, set JULIA_PKG_SERVER and HTTPS_PROXY.
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pyjlode", description="Solve and train differential equations from PyTorch.")
     parser.add_argument("--version", action="version", version=f"pyjlode {__version__}")
@@ -77,15 +95,15 @@ def _parser() -> argparse.ArgumentParser:
         "doctor",
         help="say what is found of Julia and torch, and whether it works",
         description="Look for both engines, solve and differentiate a small problem on each, and say what to do about "
-        "what is missing. The exit status is 0 if all that is there works.",
+        "what is missing. The exit status is 0 if all that is there works, and 1 if something does not.",
     )
     doctor.add_argument("--json", action="store_true", help="for scripts")
     doctor.set_defaults(run=_doctor)
     setup = commands.add_parser(
         "setup",
         help="install Julia and its packages for engine='julia'",
-        description="Install Julia and the SciML packages into an environment of their own (with juliapkg) and compile "
-        "them ahead. Needs the internet, some minutes, and about 5 GB of disk.",
+        description=_SETUP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     setup.add_argument("--cuda", action="store_true", help="add CUDA.jl: states on a CUDA device are solved there")
     setup.add_argument("--sysimage", action="store_true", help="build a system image too: later starts take a second")

@@ -5,16 +5,25 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
+import shutil
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import __version__
 from ..bridge import runtime
+from ..hints import EngineName
 from ..odeint import odeint
 
+MISSING = "is not installed"
+NAMES = {"torch": "native", "julia": "Julia"}
+# What Julia, its packages and what is compiled of them take on disk.
+JULIA_BYTES = 5 * 10**9
 # What `engine="julia"` is made of, in the order in which it is loaded.
 PACKAGES = ("PythonCall", "PyJLODE", "SciMLBase", "OrdinaryDiffEqCore", "SciMLSensitivity")
 
@@ -36,10 +45,13 @@ class Trial:
 
 @dataclass
 class Report:
-    """What `pyjlode doctor` found; `problems` is empty where all is well.
+    """What `pyjlode doctor` found; `problems` is empty where all that is there works.
 
     Attributes:
-        versions: of Python, torch, juliacall, Julia and its packages; None for what is not there.
+        versions: of PyJLODE, Python, torch, juliacall, Julia and its packages; None for what is not there.
+        platform: the operating system and the processor's kind; with the number of its cores.
+        disk: bytes that are free where Julia's packages are kept, or would be.
+        engines: what can be said of each engine in a few words.
         julia: where Julia was found, or why not.
         seconds: what loading each part of Julia took.
         trials: by engine, and by engine and device where that is not the CPU.
@@ -53,6 +65,9 @@ class Report:
     versions: dict[str, str | None]
     julia: str
     cuda: str
+    platform: str = ""
+    disk: int = 0
+    engines: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     trials: dict[str, Trial] = field(default_factory=dict)
     difference: float | None = None
@@ -66,17 +81,29 @@ def examine() -> Report:
     found = runtime.find()
     report = Report(
         versions={
+            "PyJLODE": __version__,
             "Python": platform.python_version(),
             "torch": torch.__version__,
+            "numpy": _version("numpy"),
+            "matplotlib": _version("matplotlib"),
             "juliacall": _version("juliacall"),
         },
+        platform=f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in torch",
+        disk=shutil.disk_usage(_depot()).free,
         julia=found if isinstance(found, str) else f"{found.executable}, found by {found.source}",
         cuda=_cuda(),
     )
     report.trials["torch"] = trial("torch")
+    report.engines["torch"] = "works"
     _try_cuda(report, "torch")
     if isinstance(found, str):
-        report.notes.append(f"The Julia engine is not there: {found} Everything else works without it.")
+        report.engines["julia"] = MISSING
+        report.notes.append(f"The Julia engine is not there: {found}")
+        if report.disk < JULIA_BYTES:
+            report.notes.append(
+                f"It would take about {_gb(JULIA_BYTES)} in {_depot()}, where {_gb(report.disk)} are free; "
+                "JULIA_DEPOT_PATH names another place."
+            )
         _compare(report)
         return report
     try:
@@ -85,7 +112,9 @@ def examine() -> Report:
             report.versions["Julia"] = runtime.evaluate("string(VERSION)")
             for name in PACKAGES:
                 report.versions[name] = runtime.evaluate(_VERSION_OF)(name) or None
+        report.engines["julia"] = "works"
     except Exception as error:
+        report.engines["julia"] = "does not work"
         report.problems.append(
             f"The Julia engine was found and does not work: {error}\nRun `pyjlode setup` to install its packages anew."
         )
@@ -99,7 +128,7 @@ def examine() -> Report:
     return report
 
 
-def _try_cuda(report: Report, engine: str) -> None:
+def _try_cuda(report: Report, engine: EngineName) -> None:
     """Solve on the GPU too, where there is one."""
     if not torch.cuda.is_available():
         return
@@ -133,7 +162,7 @@ end
 """
 
 
-def trial(engine: str, device: str = "cpu") -> Trial:
+def trial(engine: EngineName, device: str = "cpu") -> Trial:
     """Solve and differentiate the oscillator twice on one engine."""
     walls = []
     for _ in range(2):
@@ -151,6 +180,17 @@ def trial(engine: str, device: str = "cpu") -> Trial:
     return Trial(h.tolist(), [*grads[0].tolist(), float(grads[1])], *walls)
 
 
+def _depot() -> Path:
+    """Where Julia's packages are kept, or the nearest folder above that exists."""
+    said = os.environ.get("JULIA_DEPOT_PATH", "").split(os.pathsep)[0]
+    folder = Path(said) if said else Path.home() / ".julia"
+    return next(x for x in (folder, *folder.absolute().parents) if x.exists())
+
+
+def _gb(n: float) -> str:
+    return f"{n / 1e9:.1f} GB"
+
+
 def _version(package: str) -> str | None:
     return importlib.metadata.version(package) if importlib.util.find_spec(package) else None
 
@@ -166,7 +206,13 @@ def _cuda() -> str:
 def render(report: Report) -> str:
     """The report for a person."""
     lines = [f"{name:20s} {version or 'not there'}" for name, version in report.versions.items()]
-    lines += [f"{'Julia at':20s} {report.julia}", f"{'CUDA':20s} {report.cuda}", ""]
+    lines += [
+        f"{'platform':20s} {report.platform}",
+        f"{'disk':20s} {_gb(report.disk)} free for Julia in {_depot()}",
+        f"{'Julia at':20s} {'-' if report.engines.get('julia') == MISSING else report.julia}",
+        f"{'CUDA':20s} {report.cuda}",
+        "",
+    ]
     if report.seconds:
         lines += [f"{'load ' + name:20s} {seconds:.1f} s" for name, seconds in report.seconds.items()]
     for engine, done in report.trials.items():
@@ -178,8 +224,8 @@ def render(report: Report) -> str:
     if report.memory:
         lines.append(f"{'GPU memory, MiB':20s} " + ", ".join(f"{k} {v >> 20}" for k, v in report.memory.items()))
     lines += ["", *report.notes, *report.problems] if report.notes or report.problems else []
-    lines.append("" if report.problems else "All is well.")
-    return "\n".join(lines).rstrip()
+    lines += ["", *(f"The {NAMES[name]} engine {state}." for name, state in report.engines.items())]
+    return "\n".join(lines)
 
 
 def to_json(report: Report) -> str:

@@ -1,0 +1,116 @@
+"""What the README and docs/ say is so: their code runs, their tables are complete, their links lead somewhere."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyjlode
+from pyjlode import errors
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(path):
+    return BLOCK.findall(path.read_text(encoding="utf-8"))
+
+
+def name(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def needs(code):
+    """What a page's code asks for: the fixture for Julia, and the marks."""
+    marks = [pytest.mark.slow] if "compile=True" in code else []
+    if 'device="cuda"' in code or ".cuda()" in code:
+        marks.append(pytest.mark.cuda)
+    return marks
+
+
+def run(code, where, namespace):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, where, "exec"), namespace)
+    return printed.getvalue()
+
+
+README_BLOCKS = [pytest.param(code, id=str(i)) for i, code in enumerate(blocks(README))]
+CODED = [pytest.param(path, id=name(path), marks=needs("".join(blocks(path)))) for path in PAGES if blocks(path)]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Code of the pages writes pictures where it runs, and may set the default dtype."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("code", README_BLOCKS)
+def test_each_block_of_the_readme_runs_by_itself(code):
+    assert bool(run(code, "README.md", {})) == ("print(" in code)
+
+
+@pytest.mark.parametrize("path", CODED)
+def test_the_blocks_of_a_page_run_one_after_the_other(path, request):
+    code = blocks(path)
+    if any("julia" in block for block in code):
+        request.getfixturevalue("julia")
+    namespace = {}
+    for block in code:
+        assert bool(run(block, name(path), namespace)) == ("print(" in block)
+
+
+def test_there_is_code_to_run():
+    assert len(README_BLOCKS) >= 2
+    assert len(CODED) >= 15
+
+
+def first_cells(path, title):
+    """The names in the first column of the table that begins with this header."""
+    table = path.read_text(encoding="utf-8").split(f"| {title} |", 1)[1].split("\n\n")[0]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    return {name.strip('"') for row in rows for name in re.findall(r"`(.*?)`", row)}
+
+
+def test_method_table_is_complete():
+    assert first_cells(ROOT / "docs/methods.md", "`method`") == {*pyjlode.METHODS, "fixed_adams"}
+
+
+def test_gradient_table_is_complete():
+    assert first_cells(ROOT / "docs/adjoints.md", "`adjoint`") == {*pyjlode.GRADIENTS, "True", "False"}
+
+
+def test_every_error_has_a_row():
+    mine = {x for x, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.PyJLODEError)}
+    told = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/failures.md").read_text(encoding="utf-8"), re.MULTILINE))
+    assert told == mine - {"PyJLODEError", "SolveError"}
+
+
+def test_every_public_name_has_its_place_in_the_reference():
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs/reference").glob("*.md"))
+    told = {line.rpartition(".")[2] for line in re.findall(r"^::: (\S+)$", text, re.MULTILINE)}
+    assert set(pyjlode.__all__) - {"METHODS", "GRADIENTS"} <= told
+    assert {"METHODS", "GRADIENTS"} <= set(re.findall(r"`pyjlode\.(\w+)`", text))
+
+
+@pytest.mark.parametrize("path", [README, ROOT / "CONTRIBUTING.md", *PAGES], ids=name)
+def test_files_that_it_names_are_there(path):
+    text = path.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#\s]+)", text):
+        if "://" not in link:
+            assert (path.parent / link).exists(), link
+    for file in re.findall(r"\b((?:benchmarks|docs|examples|tests|pyjlode)/[\w/]+\.\w+)", text):
+        assert (ROOT / file).exists(), file
+
+
+def test_the_readme_can_be_read_in_two_minutes():
+    text = re.sub(r"```.*?```", "", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 130
+    assert len(re.findall(r"[A-Za-z]{2,}", text)) < 900
