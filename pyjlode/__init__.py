@@ -3,9 +3,10 @@
 from . import errors
 from .bridge.function import julia_function
 from .gradients import GRADIENTS
+from .jumps import At, Event
 from .methods import METHODS, julia_method
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, solve
-from .solution import Solution, Stats
+from .solution import Occurrence, Solution, Stats
 from .solver import Solver
 from .source import julia_source
 
@@ -13,6 +14,9 @@ __version__ = "0.1.0"
 __all__ = [
     "GRADIENTS",
     "METHODS",
+    "At",
+    "Event",
+    "Occurrence",
     "Solution",
     "Solver",
     "Stats",

@@ -96,17 +96,42 @@ class Steps:
     rejected: list[tuple[float, float]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Occurrence:
+    """One event of a solve with `events`.
+
+    Attributes:
+        t: 0-d, when it happened; differentiable.
+        index: which of `events` it was.
+        before: the state just before, the pytree of `h0`; differentiable.
+        after: what `affect` made of it; `before` itself where there is none.
+    """
+
+    t: Tensor
+    index: int
+    before: Any
+    after: Any
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Occurrence:
+        """The same with f of each of its tensors."""
+        before = pytree.tree_map(f, self.before)
+        after = before if self.after is self.before else pytree.tree_map(f, self.after)
+        return Occurrence(f(self.t), self.index, before, after)
+
+
 @dataclass
 class Solution:
     """The solution of an initial value problem.
 
     Attributes:
-        t: shape (T,), or (*batch, T) with a row for each system: the times asked for; with an event, `[t0, event_t]`.
+        t: shape (T,), or (*batch, T) with a row for each system: the times asked for; with an event, `[t0, event_t]`;
+            where a terminal one of `events` ended the solve, the times before it, and its own.
         h: the states there: the pytree of `h0` with (T, ...) in front of each leaf's shape.
         stats: the account of the work.
         event_t: 0-d time of the event, differentiable; None without one. Of systems with events of their own: of the
             batch's shape, NaN where there is none.
         steps: the steps that were tried; None where the dense output was not kept, or the solver does not tell.
+        events: what happened of `events`, in the order in which it happened.
     """
 
     t: Tensor
@@ -115,6 +140,7 @@ class Solution:
     event_t: Tensor | None = None
     _interpolant: Callable[[Tensor], Any] | None = None
     steps: Steps | None = None
+    events: list[Occurrence] = field(default_factory=list)
 
     def __copy__(self) -> Solution:
         return replace(self)
@@ -123,9 +149,9 @@ class Solution:
         # PyTorch copies no tensor that has a graph; a clone keeps it. The dense output is never written to.
         h = pytree.tree_map(Tensor.clone, self.h)
         event_t = None if self.event_t is None else self.event_t.clone()
-        return Solution(
-            self.t.clone(), h, deepcopy(self.stats, memo), event_t, self._interpolant, deepcopy(self.steps, memo)
-        )
+        stats, steps = deepcopy(self.stats, memo), deepcopy(self.steps, memo)
+        events = [x.map(Tensor.clone) for x in self.events]
+        return Solution(self.t.clone(), h, stats, event_t, self._interpolant, steps, events)
 
     def __getstate__(self) -> dict[str, Any]:
         """To pickle: the numbers without their graph, which another process cannot follow.
@@ -139,7 +165,9 @@ class Solution:
                 "times that you need in t, and solve(..., dense=False)."
             )
         bare = {"t": self.t.detach(), "h": pytree.tree_map(Tensor.detach, self.h)}
-        return {**self.__dict__, **bare, "event_t": None if self.event_t is None else self.event_t.detach()}
+        events = [x.map(Tensor.detach) for x in self.events]
+        event_t = None if self.event_t is None else self.event_t.detach()
+        return {**self.__dict__, **bare, "event_t": event_t, "events": events}
 
     def interpolate(self, t: Tensor | float) -> Any:
         """The state at other times within the span, from the solver's dense output.

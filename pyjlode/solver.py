@@ -215,6 +215,7 @@ class Solver:
         mass_matrix: Any = None,
         jac: Callable[[Tensor, Any], Tensor] | None = None,
         adjoint_params: Iterable[Tensor] | None = None,
+        events: Iterable[Any] | None = None,
         dense: bool = True,
     ) -> Solution:
         """As a call, but return a `Solution`: states, dense output, and an account of the work.
@@ -222,7 +223,7 @@ class Solver:
         Args, returns and raises:
             As `pyjlode.solve`.
         """
-        return solved(self, Equation(f, h0, t, event_fn, mass_matrix, jac, adjoint_params), dense=dense)
+        return solved(self, Equation(f, h0, t, event_fn, mass_matrix, jac, adjoint_params, events), dense=dense)
 
     def _prepare(self, e: Equation, engine: str) -> Prepared:
         """Make the problem of an equation, and find its engine and gradient."""
@@ -529,6 +530,10 @@ def solved(how: Solver | dict[str, Any], e: Equation, *, dense: bool) -> Solutio
     """
     start = time.perf_counter()
     solver = how if isinstance(how, Solver) else kept(how)
+    if e.events is not None:
+        from . import segments  # few solves have events
+
+        return segments.solved(solver, e, dense=dense)
     transformed, own_t = numbers.transformed(), e.t
     if transformed and isinstance(own_t, Tensor) and numbers.hidden(own_t):
         solver, e = _in_shared_time(solver, e)

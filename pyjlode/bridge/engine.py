@@ -40,7 +40,7 @@ _STIFF_METHODS = ("rodas5p", "radau5")
 # Compiled sensitivities of so many numbers take less time than an adjoint: benchmarks/compiled.py --part gradient.
 _FEW_SENSITIVITIES = 200
 _OPTIONS = {"first_step", "min_step", "max_step", "max_num_steps", "step_t", "jump_t", "step_size"}
-_OPTIONS |= {"batch_dims", "specialize", "progress", "consistent"}
+_OPTIONS |= {"max_events", "batch_dims", "specialize", "progress", "consistent"}
 # Of the step control, where that is ours.
 _CONTROL = {"safety", "ifactor", "dfactor"}
 
@@ -53,12 +53,14 @@ class Record:
         ys: (T, n) states at the output times; with an event, at the start and at the event.
         dense: the dense output, (M,) times -> (M, n), where it was to be kept.
         event_t: time of the event.
+        passed: how many of the output times lie before the event, the start among them.
         last: nothing here: the steps are Julia's.
     """
 
     ys: Tensor
     dense: DenseOutput | None = None
     event_t: float | None = None
+    passed: int = 1
     last: None = None
 
 

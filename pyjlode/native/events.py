@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..events import Margin
 from ..problem import ODEProblem
@@ -23,7 +22,7 @@ class EventFinder:
 
     def __init__(self, p: ODEProblem) -> None:
         self.p = p
-        self.margin: Callable[[float, Tensor], float] = Margin(p)
+        self.margin: Any = Margin(p)
 
     def look(self, step: Step) -> float | None:
         """Time of the first crossing within the step, or None."""
@@ -52,8 +51,13 @@ class EventFinder:
 
         if ga is None:
             ga = margin(a)
-            if ga <= 0:  # it left zero on this side already
-                return a
+            if ga <= 0:  # zero at the start, as after a bounce: it rises from there, and has fallen again by b
+                x = a + (b - a) / 2
+                while x not in (a, b) and (g := margin(x)) <= 0:
+                    b, gb, x = x, g, a + (x - a) / 2
+                if x in (a, b):
+                    return a
+                a, ga = x, g
         wa = wb = 1.0
         for i in range(200):
             if abs(b - a) <= 2 * sys.float_info.epsilon * max(abs(a), abs(b)):
