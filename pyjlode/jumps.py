@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +82,8 @@ def _check_affect(affect: Any) -> None:
         raise BadOption(f"affect must be a function affect(t, h); got a {type(affect).__name__}.")
 
 
-class Stop(NamedTuple):
+@dataclass(frozen=True)
+class Stop:
     """One time at which something happens.
 
     Attributes:

@@ -118,6 +118,7 @@ class Chain:
     def run(self) -> None:
         p = self.made.problem
         stops, still = self.events.stops, 0
+        now: set[int] = set()  # conditions that crossed zero at this very time
         here = Point(p.times[0], self.whole[0], p.y0)
         signs, f0 = self.restart(p, here, (), here.y, ()) if self.condition else (None, p.f0)
         while True:
@@ -142,14 +143,17 @@ class Chain:
             if near(here.t, self.times[-1]):
                 self.pass_outputs(here.y, self.times[-1])
             still = still + 1 if fired and near(before, here.t) else 0
+            if here.t != before:
+                now = set()
+            if now.intersection(fired) or still == _STILL:
+                raise self.too_many(here.t, "events follow each other so fast that time no longer advances,")
+            now.update(fired)
             there = self.happen(here, indices)
             if any(isinstance(self.events.all[i], Event) and self.events.all[i].terminal for i in indices):  # type: ignore[union-attr]
                 self.ended = here
                 break
             if self.done == len(self.times):
                 break
-            if still == _STILL:
-                raise self.too_many(here.t, f"{_STILL} events follow each other and time no longer advances")
             signs, f0 = self.restart(self.made.problem, there, fired, here.y, sizes)
             here = there
 
@@ -278,7 +282,7 @@ class Chain:
             f"{what} by t={t:.9g} (the last ones: {', '.join(f'events[{i}]' for i in last)}). Where bounces get "
             "shorter and shorter, infinitely many end in a finite time (Zeno's paradox), beyond which this model says "
             "nothing: end the solve before, by a terminal event or an earlier t[-1], or have the affect hold the state "
-            "there (a component that says so, times which f is zero). If there are that many, raise "
+            "there: a component of it, set to 0, that f multiplies by. If there are that many events, raise "
             "options['max_events'].",
             t=t,
             dt=0.0,

@@ -125,7 +125,7 @@ def without_graph(x: Any) -> Any:
         return x.detach()
     if isinstance(x, (tuple, list)):
         parts = [without_graph(part) for part in x]
-        return type(x)._make(parts) if hasattr(x, "_make") else type(x)(parts)  # type: ignore[attr-defined]
+        return type(x)._make(parts) if hasattr(x, "_make") else type(x)(parts)
     if not isinstance(x, (Step, explicit.Recorded)):
         return x
     bare = copy.copy(x)
@@ -138,7 +138,8 @@ def without_graph(x: Any) -> Any:
 def output_slope(p: ODEProblem, step: Step, t: float) -> Tensor:
     """dy/dt of the dense output within a step, shape (n,): of the numbers that came out, not of the solution that they
     stand for."""
-    step = without_graph(step)  # autograd would walk through all steps before, to find that nothing there is asked for
+    if step.y1.requires_grad:  # autograd would walk through all steps before, to find that nothing there is asked for
+        step = without_graph(step)
     with torch.enable_grad():
         at = on_host([t]).requires_grad_()
         y = interpolation.output(p, step, at)[0]
