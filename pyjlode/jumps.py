@@ -27,7 +27,7 @@ class Event:
             state as it is: the event is only noted in `Solution.events`.
         direction: +1: only where the condition rises through zero, in the direction in which the solve goes. -1: only
             where it falls. 0: both.
-        terminal: the solve ends at the event.
+        terminal: the solve ends at the event; a number n: where it happens for the nth time.
 
     Raises:
         BadOption: an argument is not of these.
@@ -36,7 +36,7 @@ class Event:
     condition: Callable[[Tensor, Any], Tensor]
     affect: Affect | None = None
     direction: int = 0
-    terminal: bool = False
+    terminal: bool | int = False
 
     def __post_init__(self) -> None:
         if not callable(self.condition):
@@ -44,8 +44,8 @@ class Event:
         _check_affect(self.affect)
         if self.direction not in (-1, 0, 1):
             raise BadOption(f"direction must be +1 (rising), -1 (falling) or 0 (both); got {self.direction!r}.")
-        if not isinstance(self.terminal, bool):
-            raise BadOption(f"terminal must be True or False; got {self.terminal!r}.")
+        if not isinstance(self.terminal, int) or self.terminal < 0:
+            raise BadOption(f"terminal must be True, False or a number of times; got {self.terminal!r}.")
 
 
 @dataclass(frozen=True, eq=False)

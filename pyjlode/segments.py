@@ -149,7 +149,7 @@ class Chain:
                 raise self.too_many(here.t, "events follow each other so fast that time no longer advances,")
             now.update(fired)
             there = self.happen(here, indices)
-            if any(isinstance(self.events.all[i], Event) and self.events.all[i].terminal for i in indices):  # type: ignore[union-attr]
+            if any(map(self.ends, indices)):
                 self.ended = here
                 break
             if self.done == len(self.times):
@@ -275,6 +275,13 @@ class Chain:
             if after is not before:
                 y = self.layout.flatten(after)
         return here._replace(y=y)
+
+    def ends(self, i: int) -> bool:
+        """Whether event i, which has just happened, ends the solve."""
+        event = self.events.all[i]
+        if not isinstance(event, Event) or not event.terminal:
+            return False
+        return event.terminal == 1 or sum(x.index == i for x in self.happened) == event.terminal
 
     def too_many(self, t: float, what: str) -> TooManyEvents:
         last = [x.index for x in self.happened[-3:]]

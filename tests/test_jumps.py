@@ -245,6 +245,12 @@ def test_a_terminal_event_ends_the_solve():
         got.interpolate(want + 0.1)
 
 
+def test_an_event_that_is_terminal_the_third_time():
+    got = solve(turn, CIRCLE, [0.0, 20.0], events=[Event(lambda t, h: h[0], terminal=3), Event(lambda t, h: h[1])])
+    assert times(got) == pytest.approx([k * math.pi / 2 for k in range(1, 7)], rel=1e-6)
+    assert float(got.event_t) == pytest.approx(3 * math.pi, rel=1e-6)
+
+
 def test_dense_output_is_that_of_each_piece():
     t = torch.linspace(0, 3, 301, dtype=F64)
     h0 = torch.tensor([1.0, 0.0], dtype=F64)
@@ -381,7 +387,7 @@ def wrong(error, match, make):
         wrong(BadOption, "condition must be a function", lambda: Event(1.0)),
         wrong(BadOption, "affect must be a function", lambda: At(1.0, 2.0)),
         wrong(BadOption, "direction must be", lambda: Event(turn, direction=2)),
-        wrong(BadOption, "terminal must be", lambda: Event(turn, terminal=1)),
+        wrong(BadOption, "terminal must be", lambda: Event(turn, terminal=0.5)),
         wrong(BadTime, "times must be finite", lambda: At([math.nan], turn)),
         wrong(BadOption, "a list of pyjlode.Event", lambda: bounce(1.0)),
         wrong(BadOption, "A function of", lambda: [turn]),
