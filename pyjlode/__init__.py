@@ -2,6 +2,7 @@
 
 from . import errors
 from .bridge.function import julia_function
+from .driven import CDE, Interpolation
 from .gradients import GRADIENTS
 from .jumps import At, Event
 from .methods import METHODS, julia_method
@@ -12,10 +13,12 @@ from .source import julia_source
 
 __version__ = "0.1.0"
 __all__ = [
+    "CDE",
     "GRADIENTS",
     "METHODS",
     "At",
     "Event",
+    "Interpolation",
     "Occurrence",
     "Solution",
     "Solver",
