@@ -18,15 +18,20 @@ class Margin:
     minimum. A function that is zero at the start gets the sign that it takes next: leaving zero is not crossing it.
     One of which only one direction counts is left out until it is on the side from which it may cross.
 
+    Args:
+        patient: leave out a function that does not have its sign at the start, as after a bounce it may not up to
+            rounding, until it is seen to have it. For a search that would take that for a crossing.
+
     Attributes:
         signs: of each function before it crosses; 0 where that is not known yet, or it is not to be looked at.
+        since: the time, times the direction, from which on each counts.
         sizes: the largest magnitude of each function so far.
         fired: which functions had crossed at the earliest time at which one was seen to have.
     """
 
-    def __init__(self, p: ODEProblem) -> None:
+    def __init__(self, p: ODEProblem, *, patient: bool = False) -> None:
         assert p.event_fn is not None
-        self.p, self.event_fn, self.forward = p, p.event_fn, p.direction
+        self.p, self.event_fn, self.forward, self.patient = p, p.event_fn, p.direction, patient
         self.start = self.furthest = p.times[0]
         self.signs: list[float] = []
         self.since: list[float] = []
@@ -43,29 +48,30 @@ class Margin:
             raise NonFiniteState(f"event_fn returned NaN at t={t:.6g}.", t=t, dt=0.0)
         if not self.signs:
             self.signs = [self.counted(i, s) for i, s in enumerate(self.p.signs or [0.0] * len(values))]
-            self.since, self.sizes = [t] * len(values), [0.0] * len(values)
+            self.since, self.sizes = [self.forward * t] * len(values), [0.0] * len(values)
+            if self.patient:
+                self.since = [math.inf if s and s * v <= 0 else x for x, s, v in zip(self.since, self.signs, values)]
         gone = self.forward * t
         if gone >= self.forward * self.furthest:  # not where a crossing is searched for between times seen already
             self.furthest = t
             self.sizes = [max(size, abs(v)) for size, v in zip(self.sizes, values)]
             if not (self.p.signs and t == self.start):
-                self.arm(t, values)
-        products = [
-            s * v if s and gone >= self.forward * since else math.inf
-            for s, v, since in zip(self.signs, values, self.since)
-        ]
+                self.arm(gone, values)
+        products = [s * v if s and gone >= since else math.inf for s, v, since in zip(self.signs, values, self.since)]
         margin = min(products)
         if margin <= 0 and gone < self.fired_at and t != self.start:
             self.fired_at, self.fired = gone, tuple(i for i, x in enumerate(products) if x <= 0)
         return margin
 
-    def arm(self, t: float, values: list[float]) -> None:
-        """Give functions without a sign that of their values at t."""
+    def arm(self, gone: float, values: list[float]) -> None:
+        """Give functions without a sign that of their values at a time."""
         for i, (s, v) in enumerate(zip(self.signs, values)):
             if s == 0 and (found := self.counted(i, float((v > 0) - (v < 0)))):
                 self.signs[i] = found
                 if self.p.directions and self.p.directions[i]:
-                    self.since[i] = t
+                    self.since[i] = gone
+            elif s * v > 0 and math.isinf(self.since[i]):
+                self.since[i] = gone
 
     def counted(self, i: int, sign: float) -> float:
         """The sign, or 0 where a crossing from that side does not count."""

@@ -28,8 +28,9 @@ from .problem import Equation, Layout, ODEProblem, Prepared, like
 from .solution import Occurrence, Solution, Stats, Steps, interpolant
 from .solver import Solver
 
-# Events one after the other between which time does not advance: bounces that follow each other ever faster.
-_STILL = 20
+# Events one after the other between which time does not advance, of different conditions; and rounding units of time
+# within which the same one happens again: bounces that follow each other ever faster.
+_STILL, _AGAIN = 20, 16
 _COUNTS = ("naccept", "nreject", "njac", "nlu", "nnewton")
 
 
@@ -118,7 +119,7 @@ class Chain:
     def run(self) -> None:
         p = self.made.problem
         stops, still = self.events.stops, 0
-        now: set[int] = set()  # conditions that crossed zero at this very time
+        last: dict[int, float] = {}  # when each condition crossed zero
         here = Point(p.times[0], self.whole[0], p.y0)
         signs, f0 = self.restart(p, here, (), here.y, ()) if self.condition else (None, p.f0)
         while True:
@@ -143,11 +144,9 @@ class Chain:
             if near(here.t, self.times[-1]):
                 self.pass_outputs(here.y, self.times[-1])
             still = still + 1 if fired and near(before, here.t) else 0
-            if here.t != before:
-                now = set()
-            if now.intersection(fired) or still == _STILL:
+            if still == _STILL or any(i in last and near(here.t, last[i], _AGAIN) for i in fired):
                 raise self.too_many(here.t, "events follow each other so fast that time no longer advances,")
-            now.update(fired)
+            last.update(dict.fromkeys(fired, here.t))
             there = self.happen(here, indices)
             if any(map(self.ends, indices)):
                 self.ended = here
@@ -371,9 +370,9 @@ class Pieces:
         return torch.cat(rows)
 
 
-def near(a: float, b: float) -> bool:
+def near(a: float, b: float, ulps: int = 4) -> bool:
     """Whether floating-point time has hardly anything between a and b."""
-    return abs(a - b) <= 4 * math.ulp(max(abs(a), abs(b)))
+    return abs(a - b) <= ulps * math.ulp(max(abs(a), abs(b)))
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from .. import gradients
 from ..gradients import undifferentiable
 from ..native import engine as native
-from ..problem import ODEProblem
+from ..problem import ODEProblem, like
 from ..solution import Stats
 
 
@@ -80,7 +82,31 @@ def rate(g: Callable[[Tensor, Tensor], Tensor], t: Tensor, y: Tensor, slope: Ten
 def leg(engine: gradients.Engine, p: ODEProblem, stats: Stats, gradient: str | None, needed: bool, dense: bool) -> Any:
     """Solve `p` over its times, or until its event, which is then the last of the record's states.
 
+    An engine that does not do so itself is asked for the event first, and then for the solve up to that time, as for
+    any other solve and its gradient.
+
     Args:
         gradient, needed, dense: as in `gradients.solve`.
     """
-    return gradients.solve(engine, p, stats, gradient, needed, dense)
+    find = getattr(engine, "first_event", None)
+    if p.event_fn is None or find is None:
+        return gradients.solve(engine, p, stats, gradient, needed, dense)
+    with torch.no_grad():
+        found = find(p, stats)
+    if not (dense or (needed and torch.is_grad_enabled())) and len(p.times) == 2:
+        return found
+    end, passed, nothing = found.event_t, len(p.times), {"event_fn": None, "onward": False}
+    q = like(p, **nothing)
+    if end is not None:
+        sign = p.direction
+        passed = bisect.bisect_left(p.times, sign * end, key=lambda t: sign * t)
+        if passed == 0:  # it is at the start
+            return like(found, ys=torch.stack([p.y0, p.y0]), passed=1)
+        if p.times[passed : passed + 1] == [end]:  # after an output at that very time
+            end, passed = math.nextafter(end, sign * math.inf), passed + 1
+        q = like(p, **nothing, times=[*p.times[:passed], end], t=torch.cat([p.t[:passed], p.t.new_tensor([end])]))
+    accepted, rejected = stats.naccept, stats.nreject
+    record = gradients.solve(engine, q, stats, gradient, needed, dense)
+    stats.naccept, stats.nreject = stats.naccept + accepted, stats.nreject + rejected
+    p.params, p.makes_leaves = q.params, q.makes_leaves
+    return like(record, event_t=end, passed=passed, fired=found.fired, sizes=found.sizes)
