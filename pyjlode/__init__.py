@@ -5,11 +5,13 @@ from typing import Any as _Any
 
 from . import errors
 from .bridge.function import julia_function
+from .driven import CDE, Interpolation
 from .ensembles import Ensemble, ensemble, ensemble_map
 from .gradients import GRADIENTS
+from .jumps import At, Event
 from .methods import METHODS, julia_method
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, solve
-from .solution import Solution, Stats
+from .solution import Occurrence, Solution, Stats
 from .solver import Solver
 from .source import julia_source
 
@@ -18,9 +20,14 @@ if _TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "CDE",
     "GRADIENTS",
     "METHODS",
+    "At",
     "Ensemble",
+    "Event",
+    "Interpolation",
+    "Occurrence",
     "Solution",
     "Solver",
     "Stats",

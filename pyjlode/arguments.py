@@ -37,7 +37,7 @@ from .problem import (
 
 FLOATS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
-_COMMON = {"norm", "max_num_steps", "dtype", "specialize", "progress"}
+_COMMON = {"norm", "max_num_steps", "max_events", "dtype", "specialize", "progress"}
 _CONTROLLED = {"first_step", "safety", "ifactor", "dfactor", "min_step", "max_step", "step_t", "jump_t"}
 _CONTROLLED |= {"batch_dims", "batch_t", "on_failure"}
 _BY_KIND: dict[str, set[str]] = {
@@ -332,7 +332,7 @@ def options_said(given: Any, method: Method) -> tuple[dict[str, Any], str]:
     for name in ("min_step", "dfactor"):
         if name in read:
             read[name] = _number(name, read[name], positive=False)
-    for name in ("max_num_steps", "max_order", "max_iters"):
+    for name in ("max_num_steps", "max_events", "max_order", "max_iters"):
         if name in read:
             read[name] = _count(name, read[name])
     for name in ("step_t", "jump_t"):

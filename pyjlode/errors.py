@@ -86,6 +86,10 @@ class EventNotFound(SolveError):
     """Time ran to infinity, or out of steps, before `event_fn` crossed zero."""
 
 
+class TooManyEvents(SolveError):
+    """Events follow each other without end: `max_events` of them, or ever faster, so that time no longer advances."""
+
+
 class NotConverged(SolveError):
     """The nonlinear equations of an implicit step were not solved in `max_iters` iterations."""
 

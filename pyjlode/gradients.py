@@ -39,6 +39,11 @@ class Gradients(NamedTuple):
     params: Sequence[Tensor | None]
 
 
+def reached(p: ODEProblem, record: Any) -> list[float]:
+    """The times of a record's states."""
+    return p.times if record.event_t is None else [*p.times[: record.passed], record.event_t]
+
+
 def time_gradient(
     p: ODEProblem, record: Any, g: Tensor, a: Tensor, slope: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> Tensor | None:
@@ -51,7 +56,7 @@ def time_gradient(
         return None
     values, slope = [0.0] * len(p.times), slope or p.f
     with torch.no_grad():
-        for i in range(1, len(p.times) if record.event_t is None else 1):
+        for i in range(1, len(p.times) if record.event_t is None else record.passed):
             values[i] = float(g[i] @ slope(p.time(p.times[i]), record.ys[i]))
         values[0] = -float(a @ slope(p.time(p.times[0]), p.y0)) if len(p.times) > 1 else 0.0
     return torch.tensor(values, dtype=torch.float64, device="cpu")
@@ -266,6 +271,7 @@ def solve(engine: Engine, p: ODEProblem, stats: Stats, gradient: str | None, nee
         gradient: name of the gradient method; None differentiates through the solver.
         needed: whether anything requires grad at all.
     """
+    asked = p
     if not needed:
         try:
             return _unrecorded(engine, p, stats, dense)
@@ -294,6 +300,7 @@ def solve(engine: Engine, p: ODEProblem, stats: Stats, gradient: str | None, nee
             p = _extended(p, error, stats)
             if attempt:  # new ones in every solve are f's own
                 p = like(p, makes_leaves=True)
+    asked.params, asked.makes_leaves = p.params, p.makes_leaves  # for a solve that goes on from here
     record = memory.record
     ys = _Solve.apply(engine, memory, stats, sight, p.y0, p.t, *p.params)
     return like(record, ys=ys)

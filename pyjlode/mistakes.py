@@ -23,7 +23,7 @@ _SCIPY = {
     "fun": "the first argument is f(t, h)",
     "t_span": "the third argument is t, all times to solve at, the first and last of which are the span",
     "t_eval": "the third argument is t, all times to solve at",
-    "events": "one event is event_fn=, a function of (t, h) whose zero ends the solve",
+    "events": "one event that ends the solve is event_fn=; events that go on are pyjlode.solve(..., events=[...])",
     "dense_output": "pyjlode.solve(...).interpolate(t) is the dense output",
     "Dfun": "df/dh is jac=, a function of (t, h)",
     "tfirst": "f is always f(t, h)",

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from . import arguments, mistakes
+from . import arguments, jumps, mistakes
 from .errors import BadTime
+from .jumps import At, Event
 from .methods import Method
 from .numbers import on_host
 from .problem import Equation
@@ -155,24 +156,29 @@ def solve(
     mass_matrix: Any = None,
     jac: Callable[..., Tensor] | None = None,
     adjoint_params: Iterable[Tensor] | None = None,
+    events: Iterable[Event | At] | None = None,
     **how: Unpack[How],
 ) -> Solution[State]:
     """As `odeint`, but return a `Solution`: states, dense output, and an account of the work.
 
     Args:
         dense: keep the dense output for `Solution.interpolate`: the stages of every step. The rest is as in `odeint`.
+        events: a list of `Event`, which happen where a condition crosses zero, and `At`, which happen at given times.
+            They change the state, and the solve goes on from there. An output at the time of an event is the state
+            before it. See `docs/events.md`.
         how: keyword arguments of `Solver`: `method`, `rtol`, `atol`, `adjoint`, `engine`, `options`, `compile` ... ,
             and single options.
 
     Returns:
-        A `Solution` with `t`, `h`, `stats`, `event_t` and `interpolate(t)`.
+        A `Solution` with `t`, `h`, `stats`, `event_t`, `events` and `interpolate(t)`.
 
     Raises:
-        What `odeint` raises.
+        What `odeint` raises; TooManyEvents, a RuntimeError.
     """
     if args:
         f, event_fn, jac = arguments.with_args(args, f, event_fn, jac)
-    return solved(how, Equation(f, h0, t, event_fn, mass_matrix, jac, adjoint_params), dense=dense)
+        events = jumps.with_args(args, events)
+    return solved(how, Equation(f, h0, t, event_fn, mass_matrix, jac, adjoint_params, events), dense=dense)
 
 
 @mistakes.front(arguments.KEYWORDS)

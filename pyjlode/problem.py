@@ -192,6 +192,7 @@ class Equation(NamedTuple):
     mass_matrix: Any = None
     jac: Any = None
     adjoint_params: Any = None
+    events: Any = None
 
 
 class Field:
@@ -378,7 +379,9 @@ class SolverOptions:
             least `dfactor`.
         min_step: steps of this size are accepted whatever their error.
         max_step: no step is longer.
-        max_num_steps: accepted and rejected steps together; 20 000 by default where an event ends the solve.
+        max_num_steps: accepted and rejected steps together; 20 000 by default where an event ends the solve. With
+            `events`, from one event to the next.
+        max_events: events of one solve, of `events`.
         step_t: times that a step ends at (kinks of f).
         jump_t: times that a step ends at and where f is evaluated anew (jumps of f).
         norm: on the error divided by the tolerance; takes the state as the user wrote it.
@@ -413,6 +416,7 @@ class SolverOptions:
     min_step: float = 0.0
     max_step: float = math.inf
     max_num_steps: int = 100_000
+    max_events: int = 10_000
     step_t: tuple[float, ...] = ()
     jump_t: tuple[float, ...] = ()
     norm: Norm | None = None
@@ -519,6 +523,11 @@ class ODEProblem:
         norm: of the error over tolerance, on a flat vector.
         rtol, atol: floats or tensors of shape (n,).
         event_fn: `(t: 0-d, y: (n,)) -> Tensor`; the solve ends where the first of its elements crosses zero.
+        onward: a solve with `event_fn` ends at the last of `times` where no event ends it before, and gives the states
+            at those that it passes.
+        directions: of each element of `event_fn`: +1 where only rising through zero counts, -1 falling, 0 both. None:
+            both, of all.
+        signs: of each element just after the start, 0 where that is not known; None: those of its values there.
         params: tensors requiring grad, other than `y0` and `t`, that f depends on.
         named: `params` are those that the user named, and no others count.
         cuts: where in autograd's graph those of `params` stand that are results of earlier operations.
@@ -558,6 +567,9 @@ class ODEProblem:
     norm: Norm = rms_norm
     f0: Tensor | None = None
     event_fn: Callable[[Tensor, Tensor], Tensor] | None = None
+    onward: bool = False
+    directions: tuple[int, ...] | None = None
+    signs: tuple[float, ...] | None = None
     params: tuple[Tensor, ...] = ()
     suspects: tuple[weakref.ref[Tensor], ...] = ()
     named: bool = False

@@ -124,6 +124,29 @@ class Steps:
     rejected: list[tuple[float, float]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Occurrence:
+    """One event of a solve with `events`.
+
+    Attributes:
+        t: 0-d, when it happened; differentiable.
+        index: which of `events` it was.
+        before: the state just before, the pytree of `h0`; differentiable.
+        after: what `affect` made of it; `before` itself where there is none.
+    """
+
+    t: Tensor
+    index: int
+    before: Any
+    after: Any
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Occurrence:
+        """The same with f of each of its tensors."""
+        before = pytree.tree_map(f, self.before)
+        after = before if self.after is self.before else pytree.tree_map(f, self.after)
+        return Occurrence(f(self.t), self.index, before, after)
+
+
 @dataclass(eq=False, repr=False)
 class Solution(_Compared, Generic[State]):
     """The solution of an initial value problem.
@@ -133,12 +156,14 @@ class Solution(_Compared, Generic[State]):
     and `f`.
 
     Attributes:
-        t: shape (T,), or (*batch, T) with a row for each system: the times asked for; with an event, `[t0, event_t]`.
+        t: shape (T,), or (*batch, T) with a row for each system: the times asked for; with an event, `[t0, event_t]`;
+            where a terminal one of `events` ended the solve, the times before it, and its own.
         h: the states there: the pytree of `h0` with (T, ...) in front of each leaf's shape.
         stats: the account of the work.
         event_t: 0-d time of the event, differentiable; None without one. Of systems with events of their own: of the
             batch's shape, NaN where there is none.
         steps: the steps that were tried; None where the dense output was not kept, or the solver does not tell.
+        events: what happened of `events`, in the order in which it happened.
     """
 
     t: Tensor
@@ -147,6 +172,7 @@ class Solution(_Compared, Generic[State]):
     event_t: Tensor | None = None
     _interpolant: Callable[[Tensor], Any] | None = field(default=None, compare=False)
     steps: Steps | None = field(default=None, compare=False)
+    events: list[Occurrence] = field(default_factory=list)
 
     def __copy__(self) -> Solution[State]:
         return replace(self)
@@ -155,15 +181,17 @@ class Solution(_Compared, Generic[State]):
         # PyTorch copies no tensor that has a graph; a clone keeps it. The dense output is never written to.
         h = pytree.tree_map(Tensor.clone, self.h)
         event_t = None if self.event_t is None else self.event_t.clone()
-        return Solution(
-            self.t.clone(), h, deepcopy(self.stats, memo), event_t, self._interpolant, deepcopy(self.steps, memo)
-        )
+        stats, steps = deepcopy(self.stats, memo), deepcopy(self.steps, memo)
+        events = [x.map(Tensor.clone) for x in self.events]
+        return Solution(self.t.clone(), h, stats, event_t, self._interpolant, steps, events)
 
     def __getstate__(self) -> dict[str, Any]:
         """To pickle: the numbers without their graph, which another process cannot follow, and without the dense
         output, which calls the solver and `f`."""
         bare = {"t": self.t.detach(), "h": pytree.tree_map(Tensor.detach, self.h)}
-        bare["event_t"] = None if self.event_t is None else self.event_t.detach()
+        events = [x.map(Tensor.detach) for x in self.events]
+        event_t = None if self.event_t is None else self.event_t.detach()
+        bare |= {"event_t": event_t, "events": events}
         return {**self.__dict__, **bare, "_interpolant": self._interpolant and _left_behind}
 
     def __repr__(self) -> str:

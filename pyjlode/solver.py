@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import arguments, first, gradients, mistakes, numbers, progress, transforms
+from . import arguments, first, gradients, jumps, mistakes, numbers, progress, transforms
 from .engines import choice
 from .engines.crossing import crossing
 from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, SolveError
@@ -236,6 +236,7 @@ class Solver:
         mass_matrix: Any = None,
         jac: Callable[..., Tensor] | None = None,
         adjoint_params: Iterable[Tensor] | None = None,
+        events: Iterable[Any] | None = None,
         dense: bool = True,
     ) -> Solution[State]:
         """As a call, but return a `Solution`: states, dense output, and an account of the work.
@@ -245,7 +246,8 @@ class Solver:
         """
         if args:
             f, event_fn, jac = arguments.with_args(args, f, event_fn, jac)
-        return solved(self, Equation(f, h0, t, event_fn, mass_matrix, jac, adjoint_params), dense=dense)
+            events = jumps.with_args(args, events)
+        return solved(self, Equation(f, h0, t, event_fn, mass_matrix, jac, adjoint_params, events), dense=dense)
 
     def _prepare(self, e: Equation, engine: str) -> Prepared:
         """Make the problem of an equation, and find its engine and gradient."""
@@ -552,6 +554,10 @@ def solved(how: Solver | Mapping[str, Any], e: Equation, *, dense: bool) -> Solu
     """
     start = time.perf_counter()
     solver = how if isinstance(how, Solver) else kept(how)
+    if e.events is not None:
+        from . import segments  # few solves have events
+
+        return segments.solved(solver, e, dense=dense)
     transformed, own_t = numbers.transformed(), e.t
     if transformed and isinstance(own_t, Tensor) and numbers.hidden(own_t):
         solver, e = _in_shared_time(solver, e)

@@ -107,3 +107,17 @@ def test_resumed_training_is_the_training(tmp_path):
     resumed, again = training(tmp_path / "b", 10, True)
     assert resumed == whole
     assert torch.equal(weight, again)
+
+
+def test_bouncing_balls(run):
+    """Each ball comes down in the cup, by a throw of its own: the less it keeps of its speed, the harder."""
+    found = run("bouncing_balls")
+    assert all(f.misses[-1] < 0.01 * f.misses[0] for f in found.values())
+    speeds = [float(f.v.norm()) for f in found.values()]
+    assert speeds == sorted(speeds)
+
+
+def test_drug_doses(run):
+    found = run("drug_doses")
+    assert found.errors.tolist() == pytest.approx([0.0, 0.0, 0.0], abs=0.2)
+    assert found.late == pytest.approx(52.5, abs=0.8)

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ _STIFF_METHODS = ("rodas5p", "radau5")
 # Compiled sensitivities of so many numbers take less time than an adjoint: benchmarks/compiled.py --part gradient.
 _FEW_SENSITIVITIES = 200
 _OPTIONS = {"first_step", "min_step", "max_step", "max_num_steps", "step_t", "jump_t", "step_size"}
-_OPTIONS |= {"batch_dims", "specialize", "progress", "consistent"}
+_OPTIONS |= {"max_events", "batch_dims", "specialize", "progress", "consistent"}
 # Of the step control, where that is ours.
 _CONTROL = {"safety", "ifactor", "dfactor"}
 
@@ -53,12 +53,17 @@ class Record:
         ys: (T, n) states at the output times; with an event, at the start and at the event.
         dense: the dense output, (M,) times -> (M, n), where it was to be kept.
         event_t: time of the event.
+        passed: how many of the output times lie before the event, the start among them.
+        fired, sizes: as the native engine's record has them.
         last: nothing here: the steps are Julia's.
     """
 
     ys: Tensor
     dense: DenseOutput | None = None
     event_t: float | None = None
+    passed: int = 1
+    fired: tuple[int, ...] = ()
+    sizes: tuple[float, ...] = ()
     last: None = None
 
 
@@ -224,6 +229,24 @@ def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = 
     if not dense and (found := _again(p, stats, "f")):
         return Record(found[0])
     return _solve(p, stats, None, dense)[0]
+
+
+def first_event(p: ODEProblem, stats: Stats) -> Record:
+    """The first event of `p`, which is to go `onward` over its times: a record whose two states are those at the start
+    and at the event, or at the end where there is none."""
+    o = p.options
+    q = like(p, times=[p.times[0], p.times[-1]], options=replace(o, step_t=(*o.step_t, *p.times[1:])))
+    record, rhs, _ = _solve(q, stats, None, False)
+    if rhs is None:
+        return record
+    margin = rhs.margin
+    record.sizes, at = tuple(margin.sizes), record.event_t
+    assert at is not None
+    if margin.fired and p.direction * at < p.direction * p.times[-1]:
+        record.fired = margin.fired
+    else:
+        record.event_t = None
+    return record
 
 
 def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = False) -> Memory:

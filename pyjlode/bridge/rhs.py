@@ -60,7 +60,7 @@ class Callbacks:
         self.field: Held
         self.replaying: ReplayRequest | None = None
         if p.event_fn is not None:
-            self.margin = Margin(p)
+            self.margin = Margin(p, patient=True)
             self.functions["event"] = self.function(_PLAIN, self.guard("event"))
 
     @functools.cached_property
@@ -157,6 +157,8 @@ class Callbacks:
 
     def event(self, margin: int, u: int, t: float) -> None:
         value = self.margin(t, self.state(u))
+        if self.p.onward:  # the end is an event, too
+            value = min(value, self.p.direction * (self.p.times[-1] - t))
         ctypes.c_double.from_address(margin).value = min(value, _FAR) or _CROSSED
 
 

@@ -192,3 +192,4 @@ def second(name: str, made: Prepared, error: SolveError) -> str | None:
 
 # The algebraic equations of a singular mass matrix are solved in PyTorch, whichever engine then solves the rest.
 consistent = native.consistent
+slope = native.slope

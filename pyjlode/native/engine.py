@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from ..numbers import on_host
 from ..parameters import graph_mark
 from ..problem import Callback, ODEProblem, like
 from ..solution import Stats, Steps
-from . import dae, interpolation, loop, sample_events, samples, scipy_ivp, sensitivity
+from . import dae, explicit, interpolation, loop, sample_events, samples, scipy_ivp, sensitivity
 from .sensitivity import Gradients
 from .step import Step
 
@@ -118,10 +119,27 @@ def output_at(p: ODEProblem, step: Step, t: Tensor) -> Tensor:
     return interpolation.output(p, step, t[None])[0]
 
 
+def without_graph(x: Any) -> Any:
+    """A step, or what it is made of, with its numbers and without their graph."""
+    if isinstance(x, Tensor):
+        return x.detach()
+    if isinstance(x, (tuple, list)):
+        parts = [without_graph(part) for part in x]
+        return type(x)._make(parts) if hasattr(x, "_make") else type(x)(parts)
+    if not isinstance(x, (Step, explicit.Recorded)):
+        return x
+    bare = copy.copy(x)
+    for name in getattr(x, "__slots__", None) or vars(x):
+        setattr(bare, name, without_graph(getattr(x, name)))
+    return bare
+
+
 @torch.no_grad()
 def output_slope(p: ODEProblem, step: Step, t: float) -> Tensor:
     """dy/dt of the dense output within a step, shape (n,): of the numbers that came out, not of the solution that they
     stand for."""
+    if step.y1.requires_grad:  # autograd would walk through all steps before, to find that nothing there is asked for
+        step = without_graph(step)
     with torch.enable_grad():
         at = on_host([t]).requires_grad_()
         y = interpolation.output(p, step, at)[0]

@@ -71,10 +71,14 @@ class Record:
         head: the graph of the first of them, where they were recorded.
         dense: the dense output, (M,) times -> (M, n), where it was to be kept.
         event_t: time of the event.
+        passed: how many of the output times lie before the event, the start among them.
+        fired: which elements of the event function crossed zero there.
+        sizes: the largest magnitude that each of these elements was seen to have.
         event: the same as a 0-d tensor with its derivatives, under a transform; then each sample has its own.
         size: (n,) the largest value of each element at the ends of steps, where the solve has a continuous adjoint.
         nodes: times of a grid that was the user's own, for the same.
         next_dt: size of the step that would come next (adaptive methods).
+        restart: of explicit ones the same, had the last step not been cut short by a stop.
         last: the step that the event lies in.
     """
 
@@ -83,10 +87,14 @@ class Record:
     head: Head | None = None
     dense: Any = None
     event_t: float | None = None
+    passed: int = 1
+    fired: tuple[int, ...] = ()
+    sizes: tuple[float, ...] = ()
     event: Tensor | None = None
     size: Tensor | None = None
     nodes: list[float] | None = None
     next_dt: float | None = None
+    restart: float | None = None
     last: Step | None = None
 
 
@@ -128,8 +136,9 @@ def _solve(
     tracked = p.moving and (recorded > 0 or keep_steps)
     ordered = [sign * t for t in times]
     finder = EventFinder(p) if p.event_fn is not None else None
+    endless = finder is not None and not p.onward
     record = Record(p.y0, [])
-    steps = make_steps(p, stats, record, recorded, tracked, keep_dense, sign * math.inf if finder else times[-1])
+    steps = make_steps(p, stats, record, recorded, tracked, keep_dense, sign * math.inf if endless else times[-1])
     if p.adjoint:
         record.size = p.y0.detach().abs()
         record.nodes = [times[0]] if p.options.grid_constructor else None
@@ -153,11 +162,14 @@ def _solve(
         if finder:
             record.event_t = finder.look(step)
             if record.event_t is not None:
+                j = i if endless else bisect.bisect_right(ordered, sign * record.event_t, i)
+                if j > i:
+                    blocks.append(output(p, step, p.t[i:j] if tracked else times[i:j]))
                 blocks.append(output(p, step, [record.event_t]))
-                record.last = step
+                record.last, record.passed, record.fired = step, j, finder.margin.fired
                 break
 
-        j = i if finder else bisect.bisect_right(ordered, sign * interval.t1, i)
+        j = i if endless else bisect.bisect_right(ordered, sign * interval.t1, i)
         if j > i:
             at_end = times[j - 1] == interval.t1 and is_node(p, j - 1, tracked)
             inside = slice(i, j - at_end)
@@ -173,6 +185,8 @@ def _solve(
             torch.set_grad_enabled(False)
     if step is not None and 0 < n < recorded < math.inf:
         record.head = Head(n, step.y1, torch.cat(blocks[1:]) if blocks[1:] else None)
+    if finder:
+        record.sizes = tuple(finder.margin.sizes)
     record.ys = torch.cat(blocks) if recorded == math.inf else torch.cat(blocks).detach()
     record.dense = DenseOutput(dense) if dense else None
     return record
@@ -247,7 +261,7 @@ def adaptive_steps(
             raise too_many_steps(p, t, dt, end)
         n += 1
         dt = min(max(dt, o.min_step), o.max_step)
-        t1 = t + sign * dt
+        t1, wanted = t + sign * dt, dt
         stop = ends[0]
         # A step that would end just short of a stop ends on it: no sliver is left over.
         if sign * (t1 - stop) >= -1e-10 * dt:
@@ -279,7 +293,7 @@ def adaptive_steps(
                 p.callbacks.accept(t, shown, reach)
             dt = abs(reach) * controller.next_factor(err, previous, True, order, p.method.pi, o)
             previous, rejected = max(err, 1e-4), math.nan
-            record.next_dt = dt
+            record.next_dt, record.restart = dt, max(dt, wanted) if t1 == stop else dt
             yield step
             t, y, abs_y = t1, step.y1, abs_y1
             at = t
@@ -344,11 +358,11 @@ def _grid(p: ODEProblem, tracked: bool) -> Iterator[Interval]:
     if o.step_size is not None:
         t0 = times[0]
         n = math.inf
-        if p.event_fn is None:
+        if p.event_fn is None or p.onward:
             n = max(1, math.ceil(abs(times[-1] - t0) / o.step_size - 1e-9)) if len(times) > 1 else 0
         elif o.grid_constructor:
             raise BadOption("with event_fn a fixed-step method needs options['step_size'], not a grid.")
-        if n > o.max_num_steps and p.event_fn is None:
+        if math.inf > n > o.max_num_steps:
             raise too_many_steps(p, t0, o.step_size, times[-1])
         i = 0
         with torch.enable_grad():
@@ -368,7 +382,7 @@ def _grid(p: ODEProblem, tracked: bool) -> Iterator[Interval]:
                 at = at + h if tracked else stop
             i += 1
         return
-    if p.event_fn is not None:
+    if p.event_fn is not None and not p.onward:
         raise BadOption(f"{p.method.name} with event_fn needs options={{'step_size': ...}}: it has no grid of its own.")
     with torch.enable_grad():
         made = o.grid_constructor(p.t) if o.grid_constructor else p.t

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import forward
 from ..derivatives import grad, pull_back, vjp
-from ..gradients import Gradients, other_function, time_gradient
+from ..gradients import Gradients, other_function, reached, time_gradient
 from ..methods.explicit import ExplicitTableau
 from ..numbers import as_like, on_host
 from ..parameters import graph_mark
@@ -61,8 +61,12 @@ def discrete(p: ODEProblem, record: Record, g: Tensor, *, again: bool) -> Gradie
     """
     want_t = p.t.requires_grad
     replay = Replay(p) if p.compiled is None else p.compiled.replay(p)
-    event = record.event_t is not None
-    times = p.times if record.event_t is None else [p.times[0], record.event_t]
+    times = reached(p, record)
+    event = len(times) - 1 if record.event_t is not None else None  # its place among the outputs
+    moving = p.t
+    if want_t and event is not None:
+        with torch.enable_grad():
+            moving = torch.cat([p.t[:event], p.t.new_tensor([record.event_t])])
     sign = p.direction
     params = Sum(p.params)
     a = torch.zeros_like(p.y0)
@@ -72,16 +76,16 @@ def discrete(p: ODEProblem, record: Record, g: Tensor, *, again: bool) -> Gradie
         record.head = None  # its graph is freed as it is walked
     for kept in reversed(record.kept[head.steps if head else 0 :]):
         t0, t1 = kept.interval.t0, kept.interval.t1
-        if i > 1 and times[i - 1] == t1 and not event and loop.is_node(p, i - 1, want_t):
+        if i > 1 and times[i - 1] == t1 and i - 1 != event and loop.is_node(p, i - 1, want_t):
             i -= 1
             a = a + g[i]
         j = i
         while j > 1 and sign * times[j - 1] > sign * t0:
             j -= 1
         inside: list[float] | Tensor = times[j:i]
-        if want_t and not event:
+        if want_t:
             with torch.enable_grad():
-                inside = p.t[j:i]
+                inside = moving[j:i]
         a = replay.pull(kept, a, inside, g[j:i], params)
         i = j
     replay.finish(params)
@@ -246,7 +250,7 @@ def continuous(p: ODEProblem, record: Record, g: Tensor, name: str) -> Gradients
     continuous sensitivity analysis for derivatives of differential equation solutions, 2021.
     """
     backward = _Backward(p, record, name)
-    times = p.times if record.event_t is None else [p.times[0], record.event_t]
+    times = reached(p, record)
     a = torch.zeros_like(p.y0)
     for i in reversed(range(1, len(times))):
         a = backward.run(times[i], times[i - 1], a + g[i], record.ys[i])

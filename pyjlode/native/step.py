@@ -3,7 +3,7 @@ numbers."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ def length(p: ODEProblem, at: float | Tensor, t1: float, reach: float, end: floa
     return size - (at - at.detach()) if t1 == stop and isinstance(at, Tensor) else size
 
 
+@runtime_checkable
 class Step(Protocol):
     """One accepted step."""
 

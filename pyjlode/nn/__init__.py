@@ -6,6 +6,7 @@ from .concat import ConcatLinear, ConcatSquash, TimeMLP
 from .flow_transform import FlowTransform
 from .latent_ode import Elbo, LatentODE
 from .likelihoods import GaussianLikelihood, PoissonProcess
+from .neural_cde import NeuralCDE
 from .neural_ode import NeuralODE
 from .recognition import ODERNN, GRURecognition
 from .resnet import ResNetBlock
@@ -21,6 +22,7 @@ __all__ = [
     "GRURecognition",
     "GaussianLikelihood",
     "LatentODE",
+    "NeuralCDE",
     "NeuralODE",
     "PoissonProcess",
     "ResNetBlock",
