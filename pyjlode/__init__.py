@@ -8,11 +8,13 @@ from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from .solution import Solution, Stats
 from .solver import Solver
 from .source import julia_source
+from .systems import SecondOrder
 
 __version__ = "0.1.0"
 __all__ = [
     "GRADIENTS",
     "METHODS",
+    "SecondOrder",
     "Solution",
     "Solver",
     "Stats",

@@ -86,6 +86,11 @@ def check(adjoint: Any, method: Method, allow_unstable: bool) -> None:
         return
     if adjoint not in GRADIENTS:
         raise BadOption(unknown(adjoint, "gradient method (adjoint=)", list(GRADIENTS)))
+    if adjoint == "forward" and method.kind == "second":
+        raise BadOption(
+            f"adjoint='forward' solves a system that is not of second order, which {method.name} is for. Use "
+            "adjoint=True."
+        )
     if adjoint == "backsolve" and method.controlled and not allow_unstable:
         raise BadOption(
             "adjoint='backsolve' solves h' = f(t, h) backward in time, where what a stiff system damps grows: its "

@@ -24,6 +24,7 @@ from .explicit import Crawl, ExplicitRK, ExplicitStep
 from .implicit import ImplicitRK
 from .interpolation import DenseOutput, output
 from .multistep import Adams, AdamsStep, Past
+from .second import Second
 from .step import Interval, Step, length
 from .stiff import replayer, stiff_steps
 
@@ -208,6 +209,9 @@ def stepper(p: ODEProblem, *, recorded: bool) -> Callable[[Interval, Tensor, Any
         return lambda interval, y, past: implicit.step(interval, y)
     if p.method.kind == "adams":
         return Adams(p, recorded=recorded).step
+    if p.method.kind == "second":
+        second = Second(p, recorded=recorded)
+        return lambda interval, y, past: second.step(interval, y)
     rk = ExplicitRK(p, recorded=recorded)
     return lambda interval, y, past: rk.step(interval, y, None, estimate=False)
 
@@ -314,12 +318,16 @@ def fixed_steps(p: ODEProblem, stats: Stats, recorded: float, tracked: bool, kee
     o = p.options
     implicit = ImplicitRK(p, recorded=recorded > 0) if p.method.kind == "implicit" else None
     adams = Adams(p, recorded=recorded > 0) if p.method.kind == "adams" else None
+    second = Second(p, recorded=recorded > 0) if p.method.kind == "second" else None
     rk = None
     if p.method.kind == "fixed":
         rk = p.compiled or ExplicitRK(p, recorded=recorded > 0, keep=keep)
     y, past = p.y0, None
     f0 = p.f0 if not (tracked or o.perturb or 0 < recorded < math.inf) else None
+    known = None if f0 is None or second is None else f0[second.n :]
     for n, interval in enumerate(_grid(p, tracked)):
+        if second and n == 0:
+            second.check()
         if rk and n == recorded > 0:
             rk, y = ExplicitRK(p, keep=keep), y.detach()
         if p.callbacks.step:
@@ -330,6 +338,9 @@ def fixed_steps(p: ODEProblem, stats: Stats, recorded: float, tracked: bool, kee
         elif implicit:
             step = implicit.step(interval, y)
             stats.njac = implicit.njac
+        elif second:
+            step = second.step(interval, y, known)
+            known = step.end
         else:
             assert adams
             step = adams.step(interval, y, past)
