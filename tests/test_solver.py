@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from problems import GENERAL
 from torch import nn
 
 import pyjlode
@@ -60,7 +61,7 @@ def same(a, b):
     assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b)), (a, b)
 
 
-GRADIENTS = [("rk4", name) for name in pyjlode.GRADIENTS] + [("rodas5p", name) for name in pyjlode.GRADIENTS]
+GRADIENTS = [("rk4", name) for name in GENERAL] + [("rodas5p", name) for name in GENERAL]
 
 
 @pytest.mark.parametrize(("method", "adjoint"), [*[(name, True) for name in NATIVE], ("tsit5", False), *GRADIENTS])

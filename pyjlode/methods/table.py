@@ -69,6 +69,18 @@ class Method:
         return self.kind in ("implicit", "stiff", "auto")
 
     @property
+    def alone(self) -> bool:
+        """True where a step follows from its start alone, and from nothing of earlier steps."""
+        return self.kind in ("adaptive", "fixed", "implicit", "second") or isinstance(
+            self.tableau, st.RosenbrockTableau
+        )
+
+    @property
+    def reversible(self) -> bool:
+        """True where a step can be undone by the same operations in reverse."""
+        return isinstance(self.tableau, so.SymplecticTableau)
+
+    @property
     def start_order(self) -> int:
         """Order of the local error that the first step is chosen for."""
         if isinstance(self.tableau, st.NDFTableau):
