@@ -4,9 +4,9 @@
 
 A network 2-128-2 on a batch of 64 is solved by `rk4` in N equal steps over the same span, and the sum of squares of the
 last state is differentiated with respect to h0 and all parameters. `reversible` is for systems of second order: there
-the network is the acceleration of a batch of 32, so that a state is as large, and `yoshida4` makes the steps. The table gives the peak in MB (10^6 bytes), and the
-slope between the two largest N in states per step: one state is what h0 takes, 512 bytes. Parameters and h0 are there
-before and do not count; gradients do.
+the network is the acceleration of a batch of 32, so that a state is as large, and `yoshida4` makes the steps. The table
+gives the peak in MB (10^6 bytes), and the slope between the two largest N in states per step: one state is what h0
+takes, 512 bytes. Parameters and h0 are there before and do not count; gradients do.
 
 What is measured: PyTorch's CPU allocator reports each allocation and each release, with its size, to the profiler, and
 the peak of their running sum is the most that was alive at once. Nothing less sees everything: the tensors that
