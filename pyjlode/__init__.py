@@ -14,6 +14,7 @@ from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from .solution import Occurrence, Solution, Stats
 from .solver import Solver
 from .source import julia_source
+from .systems import SecondOrder
 
 if _TYPE_CHECKING:
     from . import nn, plot
@@ -28,6 +29,7 @@ __all__ = [
     "Event",
     "Interpolation",
     "Occurrence",
+    "SecondOrder",
     "Solution",
     "Solver",
     "Stats",

@@ -45,6 +45,7 @@ _BY_KIND: dict[str, set[str]] = {
     "fixed": {"step_size", "grid_constructor", "interp", "perturb"},
     "implicit": {"step_size", "grid_constructor", "interp", "perturb", "max_iters"},
     "adams": {"step_size", "grid_constructor", "interp", "perturb", "max_iters", "max_order"},
+    "second": {"step_size", "grid_constructor", "interp", "perturb"},
     "stiff": _CONTROLLED | {"max_iters", "max_order", "consistent", "allow_unstable"},
     "scipy": {"solver", "first_step", "min_step", "max_step"},
 }
@@ -326,6 +327,9 @@ def options_said(given: Any, method: Method) -> tuple[dict[str, Any], str]:
     read: dict[str, Any] = {name: given[name] for name in given if name not in unused and name != "dtype"}
     read = {name: value for name, value in read.items() if value is not None}
 
+    if method.kind == "second":  # straight lines between the points of the grid would cost them their order
+        read.setdefault("interp", "cubic")
+
     for name in ("first_step", "step_size", "max_step", "ifactor", "safety"):
         if name in read:
             read[name] = _number(name, read[name], positive=True)
@@ -442,6 +446,22 @@ def mass_matrix(given: Any, method: Method, layout: Layout, batch: int) -> Tenso
     if not is_finite(M):
         raise NonFiniteState("mass_matrix holds NaN or infinity.", t=math.nan, dt=0.0)
     return M
+
+
+def pair(method: Method, h0: Any, layout: Layout) -> None:
+    """Check that the state is the pair (q, v), for a method that is for systems of second order."""
+    if method.kind != "second":
+        return
+    halves = h0 if isinstance(h0, (tuple, list)) and len(h0) == 2 else None
+    if halves is None:
+        raise BadShape(
+            f"{method.name} is for systems of second order, whose state is the pair (q, v); h0 is a "
+            f"{type(h0).__name__}. Pass f=pyjlode.SecondOrder(a) and h0=(q0, v0)."
+        )
+    m = len(layout.shapes) // 2
+    same = pytree.tree_structure(halves[0]) == pytree.tree_structure(halves[1])
+    if not same or layout.shapes[:m] != layout.shapes[m:] or layout.complex[:m] != layout.complex[m:]:
+        raise BadShape(f"{method.name}: q and v, the two parts of h0, must have the same structure and shapes.")
 
 
 def jacobian(given: Any, method: Method, layout: Layout, batch: int) -> Callable[[Tensor, Tensor], Tensor] | None:

@@ -20,12 +20,16 @@ from .solution import Stats, Steps
 # Name -> what it is, for the documentation and for the error on an unknown name.
 GRADIENTS: dict[str, str] = {
     "discrete": "replays each accepted step backward: the exact gradient of the numbers that came out",
+    "checkpointed": "as discrete, with the states of O(log steps) of the steps, the rest being computed again",
+    "reversible": "as discrete, without any states: undoes the steps of a symplectic method one by one",
     "backsolve": "solves h backward beside the adjoint: O(1) memory in the number of steps",
     "interpolating": "solves the adjoint along the dense output of the forward solve",
     "quadrature": "solves the adjoint, then integrates over time for the parameters by adaptive quadrature",
     "gauss": "as interpolating, with the parameters' integral by Gauss quadrature in each step: no state of their size",
     "forward": "solves the sensitivities beside the state: for few parameters and few states",
 }
+# Those that replay the steps: the exact gradient of the numbers that came out.
+REPLAYS = ("discrete", "checkpointed", "reversible")
 # Those with a backward solve, which may have settings of its own.
 CONTINUOUS = ("backsolve", "interpolating", "quadrature", "gauss")
 
@@ -91,6 +95,22 @@ def check(adjoint: Any, method: Method, allow_unstable: bool) -> None:
         return
     if adjoint not in GRADIENTS:
         raise BadOption(unknown(adjoint, "gradient method (adjoint=)", list(GRADIENTS)))
+    if adjoint == "checkpointed" and not method.alone:
+        raise BadOption(
+            f"adjoint='checkpointed' takes steps again from their states alone, and those of {method.name} depend on "
+            "what earlier steps left (Jacobians, factors, differences). Use 'rodas5p' or 'rosenbrock23' for a stiff "
+            "system, or adjoint='discrete'."
+        )
+    if adjoint == "reversible" and not method.reversible:
+        raise BadOption(
+            f"adjoint='reversible' undoes the steps of a method, which the symplectic ones allow (such as 'yoshida4', "
+            f"for f=pyjlode.SecondOrder(a)) and {method.name} does not. Use adjoint='checkpointed' to save memory."
+        )
+    if adjoint == "forward" and method.kind == "second":
+        raise BadOption(
+            f"adjoint='forward' solves a system that is not of second order, which {method.name} is for. Use "
+            "adjoint=True."
+        )
     if adjoint == "backsolve" and method.controlled and not allow_unstable:
         raise BadOption(
             "adjoint='backsolve' solves h' = f(t, h) backward in time, where what a stiff system damps grows: its "
@@ -126,7 +146,7 @@ class _Solve(torch.autograd.Function):
         # Autograd's own check that nothing which the backward pass reads was changed in place in between. The output
         # goes this way too: kept in `memory` it would hold itself alive.
         record, ys = memory.record, memory.record.ys
-        ctx.save_for_backward(y0, t, ys if memory.gradient != "discrete" or t.requires_grad else None, *params)
+        ctx.save_for_backward(y0, t, ys if memory.gradient not in REPLAYS or t.requires_grad else None, *params)
         memory.record = like(record, ys=None)
         return ys
 

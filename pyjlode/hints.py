@@ -47,9 +47,18 @@ MethodName = Literal[
     "kencarp4",
     "trbdf2_adaptive",
     "auto",
+    "symplectic_euler",
+    "velocity_verlet",
+    "yoshida4",
+    "mcate4",
+    "kahan_li6",
+    "suzuki8",
+    "nystrom4",
     "scipy_solver",
 ]
-GradientName = Literal["discrete", "backsolve", "interpolating", "quadrature", "gauss", "forward"]
+GradientName = Literal[
+    "discrete", "checkpointed", "reversible", "backsolve", "interpolating", "quadrature", "gauss", "forward"
+]
 EngineName = Literal["auto", "julia", "torch", "native"]
 Times = float | Sequence[float] | Tensor
 
@@ -67,6 +76,7 @@ class KeywordOptions(TypedDict, total=False):
     min_step: float
     max_step: float
     max_num_steps: int
+    max_events: int
     step_t: Times
     jump_t: Times
     norm: Callable[[Any], Any]

@@ -75,8 +75,8 @@ def odeint(
         adjoint: how to differentiate. False: through the solver's own operations (any order of derivative). True: the
             engine's recommended adjoint: "discrete", and on Julia's for stiff methods and events "gauss", or "forward"
             where few sensitivities are compiled. Or one by name:
-            "discrete", "backsolve", "interpolating", "quadrature", "gauss", "forward" (`pyjlode.GRADIENTS`). Adjoints
-            give first derivatives.
+            "discrete", "checkpointed", "reversible", "backsolve", "interpolating", "quadrature", "gauss", "forward"
+            (`pyjlode.GRADIENTS`). Adjoints give first derivatives.
         method: name of the solver, see `pyjlode.METHODS`; "dopri5" by default.
         rtol, atol: the local error is held below `atol + rtol * |h|` in the root mean square over the elements (over
             several tensors: in each of them). A number, a tensor that broadcasts to `h0`, or a pytree with one for

@@ -386,7 +386,8 @@ class SolverOptions:
         jump_t: times that a step ends at and where f is evaluated anew (jumps of f).
         norm: on the error divided by the tolerance; takes the state as the user wrote it.
         step_size, grid_constructor: grid of the fixed-step methods; neither means `t` itself.
-        interp: "linear" or "cubic" output between the points of a fixed grid.
+        interp: "linear" or "cubic" output between the points of a fixed grid; "cubic" by default for the methods for
+            systems of second order.
         perturb: evaluate f just inside each fixed step, for a field that jumps at grid points.
         max_order: highest order of the Adams methods; None is 5 for the explicit one, whose stability shrinks by half
             with each order, and 12 for the implicit one. Of `bdf`: 5.
@@ -547,6 +548,7 @@ class ODEProblem:
         mass: (n / B, n / B), M of `M y' = f(t, y)`, the same for each system; None is the identity.
         blind_to_time: f is known to read t as a number.
         products: `v -> J v` and `v -> Jᵀ v` at a time t, `(t: 0-d, v: (n,)) -> (n,)`, for a large linear f.
+        second_order: y is (q, v), and f is known to give q' = v.
         jac: `(t: 0-d, y: (n,)) -> (B, n / B, n / B)` or what reshapes to it, the user's df/dy.
         compile: whether the engine must (True), may (None: Julia's) or must not (False) compile f.
         transformed: `torch.func` or forward mode is at work: tensors may be wrapped at any moment (by what f holds), so
@@ -586,6 +588,7 @@ class ODEProblem:
     batch: int = 1
     rows: Rows | None = None
     mass: Tensor | None = None
+    second_order: bool = False
     jac: Callable[[Tensor, Tensor], Tensor] | None = None
     blind_to_time: bool = False
     products: tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]] | None = None

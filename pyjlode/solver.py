@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import arguments, first, gradients, jumps, mistakes, numbers, progress, transforms
+from . import arguments, first, gradients, jumps, methods, mistakes, numbers, progress, transforms
 from .engines import choice
 from .engines.crossing import crossing
 from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, SolveError
@@ -36,6 +36,7 @@ from .problem import (
     like,
 )
 from .solution import Solution, State, Stats, Steps, interpolant
+from .systems import SecondOrder
 from .tracing import untraced
 
 if TYPE_CHECKING:
@@ -156,10 +157,12 @@ class Solver:
 
     def _said_backward(self, forward: Said) -> tuple[Said, str]:
         """What is said of the backward solve: that of the forward one, where nothing else is said; and a warning."""
-        row = forward.method if self.adjoint_method is None else arguments.method_of(self.adjoint_method)
+        # The adjoint equation is not of the form that a method for systems of second order is for.
+        usual = methods.find("rk4") if forward.method.kind == "second" else forward.method
+        row = usual if self.adjoint_method is None else arguments.method_of(self.adjoint_method)
         given = self.adjoint_options
         if given is None:
-            if row is not forward.method and forward.options:
+            if row is not usual and forward.options:
                 raise BadOption(
                     "adjoint_method differs from method, so options do not carry over: give adjoint_options, {} for "
                     "none."
@@ -320,6 +323,7 @@ class Solver:
         options = arguments.grid(reading.options, e.f, e.h0)
         if event_fn is not None and "max_num_steps" not in self._forward.options:
             options = replace(options, max_num_steps=EVENT_STEPS)
+        arguments.pair(row, e.h0, layout)
         return ODEProblem(
             f=flat_field(e.f, layout, autocast),
             y0=y0,
@@ -335,6 +339,7 @@ class Solver:
             batch=batch,
             rows=rows,
             mass=arguments.mass_matrix(e.mass_matrix, row, layout, batch),
+            second_order=isinstance(e.f, SecondOrder),
             jac=arguments.jacobian(e.jac, row, layout, batch),
             callbacks=arguments.callbacks(e.f, row, layout, y0),
             compile=self.compile,

@@ -13,6 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyjlode import GRADIENTS
+
+# The gradient methods that are not for systems of one kind alone.
+GENERAL = [name for name in GRADIENTS if name != "reversible"]
+
 
 @dataclass(frozen=True)
 class Problem:

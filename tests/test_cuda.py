@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 import torch
+from problems import GENERAL
 
-import pyjlode
 from pyjlode import errors, odeint, odeint_event, solve
 from pyjlode.bridge import runtime
 from pyjlode.nn import CNF, TimeMLP
@@ -64,7 +64,7 @@ def test_solutions(method, dtype, engine):
     torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("adjoint", [False, *pyjlode.GRADIENTS])
+@pytest.mark.parametrize("adjoint", [False, *GENERAL])
 def test_gradients(adjoint, engine):
     if engine == "julia" and adjoint is False:
         pytest.skip("the Julia engine is not followed by autograd")

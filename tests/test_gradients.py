@@ -12,6 +12,7 @@ import weakref
 
 import pytest
 import torch
+from problems import GENERAL
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
@@ -21,7 +22,7 @@ from pyjlode.errors import BadOption, GradientUnavailable
 
 F64 = torch.float64
 CONTINUOUS = ["backsolve", "interpolating", "quadrature", "gauss"]
-ADJOINTS = [True, *pyjlode.GRADIENTS]
+ADJOINTS = [True, *GENERAL]
 NAMES = [False, *ADJOINTS]
 EXACT = [False, True, "discrete"]  # the derivative of the numbers that came out, not of the solution they stand for
 

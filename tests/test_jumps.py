@@ -420,7 +420,7 @@ def test_args_are_given_to_conditions_and_affects_too():
         doubled = At([0.1], lambda t, h, g, e: h * torch.tensor([1.0, 2.0], dtype=h.dtype))
         h0 = torch.tensor([1.0, 0.0], dtype=torch.float64)
         return pyjlode.solve(
-            lambda t, h, g, e: torch.stack([h[1], -g]), h0, [0.0, 1.5], args=args, events=[hits, doubled]
+            lambda t, h, g, e: torch.stack([h[1], -g]), h0, [0.0, 1.2], args=args, events=[hits, doubled]
         )
 
     g = torch.tensor(9.81, dtype=torch.float64)

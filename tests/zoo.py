@@ -36,7 +36,7 @@ class Specimen:
         after: called between the solve and its backward pass.
         smooth: finite differences by `leaves` see all that the gradient is of: nothing is detached, and nothing that f
             holds was made of them before.
-        refused: gradients that may say that they cannot.
+        refused: gradients that may say that they cannot: those that ask f again, of what it does not give again.
         tolerance: of gradients, in units of their norm.
     """
 
@@ -241,7 +241,7 @@ def memoised_by_time() -> Specimen:
     def weights(t: float) -> Tensor:
         return W * math.sin(t)
 
-    return Specimen(lambda t, h: -weights(float(t.detach())) * h, start(), [W], refused=CONTINUOUS)
+    return Specimen(lambda t, h: -weights(float(t.detach())) * h, start(), [W], refused=CONTINUOUS | {"checkpointed"})
 
 
 @kind
@@ -328,7 +328,13 @@ def later_and_hidden() -> Specimen:
 def in_the_middle_and_hidden() -> Specimen:
     W = leaf(0.7)
     ref = weakref.ref(W)
-    return Specimen(lambda t, h: -ref() * h if 0.3 < t < 0.5 else -h, start(), [W], refused=CONTINUOUS, tolerance=1e-3)
+    return Specimen(
+        lambda t, h: -ref() * h if 0.3 < t < 0.5 else -h,
+        start(),
+        [W],
+        refused=CONTINUOUS | {"checkpointed"},
+        tolerance=1e-3,
+    )
 
 
 @kind
@@ -356,7 +362,7 @@ def encoding_used_later() -> Specimen:
         [W],
         smooth=False,
         tolerance=1e-3,
-        refused=CONTINUOUS,
+        refused=CONTINUOUS | {"checkpointed"},
     )
 
 

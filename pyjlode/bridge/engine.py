@@ -132,6 +132,8 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
         return f"the state lies on {p.y0.device}, and a julia_function is code for the CPU"
     if p.y0.device.type == "cuda" and (obstacle := runtime.without("CUDA")):
         return f"the state lies on {p.y0.device}, and {obstacle}"
+    if gradient is not None and gradient not in GRADIENTS:
+        return f"adjoint={gradient!r} is one of the native engine's"
     if gradient == "discrete" and (obstacle := _cannot_replay(p)):
         return f"adjoint='discrete' takes the steps again there, and that cannot be done {obstacle}"
     if gradient not in (None, "forward", "discrete") and (obstacle := _cannot_adjoin(p, gradient)):

@@ -117,6 +117,8 @@ def apart(
     asked = "t with a row for each system" if p.rows.own else "event_fn with an event for each" if event_fn else ""
     asked = "on_failure='nan'" if p.options.on_failure == "nan" else asked
     why = native.apart(p)
+    if gradient in ("checkpointed", "reversible"):
+        why = why or f"adjoint={gradient!r} keeps them in common"
     if why:
         if asked:
             raise BadOption(f"{asked} needs steps of their own for the systems of a batch, and {why}. {_OWN}")

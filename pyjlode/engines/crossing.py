@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import gradients
-from ..gradients import undifferentiable
+from ..gradients import REPLAYS, undifferentiable
 from ..native import engine as native
 from ..problem import ODEProblem, like
 from ..solution import Stats
@@ -33,7 +33,7 @@ def crossing(p: ODEProblem, record: Any, gradient: str | None) -> tuple[Tensor, 
     if not torch.is_grad_enabled():
         return t, y
     recorded = gradient is None and p.method.kind != "scipy"
-    step = record.last if recorded or gradient == "discrete" else None
+    step = record.last if recorded or gradient in REPLAYS else None
     with torch.no_grad():
         slope = native.slope(p, t.to(y), y) if step is None else native.output_slope(p, step, record.event_t)
     at, state = t.to(torch.float64).clone(), y

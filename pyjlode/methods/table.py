@@ -8,12 +8,20 @@ from typing import Literal
 
 from .. import errors
 from . import explicit as tb
+from . import second as so
 from . import stiff as st
 from .explicit import ExplicitTableau
+from .second import SecondTableau
 
-Kind = Literal["adaptive", "fixed", "implicit", "stiff", "auto", "adams", "scipy", "julia"]
+Kind = Literal["adaptive", "fixed", "implicit", "stiff", "auto", "adams", "second", "scipy", "julia"]
 Tableau = (
-    ExplicitTableau | tb.ImplicitTableau | st.RosenbrockTableau | st.EsdirkTableau | st.RadauTableau | st.NDFTableau
+    ExplicitTableau
+    | tb.ImplicitTableau
+    | st.RosenbrockTableau
+    | st.EsdirkTableau
+    | st.RadauTableau
+    | st.NDFTableau
+    | SecondTableau
 )
 
 
@@ -26,8 +34,9 @@ class Method:
         order: order of convergence of the state at the end of a step.
         kind: `adaptive` (explicit Runge-Kutta with error control), `fixed` (explicit Runge-Kutta), `implicit`
             (Runge-Kutta whose stages need a nonlinear solve, fixed steps), `stiff` (implicit, with error control),
-            `auto` (switches between an adaptive and a stiff one), `adams` (linear multistep, fixed steps), `scipy`
-            (`scipy.integrate.solve_ivp`) or `julia` (one that only Julia has).
+            `auto` (switches between an adaptive and a stiff one), `adams` (linear multistep, fixed steps), `second`
+            (for systems of second order, fixed steps), `scipy` (`scipy.integrate.solve_ivp`) or `julia` (one that only
+            Julia has).
         tableau: coefficients of the native engine; None where a method has none.
         pi: (beta1, beta2) of the step-size controller, see `native/controller.py`; unused by fixed steps, `radau5` and
             `bdf`.
@@ -60,6 +69,18 @@ class Method:
         return self.kind in ("implicit", "stiff", "auto")
 
     @property
+    def alone(self) -> bool:
+        """True where a step follows from its start alone, and from nothing of earlier steps."""
+        return self.kind in ("adaptive", "fixed", "implicit", "second") or isinstance(
+            self.tableau, st.RosenbrockTableau
+        )
+
+    @property
+    def reversible(self) -> bool:
+        """True where a step can be undone by the same operations in reverse."""
+        return isinstance(self.tableau, so.SymplecticTableau)
+
+    @property
     def start_order(self) -> int:
         """Order of the local error that the first step is chosen for."""
         if isinstance(self.tableau, st.NDFTableau):
@@ -89,6 +110,10 @@ def _fixed(name: str, tableau: ExplicitTableau, about: str, julia: str | None = 
 
 def _implicit(name: str, tableau: tb.ImplicitTableau, about: str, julia: str | None = None) -> Method:
     return Method(name, tableau.order, "implicit", about, tableau, julia=julia)
+
+
+def _second(tableau: SecondTableau, about: str, julia: str | None = None) -> Method:
+    return Method(tableau.name, tableau.order, "second", about, tableau, julia=julia)
 
 
 def _stiff(
@@ -142,6 +167,13 @@ _ROWS = [
         pi=hairer(5),
         julia="DefaultODEAlgorithm()",
     ),
+    _second(so.SYMPLECTIC_EULER, "symplectic Euler: kick, drift"),
+    _second(so.VELOCITY_VERLET, "velocity Verlet, also called leapfrog (symplectic)"),
+    _second(so.YOSHIDA4, "Forest & Ruth, Yoshida (symplectic)"),
+    _second(so.MCATE4, "McLachlan & Atela, small errors (symplectic)"),
+    _second(so.KAHAN_LI6, "Kahan & Li, 9 stages (symplectic)"),
+    _second(so.SUZUKI8, "Suzuki & Umeno, 15 stages (symplectic)"),
+    _second(so.NYSTROM4, "Nyström, for q'' that depends on q' too"),
     Method("scipy_solver", 0, "scipy", "any method of `scipy.integrate.solve_ivp`, named by options['solver']"),
 ]
 
@@ -186,6 +218,18 @@ ELSEWHERE = {
     "backward_euler": "implicit_euler",
     "crank_nicolson": "trapezoid",
     "adams": "implicit_adams",
+    "leapfrog": "velocity_verlet",
+    "verlet": "velocity_verlet",
+    "stormer_verlet": "velocity_verlet",
+    "leapfrogmidpoint": "velocity_verlet",
+    "velocityverlet": "velocity_verlet",
+    "verletleapfrog": "velocity_verlet",
+    "semi_implicit_euler": "symplectic_euler",
+    "semiimpliciteuler": "symplectic_euler",
+    "symplecticeuler": "symplectic_euler",
+    "candyroz4": "yoshida4",
+    "forest_ruth": "yoshida4",
+    "kahanli6": "kahan_li6",
 }
 DEFAULT = "dopri5"
 

@@ -30,9 +30,10 @@ from ..numbers import as_like, lasting, on_host
 from ..problem import ODEProblem, like
 from ..solution import Stats
 from . import controller
+from .checkpoints import Kept
 from .explicit import ExplicitRK
 from .interpolation import powers
-from .loop import Kept, Record
+from .loop import Record
 from .sensitivity import Replay, Sum
 from .step import Interval, fraction, host_times, numpy_dtype
 
@@ -93,6 +94,8 @@ def _obstacle(p: ODEProblem, gradient: str | None) -> str:
         )
     if getattr(p, "rows", None) is not None:
         return "each system of a batch has steps of its own, which are not compiled; use compile=None"
+    if gradient in ("checkpointed", "reversible"):
+        return f"adjoint={gradient!r} takes its steps again one by one, not compiled; use adjoint=True, or compile=None"
     if gradient == "forward":
         return "adjoint='forward' solves another system, which is not compiled; use adjoint=True, or compile=None"
     if not p.y0.numel():

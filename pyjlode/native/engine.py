@@ -13,11 +13,12 @@ from torch import Tensor
 from .. import forward
 from ..derivatives import check_graph
 from ..errors import BadOption
+from ..gradients import REPLAYS
 from ..numbers import on_host
 from ..parameters import graph_mark
 from ..problem import Callback, ODEProblem, like
 from ..solution import Stats, Steps
-from . import dae, explicit, interpolation, loop, sample_events, samples, scipy_ivp, sensitivity
+from . import checkpoints, dae, explicit, interpolation, loop, sample_events, samples, scipy_ivp, sensitivity
 from .sensitivity import Gradients
 from .step import Step
 
@@ -174,7 +175,7 @@ def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = F
     if p.compile:
         compiled = _compiled()
         p = compiled.prepare(p, stats, gradient=gradient, dense=kept)
-        steps = gradient == "discrete"
+        steps = checkpoints.All() if gradient == "discrete" else None
         return Memory(p, compiled.finished(p, lambda: loop.solve(p, stats, steps=steps, dense=kept)), gradient)
     if p.method.kind == "scipy":
         if gradient not in ("backsolve", "interpolating"):
@@ -189,9 +190,12 @@ def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = F
         p = like(p, rows=None)
         record, S = sensitivity.solve_forward(p, stats, dense=dense)
         return Memory(p, record, gradient, S)
+    if gradient in ("checkpointed", "reversible"):
+        keeper = checkpoints.Checkpoints(p) if gradient == "checkpointed" else checkpoints.Reversed(p)
+        return Memory(p, loop.solve(p, stats, steps=keeper, dense=kept), gradient)
     if gradient == "discrete":
         mark = graph_mark()
-        record = loop.solve(p, stats, recorded=sensitivity.graph_steps(p), steps=True, dense=kept)
+        record = loop.solve(p, stats, recorded=sensitivity.graph_steps(p), steps=checkpoints.All(), dense=kept)
         if head := record.head:
             outputs = [head.y1] if head.ys is None else [head.y1, head.ys]
             if check_graph(p, outputs, (p.y0, p.t), mark):
@@ -210,7 +214,7 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     with torch.no_grad():
         if memory.gradient == "discrete" and p.rows is not None:
             return _own_steps().discrete(p, record, g, again=again)
-        if memory.gradient == "discrete":
+        if memory.gradient in REPLAYS:
             return sensitivity.discrete(p, record, g, again=again)
         if memory.gradient == "forward":
             assert memory.sensitivities is not None

@@ -19,32 +19,17 @@ from ..numbers import listed, on_host, rows
 from ..problem import Callbacks, ODEProblem, is_finite
 from ..solution import Stats
 from . import controller
+from .checkpoints import All, Keeper
 from .events import EventFinder
 from .explicit import Crawl, ExplicitRK, ExplicitStep
 from .implicit import ImplicitRK
 from .interpolation import DenseOutput, output
-from .multistep import Adams, AdamsStep, Past
+from .multistep import Adams
+from .second import Second
 from .step import Interval, Step, length
 from .stiff import replayer, stiff_steps
 
 OnStep = Callable[[Step], None]
-
-
-class Kept(NamedTuple):
-    """What is needed to take a step again: for a multistep method its past, and the slope that it adds to it; for an
-    adaptive implicit method what its maker wants (`data`)."""
-
-    interval: Interval
-    y: Tensor
-    past: Past | None = None
-    slope: Tensor | None = None
-    data: Any = None
-
-
-def kept(step: Step) -> Kept:
-    if isinstance(step, AdamsStep):
-        return Kept(step.interval, step.y, step.before, step.f0)
-    return Kept(step.interval, step.y.detach(), data=getattr(step, "data", None))
 
 
 class Head(NamedTuple):
@@ -67,7 +52,7 @@ class Record:
 
     Attributes:
         ys: (T, n) states at the output times; with an event, at the start and at the event.
-        kept: the accepted steps, where they were to be kept.
+        kept: the accepted steps, as far as they were to be kept.
         head: the graph of the first of them, where they were recorded.
         dense: the dense output, (M,) times -> (M, n), where it was to be kept.
         event_t: time of the event.
@@ -83,7 +68,7 @@ class Record:
     """
 
     ys: Tensor
-    kept: list[Kept]
+    kept: Keeper
     head: Head | None = None
     dense: Any = None
     event_t: float | None = None
@@ -103,7 +88,7 @@ def solve(
     stats: Stats,
     *,
     recorded: float = 0,
-    steps: bool = False,
+    steps: Keeper | None = None,
     dense: bool = False,
     on_step: OnStep | None = None,
 ) -> Record:
@@ -112,7 +97,7 @@ def solve(
     Args:
         recorded: how many of the first steps autograd records; where it does not, buffers are used again. All of them
             where the problem is `transformed`, whose levels of derivatives are others than autograd's.
-        steps: keep what is needed to take the steps again.
+        steps: keeps what is needed to take the steps again.
         dense: keep the dense output.
         on_step: called with each accepted step while its data are alive.
     """
@@ -129,15 +114,15 @@ def solve(
 
 
 def _solve(
-    p: ODEProblem, stats: Stats, recorded: float, keep_steps: bool, keep_dense: bool, on_step: OnStep | None
+    p: ODEProblem, stats: Stats, recorded: float, keeper: Keeper | None, keep_dense: bool, on_step: OnStep | None
 ) -> Record:
     sign, times = p.direction, p.times
     # Where the user's t requires grad, steps carry their times as tensors with a graph back to it.
-    tracked = p.moving and (recorded > 0 or keep_steps)
+    tracked = p.moving and (recorded > 0 or keeper is not None)
     ordered = [sign * t for t in times]
     finder = EventFinder(p) if p.event_fn is not None else None
     endless = finder is not None and not p.onward
-    record = Record(p.y0, [])
+    record = Record(p.y0, All() if keeper is None else keeper)
     steps = make_steps(p, stats, record, recorded, tracked, keep_dense, sign * math.inf if endless else times[-1])
     if p.adjoint:
         record.size = p.y0.detach().abs()
@@ -150,8 +135,8 @@ def _solve(
         interval = step.interval
         if keep_dense:
             dense.append(step)
-        if keep_steps:
-            record.kept.append(kept(step))
+        if keeper is not None:
+            keeper.add(step)
         if on_step:
             on_step(step)
         if record.size is not None:
@@ -222,6 +207,9 @@ def stepper(p: ODEProblem, *, recorded: bool) -> Callable[[Interval, Tensor, Any
         return lambda interval, y, past: implicit.step(interval, y)
     if p.method.kind == "adams":
         return Adams(p, recorded=recorded).step
+    if p.method.kind == "second":
+        second = Second(p, recorded=recorded)
+        return lambda interval, y, past: second.step(interval, y)
     rk = ExplicitRK(p, recorded=recorded)
     return lambda interval, y, past: rk.step(interval, y, None, estimate=False)
 
@@ -328,12 +316,16 @@ def fixed_steps(p: ODEProblem, stats: Stats, recorded: float, tracked: bool, kee
     o = p.options
     implicit = ImplicitRK(p, recorded=recorded > 0) if p.method.kind == "implicit" else None
     adams = Adams(p, recorded=recorded > 0) if p.method.kind == "adams" else None
+    second = Second(p, recorded=recorded > 0) if p.method.kind == "second" else None
     rk = None
     if p.method.kind == "fixed":
         rk = p.compiled or ExplicitRK(p, recorded=recorded > 0, keep=keep)
     y, past = p.y0, None
     f0 = p.f0 if not (tracked or o.perturb or 0 < recorded < math.inf) else None
+    known = None if f0 is None or second is None else f0[second.n :]
     for n, interval in enumerate(_grid(p, tracked)):
+        if second and n == 0:
+            second.check()
         if rk and n == recorded > 0:
             rk, y = ExplicitRK(p, keep=keep), y.detach()
         if p.callbacks.step:
@@ -344,6 +336,9 @@ def fixed_steps(p: ODEProblem, stats: Stats, recorded: float, tracked: bool, kee
         elif implicit:
             step = implicit.step(interval, y)
             stats.njac = implicit.njac
+        elif second:
+            step = second.step(interval, y, known)
+            known = step.end
         else:
             assert adams
             step = adams.step(interval, y, past)

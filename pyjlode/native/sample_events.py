@@ -19,6 +19,7 @@ from ..numbers import Samples
 from ..problem import Field, ODEProblem, like
 from ..solution import Stats
 from . import loop
+from .checkpoints import All
 from .events import LOOKS, EventFinder
 from .interpolation import DenseOutput, output
 from .step import Step
@@ -66,7 +67,7 @@ def solve(p: ODEProblem, stats: Stats, *, dense: bool) -> loop.Record:
 
     moving = like(p, f=Field(field), norm=_Of(norm, samples, done) if samples.count > 1 else norm)
     margins = Margins(p, samples)
-    record = loop.Record(p.y0, [])
+    record = loop.Record(p.y0, All())
     steps = loop.make_steps(moving, stats, record, math.inf, p.moving, dense, p.direction * math.inf)
     kept: list[Step] = []
     event_t: Tensor | None = None

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import BadOption, EngineUnavailable, NonFiniteState, StepSizeTooSmall
 from ..problem import ODEProblem
 from ..solution import Stats
+from .checkpoints import All
 from .loop import Record
 
 
@@ -37,7 +38,7 @@ def solve(p: ODEProblem, stats: Stats, *, dense: bool) -> Record:
     if p.event_fn is not None:
         raise BadOption("method='scipy_solver' does not take event_fn; use one of the other methods.")
     if len(p.times) == 1:
-        return Record(p.y0[None], [])
+        return Record(p.y0[None], All())
 
     def f(t: float, y: np.ndarray) -> np.ndarray:
         return p.f(p.time(t), torch.from_numpy(y).to(p.y0)).double().cpu().numpy()
@@ -70,4 +71,4 @@ def solve(p: ODEProblem, stats: Stats, *, dense: bool) -> Record:
     if not np.isfinite(result.y).all():
         raise NonFiniteState(f"scipy_solver ({o.solver}) returned NaN or infinity.", t=ends[1], dt=math.nan)
     ys = torch.from_numpy(result.y.T.copy()).to(p.y0)
-    return Record(ys, [], dense=ScipyDense(result.sol, p.y0, ends) if dense else None)
+    return Record(ys, All(), dense=ScipyDense(result.sol, p.y0, ends) if dense else None)

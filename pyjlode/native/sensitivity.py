@@ -1,4 +1,4 @@
-"""Vector-Jacobian products of a solve: six ways to the gradient.
+"""Vector-Jacobian products of a solve: the ways to the gradient.
 
 Notation: a loss L of the states y_i = y(t_i) with cotangents g_i = dL/dy_i. The adjoint a(t) = dL/dy(t) obeys
 a' = -a df/dy, jumps by g_i at t_i, and dL/dtheta is the integral of a df/dtheta from t_0 to t_N (Chen, Rubanova,
@@ -26,8 +26,9 @@ from ..parameters import graph_mark
 from ..problem import Callbacks, Field, Layout, Norm, ODEProblem, like, max_rms_norm, not_negative
 from ..solution import Stats
 from . import dae, interpolation, loop, scipy_ivp
+from .checkpoints import Kept
 from .linear import Jacobian, Linear
-from .loop import Head, Kept, Record
+from .loop import Head, Record
 from .multistep import Past
 from .step import Step
 
@@ -56,8 +57,8 @@ class Sum:
 def discrete(p: ODEProblem, record: Record, g: Tensor, *, again: bool) -> Gradients:
     """Take each accepted step again, last one first, and pull the cotangent back through it.
 
-    Step sizes are held as they were, except where a step starts or ends at a time of the user's. Memory: one state a
-    step, and at most `GRAPH_BUDGET` for the first steps, whose graph is there already.
+    Step sizes are held as they were, except where a step starts or ends at a time of the user's. Memory: what
+    `record.kept` keeps, and at most `GRAPH_BUDGET` for the first steps, whose graph is there already.
     """
     want_t = p.t.requires_grad
     replay = Replay(p) if p.compiled is None else p.compiled.replay(p)
@@ -74,7 +75,7 @@ def discrete(p: ODEProblem, record: Record, g: Tensor, *, again: bool) -> Gradie
     head = record.head
     if not again:
         record.head = None  # its graph is freed as it is walked
-    for kept in reversed(record.kept[head.steps if head else 0 :]):
+    for kept in record.kept.last_first(head.steps if head else 0, again=again):
         t0, t1 = kept.interval.t0, kept.interval.t1
         if i > 1 and times[i - 1] == t1 and i - 1 != event and loop.is_node(p, i - 1, want_t):
             i -= 1

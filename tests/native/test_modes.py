@@ -11,7 +11,7 @@ from pyjlode.native import esdirk, explicit, rosenbrock
 from pyjlode.native.explicit import boundary
 
 F64 = torch.float64
-NATIVE = [m for m in METHODS.values() if m.kind not in ("scipy", "julia")]
+NATIVE = [m for m in METHODS.values() if m.kind not in ("scipy", "julia", "second")]
 EXPLICIT = [m.name for m in NATIVE if m.kind == "adaptive"]
 MASS = [m.name for m in NATIVE if m.mass]
 GRADIENTS = [False, "discrete", "interpolating", "quadrature", "gauss", "forward"]

@@ -12,7 +12,7 @@ from problems import rms_error, slope
 from pyjlode import METHODS, odeint, odeint_dense, solve
 from pyjlode.methods.stiff import EsdirkTableau
 
-NATIVE = [m for m in METHODS.values() if m.kind != "scipy"]
+NATIVE = [m for m in METHODS.values() if m.kind not in ("scipy", "second")]
 ADAPTIVE = [m for m in METHODS.values() if m.adaptive]
 FIXED = [m for m in NATIVE if not m.adaptive]
 # Those of one order, with error control or without.

@@ -8,7 +8,7 @@ import torch
 from pyjlode import METHODS, solve
 
 F64 = torch.float64
-NATIVE = [m for m in METHODS.values() if m.kind not in ("scipy", "julia")]
+NATIVE = [m for m in METHODS.values() if m.kind not in ("scipy", "julia", "second")]
 STIFF = [m.name for m in NATIVE if m.controlled]
 # Powers of two: the numbers are the same but for their exponents.
 TIMES = [2.0**-40, 2.0**40]

@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
+from problems import GENERAL
 from torch import distributions as D
 
-import pyjlode
 from pyjlode.errors import BadOption, BadShape
 from pyjlode.nn import CNF, TimeMLP, trace
 
@@ -153,7 +153,7 @@ def test_loss_is_the_mean_with_weighted_regularisers():
 
 
 @pytest.mark.parametrize("mode", trace.TRACES)
-@pytest.mark.parametrize("adjoint", [False, True, *pyjlode.GRADIENTS])
+@pytest.mark.parametrize("adjoint", [False, True, *GENERAL])
 def test_gradient_of_log_prob_is_the_finite_difference(adjoint, mode):
     """For points and parameters, with the noise held."""
     cnf, x = flow(TimeMLP([2, 3, 2]), trace=mode, adjoint=adjoint), points(2).requires_grad_()

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from problems import GENERAL
 from torch import nn
 
 import pyjlode
@@ -85,7 +86,7 @@ def test_tuple_and_dict_states_come_back_in_their_structure():
 # Gradients
 
 
-@pytest.mark.parametrize("adjoint", [None, False, *pyjlode.GRADIENTS], ids=str)
+@pytest.mark.parametrize("adjoint", [None, False, *GENERAL], ids=str)
 def test_gradients_are_those_of_odeint(adjoint):
     net = Net()
     chosen = {} if adjoint is None else {"adjoint": adjoint}
