@@ -1,0 +1,871 @@
+# Sweeps of systems by explicit Runge-Kutta methods, eight systems abreast: each with steps of its own. A system that has
+# come to its end makes place for the next one at once.
+
+"""
+The `count` systems of such a sweep, and the method, a [`Tableau`](@ref) with its error estimates. As [`Request`](@ref).
+
+  - `places`, `values`: as in [`Systems`](@ref). `slopes`: room for the field at the start of each system.
+  - `f`: the field of eight systems, as [`compile_packed`](@ref) makes it.
+  - `a`, `c`, `p`, `stages`: as in [`ReplayRequest`](@ref). `e`: (rows, 1 or 2), the weights of the stages in the error; of
+    two estimates the first is damped by the second. `fsal`: whether they need the slope at the end of the step.
+  - `order`: of the method. `own`: whether `times` has times for each system, one system after the other.
+  - `go_on`: a system that fails is NaN from there on, and the others go on.
+  - `naccept`, `nreject`: of Int64, room for the steps of each. `codes`: of Int64, for 0 where a system came to its end, or
+    the number of a cause in [`CAUSES`](@ref). `ends`: of Float64, for where each ended, and the step that it was about to
+    take.
+"""
+struct Abreast
+    count::Int64
+    places::Lent
+    values::Lent
+    slopes::Lent
+    f::Ptr{Cvoid}
+    a::Lent
+    c::Lent
+    p::Lent
+    e::Lent
+    stages::Int64
+    fsal::Int64
+    order::Int64
+    own::Int64
+    go_on::Int64
+    naccept::Lent
+    nreject::Lent
+    codes::Lent
+    ends::Lent
+end
+
+"""
+What the gradient of a sweep is asked for. As [`ReplayRequest`](@ref), for each system.
+
+  - `du0`: (n, count). `dp`: of all parameters, the sum over the systems. `dv`: (places, count), of the parameters that each
+    system has of its own, 0 of the constants among them; these are 0 in `dp`.
+  - `g`: (n, count, times). `pull`: both products of eight systems, as [`compile_packed`](@ref) makes it.
+"""
+struct PullRequest
+    du0::Lent
+    dp::Lent
+    dv::Lent
+    g::Lent
+    pull::Ptr{Cvoid}
+end
+
+const CAUSES = (ReturnCode.MaxIters, ReturnCode.Unstable, ReturnCode.DtLessThanMin, ReturnCode.DtNaN)
+
+"The weights of an explicit method, without the zeros: of stage l those of the stages `from[l]`."
+struct Weights{T}
+    from::Vector{Vector{Int}}
+    by::Vector{Vector{T}}
+end
+
+function Weights{T}(a::AbstractMatrix) where {T}
+    from = [findall(!iszero, column) for column in eachcol(a)]
+    return Weights{T}(from, [T.(column[places]) for (column, places) in zip(eachcol(a), from)])
+end
+
+"A method, and how its steps are chosen."
+struct Embedded{T}
+    tab::Tableau{T}
+    a::Weights{T}
+    e::Weights{T}
+    fsal::Bool
+end
+
+function Embedded{T}(s::Abreast) where {T}
+    c = copy(Vector{Float64}(s.c))
+    rows = length(c)
+    a = copy(reshape(Vector{Float64}(s.a), rows, rows))
+    p = copy(reshape(Vector{Float64}(s.p), :, rows))
+    e = reshape(Vector{Float64}(s.e), s.stages + 1, :)
+    return Embedded{T}(Tableau{T}(s.stages, T.(a), c, p), Weights{T}(a), Weights{T}(e), s.fsal != 0)
+end
+
+rows(m::Embedded) = length(m.tab.c)
+
+"""
+The steps that were accepted, in blocks of eight lanes: at each block the states (n of each lane) and the times that they
+begin at, their lengths, and the systems that made them; 0 for a lane without.
+"""
+mutable struct Track{T}
+    const states::Vector{T}
+    const times::Vector{Float64}
+    const steps::Vector{Float64}
+    const systems::Vector{Int64}
+    blocks::Int  # that are written; there is room for more
+end
+Track{T}() where {T} = Track{T}(T[], Float64[], Float64[], Int64[], 0)
+
+"Room for what eight systems hold, compute and are at."
+struct Crew{T}
+    n::Int
+    rows::Int
+    u::Vector{T}
+    y::Vector{T}
+    k::Vector{T}
+    p::Vector{T}
+    c::Vector{T}
+    work::Vector{T}
+    time::Vector{T}
+    t::Vector{Float64}
+    dt::Vector{Float64}
+end
+
+function Crew(field::Field{T}, rows) where {T}
+    n = field.n
+    room(m) = zeros(T, WIDTH * m)
+    all(x) = repeat(x; inner = WIDTH)
+    work = room(max(length(field.work), 1))
+    return Crew{T}(
+        n, rows, room(n), room(n), room(n * rows), all(field.parameters), all(field.constants), work, room(1),
+        zeros(WIDTH), zeros(WIDTH),
+    )
+end
+
+numbers(x::Vector{T}) where {T} = PackNumbers{T}(pointer(x))
+@inline at_lane(i, w) = (i - 1) * WIDTH + w
+
+"Put the numbers of a system into lane w."
+function fill_lane!(x::Vector, w, values)
+    for (i, value) in enumerate(values)
+        @inbounds x[at_lane(i, w)] = value
+    end
+    return nothing
+end
+
+"Has lane w hold what a system holds of its own, at places among parameters and then constants."
+function hold!(crew::Crew, w, places, values)
+    m = length(crew.p) ÷ WIDTH
+    for (place, value) in zip(places, values)
+        place <= m ? (crew.p[at_lane(place, w)] = value) : (crew.c[at_lane(place - m, w)] = value)
+    end
+    return nothing
+end
+
+"The times t + part dt, of type T."
+@inline function set_time!(crew::Crew{T}, part) where {T}
+    (; time, t, dt) = crew
+    @inbounds @simd for w in 1:WIDTH
+        time[w] = T(muladd(part, dt[w], t[w]))
+    end
+    return nothing
+end
+
+"Call a function of eight systems at the state y and the times `crew.time`."
+@inline function packed(f::Ptr{Cvoid}, crew::Crew{T}, out::Ptr{T}, v::Ptr{T}, y::Ptr{T}) where {T}
+    @ccall $f(
+        out::Ptr{T}, v::Ptr{T}, y::Ptr{T}, pointer(crew.p)::Ptr{T}, pointer(crew.c)::Ptr{T}, pointer(crew.work)::Ptr{T},
+        pointer(crew.time)::Ptr{T}
+    )::Cvoid
+    return nothing
+end
+
+"The steps as numbers of the state's type."
+@inline steps_of(crew::Crew{T}) where {T} = Pack{T}(ntuple(w -> VecElement(T(@inbounds crew.dt[w])), Val(WIDTH)))
+
+"y = u + dt Σ k[j] by[j], over the stages `from`."
+@inline function combine!(y::PackNumbers{T}, u, k, from, by, n, dt::Pack{T}) where {T}
+    for i in 1:n
+        total = k[(from[1] - 1) * n + i] * by[1]
+        for j in 2:length(from)
+            total = muladd(k[(from[j] - 1) * n + i], @inbounds(by[j]), total)
+        end
+        y[i] = muladd(dt, total, u[i])
+    end
+    return nothing
+end
+
+"The root mean square of dt Σ k[j] by[j] over the tolerances."
+@inline function size_of_error(u, y, k, from, by, n, dt::Pack{T}, rtol::T, atol::T) where {T}
+    squares = Pack{T}(0)
+    for i in 1:n
+        total = k[(from[1] - 1) * n + i] * by[1]
+        for j in 2:length(from)
+            total = muladd(k[(from[j] - 1) * n + i], @inbounds(by[j]), total)
+        end
+        scale = muladd(Elementary.max(Elementary.abs(u[i]), Elementary.abs(y[i])), rtol, atol)
+        part = dt * total / scale
+        squares = muladd(part, part, squares)
+    end
+    return Elementary.sqrt(squares / T(n))
+end
+
+"Take one step of each system to y, its stages in k; of the first stage the slope is there."
+function attempt!(crew::Crew{T}, f, m::Embedded{T}) where {T}
+    (; n, u, y, k) = crew
+    (; s, c) = m.tab
+    dt = steps_of(crew)
+    un, yn, kn = numbers(u), numbers(y), numbers(k)
+    for l in 2:(m.fsal ? s + 1 : s)
+        combine!(yn, un, kn, m.a.from[l], m.a.by[l], n, dt)
+        set_time!(crew, c[l])
+        packed(f, crew, (kn + (l - 1) * n).address, yn.address, yn.address)
+    end
+    m.fsal || combine!(yn, un, kn, m.a.from[s + 1], m.a.by[s + 1], n, dt)
+    return nothing
+end
+
+"The slope at the end of the step."
+function finish!(crew::Crew, f, m::Embedded)
+    (; n, y, k) = crew
+    set_time!(crew, 1.0)
+    packed(f, crew, pointer(k, n * m.tab.s * WIDTH + 1), pointer(y), pointer(y))
+    return nothing
+end
+
+"What dense output needs beyond the step's own stages; the ends of the steps stay in y."
+function complete!(crew::Crew{T}, f, m::Embedded{T}, points::Vector{T}) where {T}
+    (; n, u, k) = crew
+    un, kn, to, dt = numbers(u), numbers(k), numbers(points), steps_of(crew)
+    for l in (m.tab.s + 2):rows(m)
+        combine!(to, un, kn, m.a.from[l], m.a.by[l], n, dt)
+        set_time!(crew, m.tab.c[l])
+        packed(f, crew, (kn + (l - 1) * n).address, to.address, to.address)
+    end
+    return nothing
+end
+
+function errors(crew::Crew{T}, m::Embedded{T}, rtol::T, atol::T) where {T}
+    (; n, u, y, k) = crew
+    dt = steps_of(crew)
+    un, yn, kn = numbers(u), numbers(y), numbers(k)
+    of(i) = size_of_error(un, yn, kn, m.e.from[i], m.e.by[i], n, dt, rtol, atol)
+    first = of(1)
+    length(m.e.from) == 1 && return first
+    second = of(2)  # Hairer, Nørsett & Wanner, Solving ODEs I, II.10
+    damped = first * first / Elementary.sqrt(muladd(first, first, T(0.01) * second * second))
+    return ifelse(first == zero(T), first, damped)
+end
+
+"The state of lane w at t + θ dt, to a column."
+function dense!(column, crew::Crew{T}, m::Embedded{T}, w, part) where {T}
+    (; n, u, k, dt) = crew
+    for i in 1:n
+        column[i] = u[at_lane(i, w)]
+    end
+    for l in 1:rows(m)
+        weight = T(dt[w] * part * evalpoly(part, view(m.tab.p, :, l)))
+        iszero(weight) && continue
+        for i in 1:n
+            @inbounds column[i] = muladd(weight, k[at_lane((l - 1) * n + i, w)], column[i])
+        end
+    end
+    return nothing
+end
+
+"How step sizes are chosen: as by a `PIController` of OrdinaryDiffEq's."
+struct Control
+    rtol::Float64
+    atol::Float64
+    beta1::Float64
+    beta2::Float64
+    gamma::Float64
+    qmin::Float64
+    qmax::Float64
+    shortest::Float64
+    longest::Float64
+    first_step::Float64
+    max_steps::Int
+    order::Int
+end
+
+"The least error that a step is remembered by."
+const LEAST = 1.0e-4
+
+"""
+The first step of a system (Hairer, Nørsett & Wanner, Solving ODEs I, II.4), as OrdinaryDiffEq chooses it; `slope` is the
+field at the start `u`.
+"""
+function first_step(field::Field{T}, u, slope, t, direction, longest, c::Control, point, ahead) where {T}
+    c.first_step == 0 || return c.first_step
+    norm(f) = sqrt(sum(i -> abs2(Float64(f(i)) / (c.atol + abs(Float64(u[i])) * c.rtol)), 1:(field.n)) / field.n)
+    shortest = nextfloat(max(c.shortest, eps(t)))
+    small = max(shortest, 1.0e-6)
+    d0, d1 = norm(i -> u[i]), norm(i -> slope[i])
+    isnan(d1) && return shortest
+    h0 = min(d0 < 1.0e-5 || d1 < 1.0e-5 ? small : d0 / d1 / 100, longest)
+    h0 < 10 * eps() && return small
+    for i in 1:(field.n)
+        point[i] = u[i] + T(direction * h0) * slope[i]
+    end
+    native(field, field.f, ahead, point, point, field.parameters, t + direction * h0)
+    all(i -> slope[i] == ahead[i], 1:(field.n)) && return max(shortest, 100 * h0)
+    d2 = norm(i -> ahead[i] - slope[i]) / h0
+    d = max(d1, d2)
+    h1 = d <= 1.0e-15 ? max(1.0e-6, h0 * 1.0e-3) : 10.0^(-(2 + log10(d)) / c.order)
+    return max(shortest, min(100 * h0, h1, longest))
+end
+
+"Of a sweep what its gradient needs: of each part the systems, and their steps."
+struct Swept{T}
+    field::Field{T, Vector{T}}
+    method::Embedded{T}
+    f::Ptr{Cvoid}
+    times::Matrix{Float64}
+    places::Vector{Int64}
+    values::Matrix{T}
+    tracks::Vector{Track{T}}
+    parts::Vector{UnitRange{Int}}
+end
+
+"""
+    abreast(field::Field{T}, request, sweep) -> Swept{T}, Outcome
+
+Solve independent systems, eight at a time, each with steps of its own; on several threads where Julia has them.
+
+`field` is that of one system, compiled. The states in `request` are those of all systems, one after the other, at each
+time. The outcome is that of the first system that failed, with the work of all.
+"""
+function abreast(field::Field{T}, r::Request, s::Abreast) where {T}
+    method = Embedded{T}(s)
+    times = s.own == 0 ? reshape(Vector{Float64}(r.times), :, 1) : reshape(Vector{Float64}(r.times), :, s.count)
+    states = reshape(Vector{T}(r.out), field.n, s.count, size(times, 1))
+    states[:, :, 1] = Vector{T}(r.u0)
+    parts = collect(Iterators.partition(1:(s.count), cld(s.count, Threads.nthreads())))
+    places = copy(Vector{Int64}(s.places))
+    values = copy(reshape(Vector{T}(s.values), length(places), s.count))
+    tracks = [Track{T}() for _ in parts]
+    swept = Swept{T}(copy(field), method, s.f, copy(times), places, values, tracks, parts)
+    own = [copy(field) for _ in parts]
+    work(i) = march(parts[i], own[i], r, s, swept, states, r.keep == 0 ? nothing : tracks[i])
+    if length(parts) == 1
+        outcome = work(1)
+    else
+        tasks = [Threads.@spawn work(i) for i in eachindex(parts)]
+        outcome = reduce(together, fetch.(tasks))
+    end
+    return swept, outcome
+end
+
+mutable struct Progress
+    next::Int  # the next system to begin with
+    running::Int
+    failed::Int  # the first system that failed, where the others do not go on; else 0
+    accepted::Int
+    rejected::Int
+    calls::Int
+end
+
+"Which system a lane has, and how far that is."
+mutable struct Runner
+    system::Int  # 0 for none
+    end_time::Float64
+    limit::Float64  # to the length of a step
+    direction::Float64
+    output::Int  # the next one
+    root::Float64  # (error of the last accepted step) ^ beta2
+    steps::Int
+    accepted::Int
+    last::Bool
+end
+Runner() = Runner(0, 0.0, 0.0, 1.0, 0, 1.0, 0, 0, false)
+
+"One thread's part of a sweep."
+struct March{T}
+    part::UnitRange{Int}
+    field::Field{T, Vector{T}}
+    crew::Crew{T}
+    lanes::Vector{Runner}
+    control::Control
+    swept::Swept{T}
+    states::Array{T, 3}
+    slopes::Matrix{T}
+    naccept::Vector{Int64}
+    nreject::Vector{Int64}
+    codes::Vector{Int64}
+    ends::Matrix{Float64}
+    track::Union{Nothing, Track{T}}
+    progress::Progress
+    moved::Vector{T}  # 1 for the lanes whose step was accepted
+    errors::Vector{Float64}
+    powers::Vector{Float64}  # error ^ beta1
+    roots::Vector{Float64}  # error ^ beta2
+    point::Vector{T}
+    ahead::Vector{T}
+    points::Vector{T}
+    failure::Vector{T}  # the state of the first that failed
+    go_on::Bool
+    max_step::Float64
+end
+
+times_of(swept::Swept, i) = view(swept.times, :, size(swept.times, 2) == 1 ? 1 : i)
+
+function march(part, own::Field{T}, r::Request, s::Abreast, swept::Swept{T}, states, track) where {T}
+    method = swept.method
+    only_one(lent) = only(Vector{Float64}(lent))
+    control = Control(
+        only_one(r.rtol), only_one(r.atol), r.beta1, r.beta2, r.gamma, r.qmin, r.qmax, r.min_step, r.max_step,
+        r.first_step, r.max_steps, s.order
+    )
+    count = s.count
+    march = March{T}(
+        part, own, Crew(own, rows(method)), [Runner() for _ in 1:WIDTH], control, swept, states,
+        reshape(Vector{T}(s.slopes), own.n, count), Vector{Int64}(s.naccept), Vector{Int64}(s.nreject),
+        Vector{Int64}(s.codes), reshape(Vector{Float64}(s.ends), 2, count), track, Progress(first(part), 0, 0, 0, 0, 0),
+        zeros(T, WIDTH), zeros(WIDTH), zeros(WIDTH), zeros(WIDTH), zeros(T, own.n), zeros(T, own.n),
+        zeros(T, WIDTH * own.n), zeros(T, own.n), s.go_on != 0, r.max_step
+    )
+    GC.@preserve march own foreach(w -> begin_next!(march, w), 1:WIDTH)
+    while march.progress.running > 0
+        GC.@preserve march own step!(march, s.f, method)
+    end
+    return outcome_of(march)
+end
+
+"Have lane w begin with the next system, if there is one."
+function begin_next!(m::March{T}, w) where {T}
+    (; field, crew, progress, swept, states, slopes, control) = m
+    place = m.lanes[w]
+    while progress.next <= last(m.part) && progress.failed == 0
+        i = progress.next
+        progress.next += 1
+        for (at, value) in zip(swept.places, view(swept.values, :, i))
+            set_held!(field, at, value)
+        end
+        times = times_of(swept, i)
+        t, t_end = times[1], times[end]
+        start, slope = view(states, :, i, 1), view(slopes, :, i)
+        copyto!(m.point, start)
+        native(field, field.f, slope, m.point, m.point, field.parameters, t)
+        if t == t_end
+            for k in 2:length(times)
+                states[:, i, k] = start
+            end
+            continue
+        end
+        direction = t_end < t ? -1.0 : 1.0
+        longest = min(m.max_step, abs(t_end - t))
+        h = first_step(field, start, slope, t, direction, longest, control, m.point, m.ahead)
+        progress.calls += 2
+        hold!(crew, w, swept.places, view(swept.values, :, i))
+        fill_lane!(crew.u, w, start)
+        fill_lane!(crew.k, w, slope)
+        crew.t[w] = t
+        place.system, place.end_time, place.limit, place.direction, place.output = i, t_end, longest, direction, 2
+        place.root = LEAST^control.beta2
+        place.steps = place.accepted = 0
+        progress.running += 1
+        set_step!(m, w, h)
+        return nothing
+    end
+    place.system, crew.dt[w] = 0, 0.0
+    return nothing
+end
+
+"Have the next step of lane w be of length h, or to the end."
+function set_step!(m::March, w, h)
+    place, t = m.lanes[w], m.crew.t[w]
+    h = max(min(h, place.limit), m.control.shortest)
+    rest = abs(place.end_time - t)
+    place.last = !(h + 100 * eps() * max(abs(t), abs(place.end_time)) < rest)
+    m.crew.dt[w] = place.last ? place.end_time - t : place.direction * h
+    return nothing
+end
+
+"One step of each system: those that accept it go on, those that have come to their end make place."
+function step!(m::March{T}, f, method::Embedded{T}) where {T}
+    (; crew, lanes, control, moved, progress, n) = (; m.crew, m.lanes, m.control, m.moved, m.progress, m.field.n)
+    attempt!(crew, f, method)
+    store!(m.errors, errors(crew, method, T(control.rtol), T(control.atol)))
+    powers!(m.powers, m.roots, m.errors, control.beta1, control.beta2)
+    accepted = 0
+    for w in 1:WIDTH
+        ok = lanes[w].system != 0 && is_accepted(m.errors[w], abs(crew.dt[w]), control)
+        moved[w] = ok
+        accepted += ok
+    end
+    progress.calls += progress.running * (method.tab.s - !method.fsal)
+    if accepted > 0
+        if !method.fsal
+            finish!(crew, f, method)
+            progress.calls += accepted
+        end
+        m.track === nothing || note!(m.track, m)
+        write_outputs!(m, f, method)
+        # Go on from the ends of the steps.
+        mask = numbers(moved)[1] == one(T)
+        u, y, k = numbers(crew.u), numbers(crew.y), numbers(crew.k)
+        for i in 1:n
+            u[i] = ifelse(mask, y[i], u[i])
+            k[i] = ifelse(mask, k[method.tab.s * n + i], k[i])
+        end
+    end
+    for w in 1:WIDTH
+        lanes[w].system == 0 || settle!(m, w, moved[w] == 1)
+    end
+    return nothing
+end
+
+"Whether a step of length h with this error is accepted."
+is_accepted(err, h, c::Control) = err <= 1 || (c.shortest > 0 && h <= c.shortest && isfinite(err))
+
+function store!(to::Vector{Float64}, x::Pack)
+    for w in 1:WIDTH
+        to[w] = x[w]
+    end
+    return nothing
+end
+
+"""
+The powers of errors that the control of steps asks for, to a millionth, without branches; of an error that is not finite
+they mean nothing.
+"""
+function powers!(powers, roots, errors, beta1, beta2)
+    least = plain_log2(LEAST)
+    @inbounds @simd ivdep for w in 1:WIDTH
+        l = plain_log2(errors[w])
+        powers[w] = plain_exp2(beta1 * l)
+        roots[w] = plain_exp2(beta2 * ifelse(l > least, l, least))
+    end
+    return nothing
+end
+
+# Adding it puts an integer into the low bits of a number.
+const SHIFT = 0x1.8p52
+
+"log2(x) of a normal positive number: for a mantissa around 1 by the series of the area tangent. Of 0 it is -1023."
+@inline function plain_log2(x::Float64)
+    root = 0x3fe6a09e667f3bcd % Int64  # of the square root of 1/2
+    bits = reinterpret(Int64, x) - root
+    e = reinterpret(Float64, (bits >> 52) + reinterpret(Int64, SHIFT)) - SHIFT
+    m = reinterpret(Float64, (bits & 0x000fffffffffffff % Int64) + root)
+    s = (m - 1) / (m + 1)
+    return muladd(s, evalpoly(s * s, (2 / log(2), 2 / 3log(2), 2 / 5log(2), 2 / 7log(2))), e)
+end
+
+"2^x for |x| < 300, else that of the end."
+@inline function plain_exp2(x::Float64)
+    x = ifelse(x > 300.0, 300.0, ifelse(x < -300.0, -300.0, x))
+    shifted = x + SHIFT
+    r = (x - (shifted - SHIFT)) * log(2)
+    k = reinterpret(Int64, shifted) - reinterpret(Int64, SHIFT)
+    return evalpoly(r, (1.0, 1.0, 1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720)) * reinterpret(Float64, (k + 1023) << 52)
+end
+
+function note!(track::Track, m::March)
+    (; crew, moved, lanes) = m
+    size, j = WIDTH * crew.n, track.blocks
+    if (j + 1) * WIDTH > length(track.times)
+        room = max(2j, 256)
+        resize!(track.states, room * size)
+        foreach(x -> resize!(x, room * WIDTH), (track.times, track.steps, track.systems))
+    end
+    copyto!(track.states, j * size + 1, crew.u, 1, size)
+    for w in 1:WIDTH
+        track.times[j * WIDTH + w], track.steps[j * WIDTH + w] = crew.t[w], crew.dt[w]
+        track.systems[j * WIDTH + w] = moved[w] == 1 ? lanes[w].system : 0
+    end
+    track.blocks = j + 1
+    return nothing
+end
+
+"The states at the output times that systems pass with this step."
+function write_outputs!(m::March{T}, f, method) where {T}
+    (; crew, lanes, states, swept, moved) = m
+    done = rows(method) == method.tab.s + 1
+    for w in 1:WIDTH
+        place = lanes[w]
+        moved[w] == 1 || continue
+        times = times_of(swept, place.system)
+        t = place.last ? place.end_time : crew.t[w] + crew.dt[w]
+        while place.output <= length(times) && place.direction * times[place.output] <= place.direction * t
+            time, column = times[place.output], view(states, :, place.system, place.output)
+            if time == t
+                for i in eachindex(column)
+                    column[i] = crew.y[at_lane(i, w)]
+                end
+            else
+                done || complete!(crew, f, method, m.points)
+                done = true
+                dense!(column, crew, method, w, (time - crew.t[w]) / crew.dt[w])
+            end
+            place.output += 1
+        end
+    end
+    return nothing
+end
+
+"Choose the next step of lane w after one that was accepted or not, or have the next system begin."
+function settle!(m::March, w, ok)
+    (; crew, control, progress, naccept, nreject) = m
+    place, h, power = m.lanes[w], abs(m.crew.dt[w]), m.powers[w]
+    place.steps += 1
+    i = place.system
+    if ok
+        place.accepted += 1
+        progress.accepted += 1
+        crew.t[w] = place.last ? place.end_time : crew.t[w] + crew.dt[w]
+        if place.last
+            naccept[i], nreject[i] = place.accepted, place.steps - place.accepted
+            progress.running -= 1
+            all(j -> isfinite(crew.u[at_lane(j, w)]), 1:(crew.n)) || fail!(m, w, 4)
+            return begin_next!(m, w)
+        end
+        h /= clamp(power / (place.root * control.gamma), 1 / control.qmax, 1 / control.qmin)
+        place.root = m.roots[w]
+    else
+        progress.rejected += 1
+        h = isfinite(m.errors[w]) ? h / min(1 / control.qmin, power / control.gamma) : h * control.qmin
+    end
+    set_step!(m, w, h)
+    cause = if place.steps >= control.max_steps
+        1
+    elseif !ok && abs(crew.dt[w]) <= eps(abs(crew.t[w]))
+        2
+    else
+        return nothing
+    end
+    naccept[i], nreject[i] = place.accepted, place.steps - place.accepted
+    progress.running -= 1
+    fail!(m, w, cause)
+    return begin_next!(m, w)
+end
+
+"Lane w's system has failed: what is left of it is NaN, and unless the others go on those after it are not asked for."
+function fail!(m::March{T}, w, cause) where {T}
+    (; crew, states, progress) = m
+    place = m.lanes[w]
+    i = place.system
+    m.codes[i] = cause
+    m.ends[1, i], m.ends[2, i] = crew.t[w], crew.dt[w]
+    states[:, i, (cause == 4 ? size(states, 3) : place.output):end] .= T(NaN)
+    m.go_on && return nothing
+    if progress.failed == 0 || i < progress.failed
+        progress.failed = i
+        m.failure .= (crew.u[at_lane(j, w)] for j in 1:(crew.n))
+        for (v, other) in enumerate(m.lanes)
+            if other.system > i
+                other.system, crew.dt[v] = 0, 0.0
+                progress.running -= 1
+            end
+        end
+    end
+    return nothing
+end
+
+function outcome_of(m::March{T}) where {T}
+    (; progress, swept, field) = m
+    done(code, t, dt, system, finite) = Outcome(
+        code_name(code), t, dt, NaN, progress.accepted, progress.rejected, 0, 0, 0, progress.calls, system, finite
+    )
+    i = progress.failed
+    i == 0 && return done(ReturnCode.Success, swept.times[end], 0.0, first(m.part), 1)
+    for (at, value) in zip(swept.places, view(swept.values, :, i))
+        set_held!(field, at, value)
+    end
+    cause, (t, dt) = CAUSES[m.codes[i]], view(m.ends, :, i)
+    finite = cause != ReturnCode.Success
+    if cause == ReturnCode.Unstable
+        u, slope = m.failure, zeros(T, field.n)
+        native(field, field.f, slope, u, u, field.parameters, t)
+        finite = all(isfinite, slope)
+    end
+    return done(cause, t, dt, i, finite)
+end
+
+"""
+    pull!(swept, request) -> calls of the field
+
+The gradient of a loss of the states at the output times: each accepted step is taken again, the last one first, in the
+same lanes as it was. `request` is a [`PullRequest`](@ref).
+"""
+function pull!(swept::Swept{T}, r::PullRequest) where {T}
+    n, count = swept.field.n, size(swept.values, 2)
+    du0 = fill!(reshape(Vector{T}(r.du0), n, count), zero(T))
+    g = reshape(Vector{T}(r.g), n, count, :)
+    dv = fill!(reshape(Vector{T}(r.dv), length(swept.places), count), zero(T))
+    dp = fill!(Vector{T}(r.dp), zero(T))
+    work(i) = (back = Back(swept, swept.tracks[i], du0, dv, g); walk!(back, swept.tracks[i], r.pull); back)
+    parts = if length(swept.parts) == 1
+        [work(1)]
+    else
+        fetch.([Threads.@spawn work(i) for i in eachindex(swept.parts)])
+    end
+    for back in parts, i in eachindex(dp)
+        dp[i] += sum(w -> back.theta[at_lane(i, w)], 1:WIDTH)
+    end
+    return sum(back -> back.calls, parts; init = 0)
+end
+
+"What one thread's part of a pull works with; `a` and `theta` are the cotangents so far."
+mutable struct Back{T}
+    const swept::Swept{T}
+    const crew::Crew{T}
+    const points::Vector{T}
+    const bars::Vector{T}
+    const by_both::Vector{T}
+    const by_start::Vector{T}
+    const a::Vector{T}
+    const theta::Vector{T}
+    const system::Vector{Int}
+    const output::Vector{Int}
+    const after::Vector{Float64}  # the end of the step
+    const busy::Vector{T}
+    const trained::Vector{Int}  # of the places those that are parameters
+    const du0::Matrix{T}
+    const dv::Matrix{T}
+    const g::Array{T, 3}
+    calls::Int
+end
+
+function Back(swept::Swept{T}, track, du0, dv, g) where {T}
+    n, m, all = swept.field.n, length(swept.field.parameters), rows(swept.method)
+    room(k) = zeros(T, WIDTH * k)
+    trained = findall(<=(m), swept.places)
+    return Back{T}(
+        swept, Crew(swept.field, all), room(n * all), room(n * all), room(n + m), room(n), room(n), room(m), zeros(Int, WIDTH),
+        zeros(Int, WIDTH), zeros(WIDTH), zeros(T, WIDTH), trained, du0, dv, g, 0
+    )
+end
+
+function walk!(b::Back{T}, track::Track{T}, pull) where {T}
+    (; crew, swept) = b
+    size = WIDTH * crew.n
+    GC.@preserve b track swept for j in track.blocks:-1:1
+        copyto!(crew.u, 1, track.states, (j - 1) * size + 1, size)
+        copyto!(crew.t, 1, track.times, (j - 1) * WIDTH + 1, WIDTH)
+        for w in 1:WIDTH
+            i = track.systems[(j - 1) * WIDTH + w]
+            b.busy[w] = i != 0
+            crew.dt[w] = i == 0 ? 0.0 : track.steps[(j - 1) * WIDTH + w]
+            i == 0 || i == b.system[w] || take_up!(b, w, i)
+        end
+        inside = ends!(b)
+        step_again!(b, inside)
+        pull_step!(b, pull, inside)
+    end
+    foreach(w -> put_down!(b, w), 1:WIDTH)
+    return nothing
+end
+
+"Lane w is from now on at the end of system i, whose last step is that of the lane."
+function take_up!(b::Back, w, i)
+    put_down!(b, w)
+    (; crew, swept) = b
+    times = times_of(swept, i)
+    b.system[w], b.output[w] = i, length(times)
+    hold!(crew, w, swept.places, view(swept.values, :, i))
+    # A system that failed has no states beyond its last step.
+    reached, direction = crew.t[w] + crew.dt[w], sign(crew.dt[w])
+    gap = 200 * eps(max(abs(reached), abs(times[end])))
+    b.after[w] = abs(times[end] - reached) <= gap ? times[end] : reached
+    while b.output[w] > 1 && direction * times[b.output[w]] > direction * b.after[w]
+        b.output[w] -= 1
+    end
+    return nothing
+end
+
+"Lane w has come to the start of its system: its cotangents are the system's."
+function put_down!(b::Back{T}, w) where {T}
+    i = b.system[w]
+    i == 0 && return nothing
+    n = b.crew.n
+    for j in 1:n
+        b.du0[j, i] = b.a[at_lane(j, w)]
+        b.a[at_lane(j, w)] = zero(T)
+    end
+    for j in b.trained
+        at = at_lane(b.swept.places[j], w)
+        b.dv[j, i] = b.theta[at]
+        b.theta[at] = zero(T)
+    end
+    b.system[w] = 0
+    return nothing
+end
+
+"Add the cotangents of outputs at the ends of the steps, and put those within into `bars`; whether there are such."
+function ends!(b::Back{T}) where {T}
+    (; crew, swept, bars, by_start, a, g) = b
+    n, inside = crew.n, false
+    fill!(bars, zero(T))
+    fill!(by_start, zero(T))
+    for w in 1:WIDTH
+        b.busy[w] == 1 || continue
+        i = b.system[w]
+        times, direction = times_of(swept, i), sign(crew.dt[w])
+        while b.output[w] > 1 && times[b.output[w]] == b.after[w]
+            for j in 1:n
+                a[at_lane(j, w)] += g[j, i, b.output[w]]
+            end
+            b.output[w] -= 1
+        end
+        while b.output[w] > 1 && direction * times[b.output[w]] > direction * crew.t[w]
+            inside = true
+            part = (times[b.output[w]] - crew.t[w]) / crew.dt[w]
+            for l in 1:rows(swept.method)
+                weight = T(crew.dt[w] * part * evalpoly(part, view(swept.method.tab.p, :, l)))
+                for j in 1:n
+                    bars[at_lane((l - 1) * n + j, w)] += weight * g[j, i, b.output[w]]
+                end
+            end
+            for j in 1:n
+                by_start[at_lane(j, w)] += g[j, i, b.output[w]]
+            end
+            b.output[w] -= 1
+        end
+        b.after[w] = crew.t[w]
+    end
+    return inside
+end
+
+"Take the steps again: points and slopes of the stages, and where `dense` of those of dense output."
+function step_again!(b::Back{T}, dense) where {T}
+    (; crew, swept, points) = b
+    (; n, u, k) = crew
+    m = swept.method
+    un, kn, at, dt = numbers(u), numbers(k), numbers(points), steps_of(crew)
+    for l in 1:(dense ? rows(m) : m.tab.s)
+        to = at + (l - 1) * n
+        if isempty(m.a.from[l])
+            for i in 1:n
+                to[i] = un[i]
+            end
+        else
+            combine!(to, un, kn, m.a.from[l], m.a.by[l], n, dt)
+        end
+        set_time!(crew, m.tab.c[l])
+        packed(swept.f, crew, (kn + (l - 1) * n).address, to.address, to.address)
+        b.calls += count(==(1), b.busy)
+    end
+    return nothing
+end
+
+"Pull the cotangents of the ends of the steps, and of what is within, back to their starts."
+function pull_step!(b::Back{T}, pull, dense) where {T}
+    (; crew, swept) = b
+    n, method = crew.n, swept.method
+    (; s, c) = method.tab
+    m = length(b.theta) ÷ WIDTH
+    bars, points, both, dt = numbers(b.bars), numbers(b.points), numbers(b.by_both), steps_of(crew)
+    a, theta, start = numbers(b.a), numbers(b.theta), numbers(b.by_start)
+    busy = numbers(b.busy)[1] == one(T)
+    # y1 = y + dt Σ b k, and of dense output there may be more behind y1.
+    for l in (dense ? rows(method) : s + 1):-1:1
+        if l == s + 1 && !dense
+            for i in 1:n
+                both[i] = a[i]
+            end
+        else
+            set_time!(crew, c[l])
+            packed(pull, crew, both.address, (bars + (l - 1) * n).address, (points + (l - 1) * n).address)
+            for i in 1:m
+                theta[i] = theta[i] + ifelse(busy, both[n + i], zero(T))
+            end
+            l == s + 1 && for i in 1:n
+                both[i] = both[i] + a[i]
+            end
+        end
+        from, by = method.a.from[l], method.a.by[l]
+        for i in 1:n
+            start[i] = start[i] + both[i]
+            part = dt * both[i]
+            for j in eachindex(from)
+                at = (from[j] - 1) * n + i
+                bars[at] = muladd(part, @inbounds(by[j]), bars[at])
+            end
+        end
+    end
+    for i in 1:n
+        a[i] = ifelse(busy, start[i], a[i])
+    end
+    return nothing
+end
