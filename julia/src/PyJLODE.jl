@@ -23,6 +23,8 @@ include("compiled.jl")
 include("algorithms.jl")
 include("replay.jl")
 include("solve.jl")
+include("packs.jl")
+include("abreast.jl")
 include("calls.jl")
 include("precompile.jl")
 

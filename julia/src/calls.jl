@@ -68,6 +68,13 @@ function call_prepare(field::Int64)
     end
 end
 
+"The address of the C function that [`compile_packed`](@ref) makes."
+function call_compile_packed(bits::Int64, text::Cstring)
+    return answer() do
+        Int64(UInt(compile_packed(number_type(bits), unsafe_string(text))))
+    end
+end
+
 "The address of the C function that [`compile`](@ref) makes."
 function call_compile(bits::Int64, text::Cstring)
     return answer() do
@@ -141,6 +148,23 @@ function call_sweep(field::Int64, alg::Int64, request::Ptr{Request}, systems::Pt
     end
 end
 
+"The number of a [`Swept`](@ref), which does not look at the memory of the request afterwards, where steps are kept, else 1."
+function call_abreast(field::Int64, request::Ptr{Request}, systems::Ptr{Abreast}, outcome::Ptr{Outcome})
+    return answer() do
+        r = unsafe_load(request)
+        swept, o = abreast(HELD[field], r, unsafe_load(systems))
+        unsafe_store!(outcome, o)
+        r.keep == 0 ? Int64(1) : hold(swept)
+    end
+end
+
+"The calls of the field that a [`pull!`](@ref) took, and one."
+function call_pull(swept::Int64, request::Ptr{PullRequest})
+    return answer() do
+        1 + Int64(pull!(HELD[swept], unsafe_load(request)))
+    end
+end
+
 function call_interpolate(s::Int64, times::Int64, out::Int64, m::Int64)
     return answer(HELD[s].field) do
         interpolate!(HELD[s], times, out, m)
@@ -184,6 +208,9 @@ function addresses()
         compiled_field = @cfunction(call_compiled_field, Int64, (Int64, Ptr{CompiledFunctions})),
         prepare = @cfunction(call_prepare, Int64, (Int64,)),
         compile = @cfunction(call_compile, Int64, (Int64, Cstring)),
+        compile_packed = @cfunction(call_compile_packed, Int64, (Int64, Cstring)),
+        abreast = @cfunction(call_abreast, Int64, (Int64, Ptr{Request}, Ptr{Abreast}, Ptr{Outcome})),
+        pull = @cfunction(call_pull, Int64, (Int64, Ptr{PullRequest})),
         source = @cfunction(call_source, Int64, (Int64, Int64, Int64, Int64, Int64, Int64)),
         source_function = @cfunction(call_source_function, Int64, (Cstring,)),
         evaluate = @cfunction(call_evaluate, Int64, (Int64, Int64, Int64, Int64, Int64, Int64, Int64, Float64)),

@@ -9,7 +9,18 @@ from typing import Any
 import torch
 
 from ..errors import JuliaError
-from .memory import AdjointRequest, CompiledFunctions, Functions, Outcome, Replayed, ReplayRequest, Request, Systems
+from .memory import (
+    Abreast,
+    AdjointRequest,
+    CompiledFunctions,
+    Functions,
+    Outcome,
+    PullRequest,
+    Replayed,
+    ReplayRequest,
+    Request,
+    Systems,
+)
 
 _I, _P = ctypes.c_int64, ctypes.c_void_p
 
@@ -21,6 +32,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "compiled_field": (_I, _I, _P),
     "prepare": (_I, _I),
     "compile": (_I, _I, ctypes.c_char_p),
+    "compile_packed": (_I, _I, ctypes.c_char_p),
+    "abreast": (_I, _I, _P, _P, _P),
+    "pull": (_I, _I, _P),
     "source": (_I, _I, _I, _I, _I, _I, _I),
     "source_function": (_I, ctypes.c_char_p),
     "evaluate": (_I, _I, _I, _I, _I, _I, _I, _I, ctypes.c_double),
@@ -121,6 +135,12 @@ class Calls:
         self._check(address)
         return address
 
+    def compile_packed(self, dtype: torch.dtype, text: str) -> int:
+        """The same, of eight systems at once: `compile_packed` in julia/src/packs.jl."""
+        address = self._c["compile_packed"](_bits(dtype), text.encode())
+        self._check(address)
+        return address
+
     def source(self, dtype: torch.dtype, n: int, function: Held, theta: torch.Tensor, event: int) -> Held:
         """A field that is Julia code, with parameters `theta`, shape (m,), which are copied."""
         return self._held(
@@ -168,6 +188,21 @@ class Calls:
             )
         )
         return outcome
+
+    def abreast(self, field: Held, request: Request, systems: Abreast) -> tuple[Held | None, Outcome]:
+        """Solve independent systems by an explicit method, eight at a time; with their steps where these are kept."""
+        outcome = Outcome()
+        number = self._c["abreast"](field.number, request.address, systems.address, ctypes.addressof(outcome))
+        if request.keep:
+            return self._held(number), outcome
+        self._check(number)
+        return None, outcome
+
+    def pull(self, swept: Held, request: PullRequest) -> int:
+        """The gradient of such a sweep whose steps were kept; the calls of f that it took."""
+        count = self._c["pull"](swept.number, request.address)
+        self._check(count)
+        return count - 1
 
     def interpolate(self, solution: Held, times: torch.Tensor, out: torch.Tensor) -> None:
         """States out (M, n) at times (M,), float64, of a solve that was dense."""

@@ -24,7 +24,7 @@ from .calls import Calls, Held
 from .function import JuliaFunction
 from .memory import AdjointRequest, Lent, Outcome, ReplayRequest, Request
 from .rhs import RHS, Callbacks, Source
-from .sweep import Sweep
+from .sweep import Sweep, abreast
 
 log = logging.getLogger("pyjlode")
 
@@ -74,6 +74,7 @@ class Memory:
     Attributes:
         sensitivities: with respect to y0 and the problem's parameters, shape (T, n, n + |theta|).
         wrt: the parameters in the order in which their gradients are asked for.
+        systems: of a sweep.
     """
 
     problem: ODEProblem
@@ -83,6 +84,7 @@ class Memory:
     solve: Held | None
     sensitivities: Tensor | None = None
     wrt: tuple[Tensor, ...] = ()
+    systems: Sweep | None = None
 
     @property
     def asks_again(self) -> bool:
@@ -140,6 +142,8 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
         return obstacle
     if p.rows is not None and p.rows.own:
         return "t has a row for each system, and it takes one t for all"
+    if p.batch > 1 and p.options.on_failure == "nan" and p.compile and not abreast(p):
+        return f"on_failure='nan' is known to explicit methods with error control there, and not to {p.method.name!r}"
     if p.batch > 1 and (obstacle := _cannot_sweep(p, gradient)):
         return f"options['batch_dims'] solves systems one by one there, and that {obstacle}"
     if p.mass is not None and gradient is not None:
@@ -147,6 +151,7 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
         return "with a mass_matrix it solves, and does not differentiate"
     for solve in _solves(p):
         changed = {name for name, value in vars(solve.options).items() if value != getattr(NO_OPTIONS, name)}
+        changed -= {"on_failure"} if p.batch > 1 else set()
         changed -= _OPTIONS | (_CONTROL if solve.method.kind == "adaptive" else set())
         if changed:
             return f"options {sorted(changed)} configure the native engine's own loop"
@@ -215,8 +220,8 @@ def _cannot_replay(p: ODEProblem) -> str | None:
 def _cannot_sweep(p: ODEProblem, gradient: str | None) -> str | None:
     if not p.compile:
         return "needs compile=True"
-    if gradient is not None:
-        return "has no gradient"
+    if gradient is not None and (gradient != "discrete" or not abreast(p)):
+        return f"has gradients by adjoint=True for explicit methods with error control: not {gradient!r} with {p.method.name!r}"
     if p.event_fn is not None or p.mass is not None or p.options.jump_t or p.options.step_t:
         return "takes no event_fn, mass_matrix, step_t or jump_t"
     if isinstance(p.rtol, Tensor) or isinstance(p.atol, Tensor):
@@ -266,6 +271,10 @@ def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = F
         if repeated.replay is None:
             repeated.replay = replay_request(p)
         return Memory(p, Record(found[0]), gradient, repeated.again(p, found[2]), found[1])
+    if p.batch > 1:
+        swept: list[Sweep] = []
+        record, rhs, solution = _solve(p, stats, gradient, dense, swept=swept)
+        return Memory(p, record, gradient, rhs, solution, systems=swept[0] if swept else None)
     record, rhs, solution = _solve(p, stats, gradient, dense)
     return Memory(p, record, gradient, rhs, solution)
 
@@ -279,6 +288,8 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
         return grads._replace(params=[found[id(x)] if id(x) in found else torch.zeros_like(x) for x in memory.wrt])
     if rhs is None:  # nothing was solved
         return Gradients(g.sum(0), time_gradient(p, record, g, torch.zeros_like(p.y0), p.f), [None] * len(p.params))
+    if memory.systems is not None:
+        return _pull(memory, memory.systems, g)
     if memory.gradient == "discrete":
         return _replay(memory, g)
     assert p.adjoint is not None
@@ -340,6 +351,16 @@ def _replay(memory: Memory, g: Tensor) -> Gradients:
     return Gradients(a.add_(g[0]), by_t, grads)
 
 
+def _pull(memory: Memory, systems: Sweep, g: Tensor) -> Gradients:
+    """The same for a sweep."""
+    p = memory.problem
+    assert memory.solve is not None
+    with unrecorded(), runtime.julia() as calls:
+        a, grads, nf = systems.pull(calls, memory.solve, g)
+    count(p.f, nf)
+    return Gradients(a + g[0], time_gradient(p, memory.record, g, a, p.f), grads)
+
+
 def replay_request(p: ODEProblem) -> ReplayRequest:
     """What is said of a replay before there are cotangents."""
     request = ReplayRequest()
@@ -396,12 +417,18 @@ def _in_order(p: ODEProblem) -> ODEProblem | None:
 
 
 def _solve(
-    p: ODEProblem, stats: Stats, gradient: str | None, dense: bool, of: ODEProblem | None = None
+    p: ODEProblem,
+    stats: Stats,
+    gradient: str | None,
+    dense: bool,
+    of: ODEProblem | None = None,
+    swept: list[Sweep] | None = None,
 ) -> tuple[Record, Callbacks | None, Held | None]:
     """Solve.
 
     Args:
         of: the problem that `p` is the one of the sensitivities of.
+        swept: gets the systems of a sweep, if given.
     """
     if len(p.times) == 1 or p.y0.numel() == 0:
         return Record(p.y0.detach().expand(len(p.times), -1).clone()), None, None
@@ -437,9 +464,11 @@ def _solve(
         algorithm = _algorithm(calls, p.method, gradient)
         solution, known = None, 1
         if p.batch > 1:
-            systems = Sweep(p)
+            systems = Sweep(p, differentiated=gradient is not None)
             rhs = _field(calls, systems.first, gradient, stats)
-            outcome = systems.solve(calls, rhs, algorithm, request)
+            solution, outcome = systems.solve(calls, rhs, algorithm, request, stats)
+            if swept is not None:
+                swept.append(systems)
         else:
             rhs = _field(calls, p, gradient, stats, of)
             if isinstance(rhs, RHS):  # Julia asks for the first slope itself; of a large state each array counts

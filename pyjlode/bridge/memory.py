@@ -146,6 +146,25 @@ class Systems(Lender):
     _fields_ = (("count", ctypes.c_int64), *((name, Lent) for name in ("places", "values", "slopes")))
 
 
+class Abreast(Lender):
+    """The systems of a sweep of eight at a time; `Abreast` in julia/src/abreast.jl says what each field is."""
+
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        *((name, Lent) for name in ("places", "values", "slopes")),
+        ("f", ctypes.c_void_p),
+        *((name, Lent) for name in ("a", "c", "p", "e")),
+        *((name, ctypes.c_int64) for name in ("stages", "fsal", "order", "own", "go_on")),
+        *((name, Lent) for name in ("naccept", "nreject", "codes", "ends")),
+    )
+
+
+class PullRequest(Lender):
+    """What the gradient of such a sweep is asked for; `PullRequest` in julia/src/abreast.jl."""
+
+    _fields_ = (*((name, Lent) for name in ("du0", "dp", "dv", "g")), ("pull", ctypes.c_void_p))
+
+
 class Views(dict[int, Tensor]):
     """Address -> tensor that looks at Julia's array there; made when first asked for.
 

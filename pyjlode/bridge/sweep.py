@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -14,8 +16,10 @@ from torch.utils import _pytree as pytree
 
 from ..errors import NotCompiled
 from ..problem import Field, Layout, ODEProblem
+from ..methods import ExplicitTableau
+from ..solution import Stats, SystemStats
 from .calls import Calls, Held
-from .memory import Outcome, Request, Systems
+from .memory import Abreast, Outcome, PullRequest, Request, Systems
 
 
 class _Parts(TorchFunctionMode):
@@ -46,6 +50,7 @@ class Sweep:
 
     Args:
         p: with a `batch` of systems.
+        differentiated: gradients will be asked for.
 
     Attributes:
         first: the problem of the first of them.
@@ -54,7 +59,7 @@ class Sweep:
         NotCompiled: f cannot be captured.
     """
 
-    def __init__(self, p: ODEProblem) -> None:
+    def __init__(self, p: ODEProblem, *, differentiated: bool = False) -> None:
         from ..capture.held import held_by  # half the cost of importing this package
 
         assert p.layout is not None
@@ -63,6 +68,7 @@ class Sweep:
         batch, one = shape[:dims], (slice(0, 1),) * dims
         source = held_by(p.f, p.y0.dtype)
         self.known = (source.key, shape, dims, p.y0.dtype)
+        self.tensors = source.tensors
         self.held = [x.detach() for x in source.tensors]
         may_vary = [i for i, x in enumerate(source.tensors) if x.shape[:dims] == batch]
         self.proven = self.known in _apart
@@ -70,7 +76,10 @@ class Sweep:
             _apart.clear()
         self.apart = _apart.get(self.known) or frozenset(i for i in may_vary if self._is_apart(source.tensors[i]))
         self.varying = [i in self.apart for i in range(len(self.held))]
-        parts = {id(x): y[one] if varying else y for x, y, varying in zip(source.tensors, self.held, self.varying)}
+        parts = {
+            id(x): (y[one] if varying else y).detach().requires_grad_(differentiated and x.requires_grad)
+            for x, y, varying in zip(source.tensors, self.held, self.varying)
+        }
         f = p.f.f
 
         def of_one(t: Tensor, h: Tensor) -> Tensor:
@@ -86,6 +95,8 @@ class Sweep:
             f0=None if p.f0 is None else p.f0[:size],
             layout=Layout(y0),
             batch=1,
+            params=tuple(parts.get(id(x), x) for x in p.params),
+            reached=frozenset(id(parts[i]) if i in parts else i for i in p.reached),
         )
         if not self.proven:
             try:
@@ -123,15 +134,41 @@ class Sweep:
             move = far * torch.randn(y0.shape, generator=random).to(y0)
             yield p.time(p.times[0] + part * (p.times[-1] - p.times[0])), y0 + scale * move
 
-    def solve(self, calls: Calls, compiled: Any, algorithm: Held, request: Request) -> Outcome:
-        """Solve them all.
+    def solve(
+        self, calls: Calls, compiled: Any, algorithm: Held, request: Request, stats: Stats
+    ) -> tuple[Held | None, Outcome]:
+        """Solve them all; with their steps where the request has them kept.
 
         Args:
             compiled: the field of the first.
 
         Raises:
-            NotCompiled: the field of some system differs from f.
+            NotCompiled: the field of some system differs from f, or steps are to be kept of what is not solved abreast.
         """
+        p = self.p
+        if not self.proven:
+            self._prove(compiled)
+            _apart[self.known] = self.apart
+        slopes = torch.empty_like(p.y0.detach(), memory_format=torch.contiguous_format)
+        lent = {"slopes": slopes, **self._own_numbers(compiled)}
+        held = None
+        if abreast(p) and compiled.program.mode == "scalar":
+            held, outcome = self._abreast(calls, compiled, request, lent, stats)
+        else:
+            if request.keep or p.options.on_failure != "raise":
+                raise NotCompiled(
+                    "f is compiled as loops over arrays, and only what is compiled number by number (few operations) is "
+                    "solved with gradients or on_failure in a sweep. Solve with engine='torch'"
+                )
+            systems = Systems(count=p.batch)
+            systems.lend(**lent)
+            outcome = calls.sweep(compiled.field, algorithm, request, systems)
+        if p.f0 is not None and p.options.on_failure == "raise":
+            self._compare(compiled, slopes)
+        return held, outcome
+
+    def _own_numbers(self, compiled: Any) -> dict[str, Tensor]:
+        """What each system has of its own: the places among all that the field holds, and the numbers there."""
         p, dtype = self.p, self.p.y0.dtype
         places, values, start = [torch.empty(0, dtype=torch.int64)], [], 1
         for slot in compiled.program.trace.slots:
@@ -141,18 +178,66 @@ class Sweep:
                 places.append(torch.arange(start, start + size))
                 values.append(x.reshape(p.batch, size).to("cpu", dtype))
             start += size
-        slopes = torch.empty_like(p.y0.detach(), memory_format=torch.contiguous_format)
-        systems = Systems(count=p.batch)
-        systems.lend(places=torch.cat(places), slopes=slopes)
-        if values:
-            systems.lend(values=torch.cat(values, dim=1))
-        if not self.proven:
-            self._prove(compiled)
-            _apart[self.known] = self.apart
-        outcome = calls.sweep(compiled.field, algorithm, request, systems)
-        if p.f0 is not None:
-            self._compare(compiled, slopes)
-        return outcome
+        return {"places": torch.cat(places), **({"values": torch.cat(values, dim=1)} if values else {})}
+
+    def _abreast(
+        self, calls: Calls, compiled: Any, request: Request, lent: dict[str, Tensor], stats: Stats
+    ) -> tuple[Held | None, Outcome]:
+        """Eight at a time, by our own loop in Julia."""
+        p, tab = self.p, self.p.method.tableau
+        assert isinstance(tab, ExplicitTableau)
+        count, whole = p.batch, p.options.on_failure == "nan"
+        counts = torch.zeros(3, count, dtype=torch.int64)
+        naccept, nreject, codes = counts
+        systems = Abreast(
+            count=count, stages=tab.stages, fsal=tab.fsal, order=p.method.order, own=0, go_on=whole,
+            f=compiled.program.packed(calls, "f"),
+        )
+        ends = torch.zeros(count, 2, dtype=torch.float64)
+        systems.lend(**lent, **_weights(tab), naccept=naccept, nreject=nreject, codes=codes, ends=ends)
+        held, outcome = calls.abreast(compiled.field, request, systems)
+        self.compiled = compiled
+        self.pulling = compiled.program.packed(calls, "pull") if request.keep else 0
+        self.places = lent["places"]
+        if whole or _succeeded(outcome):
+            self._account(stats, naccept, nreject, codes, ends)
+        return held, outcome
+
+    def _account(self, stats: Stats, naccept: Tensor, nreject: Tensor, codes: Tensor, ends: Tensor) -> None:
+        p, tab = self.p, self.p.method.tableau
+        assert isinstance(tab, ExplicitTableau)
+        assert p.layout is not None
+        batch = p.layout.shapes[0][: p.options.batch_dims]
+        nfe = 2 + (naccept + nreject) * (tab.stages - (not tab.fsal)) + naccept * (not tab.fsal)
+        why = {}
+        for i in codes.nonzero().view(-1).tolist():
+            place = tuple(int(x) for x in np.unravel_index(i, batch))
+            t, dt = ends[i].tolist()
+            why[place if len(place) > 1 else place[0]] = f"{p.method.name}: {_CAUSES[int(codes[i])]} at t={t:.9g} (dt={dt:.3g})."
+        stats.systems = SystemStats(*(x.reshape(batch) for x in (nfe, naccept, nreject, codes > 0)), why)
+
+    def pull(self, calls: Calls, held: Held, g: Tensor) -> tuple[Tensor, list[Tensor | None], int]:
+        """Of cotangents g (T, n) the gradient by the starts (without g[0]), those by `p.params`, and the calls of f that
+        they took."""
+        p, trained = self.p, self.compiled.trained
+        count, g = p.batch, g.contiguous()
+        a = torch.empty_like(p.y0, memory_format=torch.contiguous_format)
+        theta = p.y0.new_empty(sum(x.numel() for x in trained))
+        own = p.y0.new_empty(count, len(self.places))
+        request = PullRequest(pull=self.pulling)
+        request.lend(du0=a, dp=theta, dv=own, g=g)
+        nf = calls.pull(held, request)
+        found: dict[int, Tensor] = {}
+        start = at = 0
+        for slot, part in zip(self.compiled.program.trace.slots, trained):
+            x, size = self.tensors[slot], part.numel()
+            if self.varying[slot]:
+                grad, at = own[:, at : at + size].reshape(x.shape), at + size
+            else:
+                grad = theta[start : start + size].reshape(x.shape)
+            start += size
+            found[id(x)] = grad.to(x.device, x.dtype)
+        return a, [found.get(id(x)) for x in p.params], nf
 
     def _prove(self, compiled: Any) -> None:
         """Compare some of the systems, each by itself, with f for all of them, away from the start."""
@@ -183,6 +268,33 @@ class Sweep:
             differ = (slopes - p.f0.detach()).abs().view(shape).amax(1)
             worst = int(differ.nan_to_num(math.inf).argmax())
             raise _not_independent(worst, error) from error
+
+
+def abreast(p: ODEProblem) -> bool:
+    """Whether systems may be solved eight at a time: by explicit methods with error control."""
+    tab = p.method.tableau
+    return isinstance(tab, ExplicitTableau) and tab.E is not None and p.options.step_size is None
+
+
+@functools.cache
+def _weights(tab: ExplicitTableau) -> dict[str, Tensor]:
+    """As `Abreast` in julia/src/abreast.jl has them."""
+    assert tab.E is not None
+    arrays = dict(zip("acp", tab.whole())) | {"e": tab.E}
+    return {name: torch.tensor(x, dtype=torch.float64).contiguous() for name, x in arrays.items()}
+
+
+def _succeeded(outcome: Outcome) -> bool:
+    return outcome.code == b"Success" and bool(outcome.finite)
+
+
+# Why a system failed, as `CAUSES` in julia/src/abreast.jl.
+_CAUSES = {
+    1: "it took max_num_steps steps",
+    2: "no step succeeds, f or the solution blows up",
+    3: "steps are shorter than min_step",
+    4: "the state is NaN or infinite",
+}
 
 
 def _not_independent(system: int, error: Exception) -> NotCompiled:

@@ -177,6 +177,14 @@ class Program:
             self._addresses[name] = _compiled[key]
         return self._addresses[name]
 
+    def packed(self, calls: Calls, name: str) -> int:
+        """Of the function in machine code for eight systems at once, of a program whose mode is "scalar"."""
+        assert self.mode == "scalar"
+        key = (self.dtype, self.text(name))
+        if key not in _packed:
+            _packed[key] = calls.compile_packed(*key)
+        return _packed[key]
+
     @functools.cached_property
     def _is_short(self) -> bool:
         """Whether f is few enough operations to be straight-line code."""
@@ -339,6 +347,7 @@ _SENSITIVITIES = """function sensitivities(out, v, u, p, c, w, t)
 end"""
 
 _compiled: dict[tuple[torch.dtype, str], int] = {}
+_packed: dict[tuple[torch.dtype, str], int] = {}
 
 
 class Seen:
