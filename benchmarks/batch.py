@@ -10,7 +10,9 @@ if it can be imported.
 Parts: "phases", 256 van der Pol oscillators, mu = 25, that start all over the plane; "spread", mu from 1 to 100, each
 over its period; "gradient", those of "phases" with a loss and its backward pass; "stiff", 256 Robertson systems with
 rate constants over a factor of 100; "latent", a training step of a latent ODE with 64 series of 50 irregular times, on
-times of their own and on the union of all.
+times of their own and on the union of all; "sweep", 10,000 Lorenz systems with a parameter each and the gradient by it,
+and 10,000 Robertson systems, compiled for the Julia engine where that is set up, and by `jax.vmap` of diffrax where it
+can be imported: trajectories a second.
 """
 
 from __future__ import annotations
@@ -26,11 +28,21 @@ import torch
 from torch import Tensor, nn
 
 from pyjlode import solve
+from pyjlode.bridge import runtime
 
 try:
     import torchode
 except ImportError:
     torchode = None
+
+try:
+    import diffrax
+    import jax
+    import jax.numpy as jnp
+
+    jax.config.update("jax_enable_x64", True)
+except ImportError:
+    diffrax = None
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
@@ -230,7 +242,141 @@ def latent(rounds: int, quick: bool) -> None:
     table(f"{samples} samples of {count} latent paths, {times} times of each: a training step", measured(runs, rounds))
 
 
-PARTS = {"phases": phases, "spread": spread, "gradient": gradient, "stiff": stiff, "latent": latent}
+def lorenz(rho: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    def f(t: Tensor, h: Tensor) -> Tensor:
+        x, y, z = h.unbind(-1)
+        return torch.stack([10 * (y - x), x * (rho - z) - y, x * y - 8 / 3 * z], -1)
+
+    return f
+
+
+def robertson(k: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    def f(t: Tensor, h: Tensor) -> Tensor:
+        a, b, c = h.unbind(-1)
+        first, second, third = k * a, 3e7 * b * b, 1e4 * b * c
+        return torch.stack([third - first, first - second - third, second], -1)
+
+    return f
+
+
+def by_diffrax(field: Any, solver: Any, end: float, rtol: float, atol: float, adjoint: Any = None) -> Any:
+    """(y0 (n,), p) -> (n,), the end of one system."""
+    control = diffrax.PIDController(rtol=rtol, atol=atol)
+    term, save = diffrax.ODETerm(field), diffrax.SaveAt(t1=True)
+
+    def solve_one(y0: Any, p: Any) -> Any:
+        more = {} if adjoint is None else {"adjoint": adjoint}
+        found = diffrax.diffeqsolve(
+            term, solver, 0.0, end, None, y0, p, saveat=save, stepsize_controller=control, max_steps=4096, **more
+        )
+        return found.ys[0]
+
+    return solve_one
+
+
+def jax_lorenz(t: Any, y: Any, rho: Any) -> Any:
+    return jnp.stack([10 * (y[1] - y[0]), y[0] * (rho - y[2]) - y[1], y[0] * y[1] - 8 / 3 * y[2]])
+
+
+def jax_robertson(t: Any, y: Any, k: Any) -> Any:
+    first, second, third = k * y[0], 3e7 * y[1] * y[1], 1e4 * y[1] * y[2]
+    return jnp.stack([third - first, first - second - third, second])
+
+
+def rates(title: str, counts: dict[str, int], runs: dict[str, Run], rounds: int, want: Tensor) -> None:
+    """Print trajectories a second, and errors; of contenders that solve fewer systems these are some of all."""
+    print(f"\n{title}")
+    for name, (spent, (h, steps)) in measured(runs, rounds).items():
+        every = len(want) // counts[name]
+        apart = (h - want[::every]).abs() / want.abs().amax(0)
+        told = f"{steps:4.0f} steps each" if steps else ""
+        print(
+            f"  {name:38s} {counts[name] / spent * 1e3:9.0f} a second  error {float(apart.amax(1).median()):.1e}  {told}"
+        )
+
+
+def mean_steps(solution: Any) -> float:
+    return solution.stats.naccept / solution.h[0, :, 0].numel()
+
+
+def sweep(rounds: int, quick: bool) -> None:
+    count = 200 if quick else 10_000
+    rho, start = torch.linspace(0.0, 28.0, count, dtype=F64), torch.ones(count, 3, dtype=F64)
+    t = torch.tensor([0.0, 5.0], dtype=F64)
+    kwargs: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6, "method": "tsit5", "dense": False}
+    ways: dict[str, dict[str, Any]] = {
+        "native, steps of their own": {"engine": "torch", "options": OWN},
+        "native, common steps": {"engine": "torch"},
+    }
+    if runtime.find() and not isinstance(runtime.find(), str):
+        ways = {"sweep": {"engine": "julia", "compile": True, "options": OWN}, **ways}
+
+    def forward(way: dict[str, Any]) -> Run:
+        def run() -> tuple[Any, ...]:
+            solution = solve(lorenz(rho), start, t, **kwargs, **way)
+            return solution.h[-1], mean_steps(solution)
+
+        return run
+
+    def backward(way: dict[str, Any]) -> Run:
+        def run() -> tuple[Any, ...]:
+            p, h0 = rho.clone().requires_grad_(), start.clone().requires_grad_()
+            solution = solve(lorenz(p), h0, t, adjoint=True, **kwargs, **way)
+            by_p, by_h0 = torch.autograd.grad(solution.h[-1].sum(), (p, h0))
+            return torch.cat([by_h0, by_p[:, None]], 1), mean_steps(solution)
+
+        return run
+
+    tight = {**kwargs, "rtol": 1e-11, "atol": 1e-11, "method": "dopri8", "engine": "torch", "options": OWN}
+    want = solve(lorenz(rho), start, t, **tight).h[-1]
+    p, h0 = rho.clone().requires_grad_(), start.clone().requires_grad_()
+    by_p, by_h0 = torch.autograd.grad(solve(lorenz(p), h0, t, adjoint=True, **tight).h[-1].sum(), (p, h0))
+    forwards = {name: forward(way) for name, way in ways.items()}
+    backwards = {name: backward(way) for name, way in ways.items()}
+    if diffrax:
+        one = by_diffrax(jax_lorenz, diffrax.Tsit5(), 5.0, 1e-6, 1e-6)
+        once = jax.jit(jax.vmap(one))
+        gradient = jax.jit(jax.vmap(jax.grad(lambda y0, p: one(y0, p).sum(), argnums=(0, 1))))
+        j0, jp = jnp.array(start.numpy()), jnp.array(rho.numpy())
+
+        def theirs() -> tuple[Any, ...]:
+            return torch.tensor(jax.device_get(once(j0, jp))), 0
+
+        def their_gradient() -> tuple[Any, ...]:
+            y, p = jax.device_get(gradient(j0, jp))
+            return torch.cat([torch.tensor(y), torch.tensor(p)[:, None]], 1), 0
+
+        forwards["diffrax vmap Tsit5"], backwards["diffrax vmap Tsit5"] = theirs, their_gradient
+    all_of_them = dict.fromkeys(forwards, count)
+    rates(f"{count} Lorenz systems to t = 5, rtol 1e-6", all_of_them, forwards, rounds, want)
+    title = "the same with the gradient of the sum of the ends by all starts and parameters"
+    rates(title, all_of_them, backwards, rounds, torch.cat([by_h0, by_p[:, None]], 1))
+
+    k, start, t = torch.logspace(-3, -0.5, count, dtype=F64), torch.zeros(count, 3, dtype=F64), t.new_tensor([0.0, 1e4])
+    start[:, 0] = 1.0
+    kwargs = {"rtol": 1e-6, "atol": 1e-10, "dense": False}
+    some = slice(None, None, 10)  # of those that would take minutes for all
+
+    def stiff_run(method: str, part: slice, way: dict[str, Any]) -> Run:
+        def run() -> tuple[Any, ...]:
+            solution = solve(robertson(k[part]), start[part], t, method=method, **kwargs, **way)
+            return solution.h[-1], mean_steps(solution)
+
+        return run
+
+    want = solve(robertson(k), start, t, method="radau5", rtol=1e-9, atol=1e-13, dense=False, engine="torch").h[-1]
+    runs = {f"{name}, rodas5p": stiff_run("rodas5p", slice(None), way) for name, way in ways.items() if name == "sweep"}
+    runs["native, steps of their own, rodas5p"] = stiff_run("rodas5p", some, ways["native, steps of their own"])
+    counts = {name: count if name.startswith("sweep") else count // 10 for name in runs}
+    if diffrax:
+        stiff_once = jax.jit(jax.vmap(by_diffrax(jax_robertson, diffrax.Kvaerno5(), 1e4, 1e-6, 1e-10)))
+        s0, sk = jnp.array(start[some].numpy()), jnp.array(k[some].numpy())
+        runs["diffrax vmap Kvaerno5"] = lambda: (torch.tensor(jax.device_get(stiff_once(s0, sk))), 0)
+        counts["diffrax vmap Kvaerno5"] = count // 10
+    rates(f"{count} Robertson systems to t = 1e4, rtol 1e-6", counts, runs, rounds, want)
+
+
+PARTS = {"phases": phases, "spread": spread, "gradient": gradient, "stiff": stiff, "latent": latent, "sweep": sweep}
 
 
 def main() -> None:

@@ -545,6 +545,7 @@ class ODEProblem:
         batch: number B of independent systems, which lie in `y0` one after the other.
         rows: times of these systems, where each is solved with steps of its own; None where all share theirs. f is then
             given times of shape (B,), and `times` are the first and the last of all.
+        own_times: (B, T) float64, of systems that are solved one by one, where each has its own; `rows` is then None.
         mass: (n / B, n / B), M of `M y' = f(t, y)`, the same for each system; None is the identity.
         blind_to_time: f is known to read t as a number.
         products: `v -> J v` and `v -> Jᵀ v` at a time t, `(t: 0-d, v: (n,)) -> (n,)`, for a large linear f.
@@ -587,6 +588,7 @@ class ODEProblem:
     layout: Layout | None = None
     batch: int = 1
     rows: Rows | None = None
+    own_times: np.ndarray | None = None
     mass: Tensor | None = None
     second_order: bool = False
     jac: Callable[[Tensor, Tensor], Tensor] | None = None

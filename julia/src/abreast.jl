@@ -1,5 +1,5 @@
-# Sweeps of systems by explicit Runge-Kutta methods, eight systems abreast: each with steps of its own. A system that has
-# come to its end makes place for the next one at once.
+# Sweeps of systems by explicit Runge-Kutta and by Rosenbrock methods, eight systems abreast: each with steps of its own. A
+# system that has come to its end makes place for the next one at once.
 
 """
 The `count` systems of such a sweep, and the method, a [`Tableau`](@ref) with its error estimates. As [`Request`](@ref).
@@ -8,6 +8,8 @@ The `count` systems of such a sweep, and the method, a [`Tableau`](@ref) with it
   - `f`: the field of eight systems, as [`compile_packed`](@ref) makes it.
   - `a`, `c`, `p`, `stages`: as in [`ReplayRequest`](@ref). `e`: (rows, 1 or 2), the weights of the stages in the error; of
     two estimates the first is damped by the second. `fsal`: whether they need the slope at the end of the step.
+  - `b`, `d`, `gammas`, `gamma`, `jac`, `tgrad`: of a [`Rosenbrock`](@ref) method alone; the last two are functions as `f`
+    is. `a`, `c`, `e` and `p` are then of its stages.
   - `order`: of the method. `own`: whether `times` has times for each system, one system after the other.
   - `go_on`: a system that fails is NaN from there on, and the others go on.
   - `naccept`, `nreject`: of Int64, room for the steps of each. `codes`: of Int64, for 0 where a system came to its end, or
@@ -33,6 +35,12 @@ struct Abreast
     nreject::Lent
     codes::Lent
     ends::Lent
+    b::Lent
+    d::Lent
+    gammas::Lent
+    gamma::Float64
+    jac::Ptr{Cvoid}
+    tgrad::Ptr{Cvoid}
 end
 
 """
@@ -40,13 +48,16 @@ What the gradient of a sweep is asked for. As [`ReplayRequest`](@ref), for each 
 
   - `du0`: (n, count). `dp`: of all parameters, the sum over the systems. `dv`: (places, count), of the parameters that each
     system has of its own, 0 of the constants among them; these are 0 in `dp`.
-  - `g`: (n, count, times). `pull`: both products of eight systems, as [`compile_packed`](@ref) makes it.
+  - `g`: (n, count, times). `dt`: (times, count), by the times; empty where these are not asked for, and else `states` are
+    those that the sweep gave, (n, count, times). `pull`: both products of eight systems, as [`compile_packed`](@ref) makes it.
 """
 struct PullRequest
     du0::Lent
     dp::Lent
     dv::Lent
     g::Lent
+    dt::Lent
+    states::Lent
     pull::Ptr{Cvoid}
 end
 
@@ -81,6 +92,64 @@ function Embedded{T}(s::Abreast) where {T}
 end
 
 rows(m::Embedded) = length(m.tab.c)
+"Rows of stages that a step fills; where there are more, dense output asks for them."
+filled(m::Embedded) = m.tab.s + 1
+"Calls of the field for a step, and for the end of one that is accepted."
+calls(m::Embedded) = (m.tab.s - !m.fsal, !m.fsal)
+"What dense output multiplies the stages by."
+unit(m::Embedded, dt) = dt
+
+"""
+A Rosenbrock method in the form that needs no product with the Jacobian J (Hairer & Wanner, Solving ODEs II, IV.7):
+
+    (1 / (γ dt) - J) k[i] = f(t + c[i] dt, u + Σ a[j, i] k[j]) + Σ d[j, i] k[j] / dt + gammas[i] dt ∂f/∂t
+
+and y = u + Σ b[j] k[j], the error Σ e[j] k[j], the dense output u + Σ k[j] Σ p[l, j] θ^l.
+"""
+struct Rosenbrock{T}
+    s::Int
+    a::Weights{T}
+    b::Weights{T}
+    d::Weights{T}
+    e::Weights{T}
+    c::Vector{Float64}
+    gammas::Vector{T}
+    gamma::T
+    p::Matrix{Float64}
+    jac::Ptr{Cvoid}
+    tgrad::Ptr{Cvoid}
+    W::Vector{T}
+    swapped::Vector{T}
+    rate::Vector{T}
+    rhs::Vector{T}
+end
+
+function Rosenbrock{T}(s::Abreast, n) where {T}
+    c = copy(Vector{Float64}(s.c))
+    count = length(c)
+    square(x) = Weights{T}(reshape(Vector{Float64}(x), count, count))
+    column(x) = Weights{T}(reshape(Vector{Float64}(x), count, 1))
+    room(m) = zeros(T, WIDTH * m)
+    return Rosenbrock{T}(
+        count, square(s.a), column(s.b), square(s.d), column(s.e), c, T.(Vector{Float64}(s.gammas)), T(s.gamma),
+        copy(reshape(Vector{Float64}(s.p), :, count)), s.jac, s.tgrad, room(n * n), room(n * n), room(n), room(n)
+    )
+end
+
+rows(m::Rosenbrock) = m.s
+filled(m::Rosenbrock) = m.s
+calls(m::Rosenbrock) = (m.s, false)
+unit(m::Rosenbrock, dt) = one(dt)
+polynomial(m::Rosenbrock, l) = view(m.p, :, l)
+polynomial(m::Embedded, l) = view(m.tab.p, :, l)
+finish!(crew, f, m::Rosenbrock) = nothing
+complete!(crew, f, m::Rosenbrock, points) = nothing
+
+"Another one for another thread, with room of its own."
+Base.copy(m::Rosenbrock{T}) where {T} = Rosenbrock{T}(
+    m.s, m.a, m.b, m.d, m.e, m.c, m.gammas, m.gamma, m.p, m.jac, m.tgrad, copy(m.W), copy(m.swapped), copy(m.rate), copy(m.rhs)
+)
+Base.copy(m::Embedded) = m
 
 """
 The steps that were accepted, in blocks of eight lanes: at each block the states (n of each lane) and the times that they
@@ -204,6 +273,95 @@ function attempt!(crew::Crew{T}, f, m::Embedded{T}) where {T}
     return nothing
 end
 
+"y = u + Σ k[j] by[j], or without u."
+@inline function sum_of!(y::PackNumbers{T}, u, k, from, by, n) where {T}
+    for i in 1:n
+        total = u === nothing ? Pack{T}(0) : u[i]
+        for j in eachindex(from)
+            total = muladd(k[(from[j] - 1) * n + i], @inbounds(by[j]), total)
+        end
+        y[i] = total
+    end
+    return nothing
+end
+
+function attempt!(crew::Crew{T}, f, m::Rosenbrock{T}) where {T}
+    (; n, u, y, k) = crew
+    un, yn, kn, rate, rhs = numbers(u), numbers(y), numbers(k), numbers(m.rate), numbers(m.rhs)
+    dt = steps_of(crew)
+    dt = ifelse(dt == zero(T), one(T), dt)  # of a lane without a system
+    inverse = one(T) / dt
+    set_time!(crew, 0.0)
+    GC.@preserve m begin
+        packed(m.jac, crew, pointer(m.W), un.address, un.address)
+        packed(m.tgrad, crew, rate.address, un.address, un.address)
+        factorise!(numbers(m.W), numbers(m.swapped), inverse / m.gamma, n)
+        for l in 1:(m.s)
+            sum_of!(yn, un, kn, m.a.from[l], m.a.by[l], n)
+            set_time!(crew, m.c[l])
+            packed(f, crew, rhs.address, yn.address, yn.address)
+            to = kn + (l - 1) * n
+            sum_of!(to, nothing, kn, m.d.from[l], m.d.by[l], n)
+            for i in 1:n
+                to[i] = muladd(dt * m.gammas[l], rate[i], muladd(inverse, to[i], rhs[i]))
+            end
+            solve_factorised!(to, numbers(m.W), numbers(m.swapped), n)
+        end
+        sum_of!(yn, un, kn, m.b.from[1], m.b.by[1], n)
+    end
+    return nothing
+end
+
+"Turn J into the factors of (shift - J), in column-major order, with rows exchanged lane by lane where `swapped`."
+function factorise!(A::PackNumbers{T}, swapped, shift, n) where {T}
+    at(i, j) = i + (j - 1) * n
+    for j in 1:n, i in 1:n
+        A[at(i, j)] = i == j ? shift - A[at(i, j)] : -A[at(i, j)]
+    end
+    for j in 1:n
+        for i in (j + 1):n
+            larger = Elementary.abs(A[at(j, j)]) < Elementary.abs(A[at(i, j)])
+            swapped[at(i, j)] = ifelse(larger, one(T), zero(T))
+            for l in 1:n
+                x, y = A[at(i, l)], A[at(j, l)]
+                A[at(i, l)], A[at(j, l)] = ifelse(larger, y, x), ifelse(larger, x, y)
+            end
+        end
+        inverse = one(T) / A[at(j, j)]
+        for i in (j + 1):n
+            A[at(i, j)] = A[at(i, j)] * inverse
+        end
+        for l in (j + 1):n, i in (j + 1):n
+            A[at(i, l)] = A[at(i, l)] - A[at(i, j)] * A[at(j, l)]
+        end
+        A[at(j, j)] = inverse
+    end
+    return nothing
+end
+
+function solve_factorised!(x::PackNumbers{T}, A, swapped, n) where {T}
+    at(i, j) = i + (j - 1) * n
+    for j in 1:n, i in (j + 1):n
+        larger = swapped[at(i, j)] == one(T)
+        x[i], x[j] = ifelse(larger, x[j], x[i]), ifelse(larger, x[i], x[j])
+    end
+    for j in 1:n, i in (j + 1):n
+        x[i] = x[i] - A[at(i, j)] * x[j]
+    end
+    for j in n:-1:1
+        x[j] = x[j] * A[at(j, j)]
+        for i in 1:(j - 1)
+            x[i] = x[i] - A[at(i, j)] * x[j]
+        end
+    end
+    return nothing
+end
+
+function errors(crew::Crew{T}, m::Rosenbrock{T}, rtol::T, atol::T) where {T}
+    (; n, u, y, k) = crew
+    return size_of_error(numbers(u), numbers(y), numbers(k), m.e.from[1], m.e.by[1], n, Pack{T}(1), rtol, atol)
+end
+
 "The slope at the end of the step."
 function finish!(crew::Crew, f, m::Embedded)
     (; n, y, k) = crew
@@ -237,13 +395,13 @@ function errors(crew::Crew{T}, m::Embedded{T}, rtol::T, atol::T) where {T}
 end
 
 "The state of lane w at t + θ dt, to a column."
-function dense!(column, crew::Crew{T}, m::Embedded{T}, w, part) where {T}
+function dense!(column, crew::Crew{T}, m, w, part) where {T}
     (; n, u, k, dt) = crew
     for i in 1:n
         column[i] = u[at_lane(i, w)]
     end
     for l in 1:rows(m)
-        weight = T(dt[w] * part * evalpoly(part, view(m.tab.p, :, l)))
+        weight = T(unit(m, dt[w]) * part * evalpoly(part, polynomial(m, l)))
         iszero(weight) && continue
         for i in 1:n
             @inbounds column[i] = muladd(weight, k[at_lane((l - 1) * n + i, w)], column[i])
@@ -296,9 +454,9 @@ function first_step(field::Field{T}, u, slope, t, direction, longest, c::Control
 end
 
 "Of a sweep what its gradient needs: of each part the systems, and their steps."
-struct Swept{T}
+struct Swept{T, M}
     field::Field{T, Vector{T}}
-    method::Embedded{T}
+    method::M
     f::Ptr{Cvoid}
     times::Matrix{Float64}
     places::Vector{Int64}
@@ -316,7 +474,11 @@ Solve independent systems, eight at a time, each with steps of its own; on sever
 time. The outcome is that of the first system that failed, with the work of all.
 """
 function abreast(field::Field{T}, r::Request, s::Abreast) where {T}
-    method = Embedded{T}(s)
+    method = s.jac == C_NULL ? Embedded{T}(s) : Rosenbrock{T}(s, field.n)
+    return abreast(field, r, s, method)
+end
+
+function abreast(field::Field{T}, r::Request, s::Abreast, method) where {T}
     times = s.own == 0 ? reshape(Vector{Float64}(r.times), :, 1) : reshape(Vector{Float64}(r.times), :, s.count)
     states = reshape(Vector{T}(r.out), field.n, s.count, size(times, 1))
     states[:, :, 1] = Vector{T}(r.u0)
@@ -324,7 +486,7 @@ function abreast(field::Field{T}, r::Request, s::Abreast) where {T}
     places = copy(Vector{Int64}(s.places))
     values = copy(reshape(Vector{T}(s.values), length(places), s.count))
     tracks = [Track{T}() for _ in parts]
-    swept = Swept{T}(copy(field), method, s.f, copy(times), places, values, tracks, parts)
+    swept = Swept{T, typeof(method)}(copy(field), method, s.f, copy(times), places, values, tracks, parts)
     own = [copy(field) for _ in parts]
     work(i) = march(parts[i], own[i], r, s, swept, states, r.keep == 0 ? nothing : tracks[i])
     if length(parts) == 1
@@ -360,13 +522,14 @@ end
 Runner() = Runner(0, 0.0, 0.0, 1.0, 0, 1.0, 0, 0, false)
 
 "One thread's part of a sweep."
-struct March{T}
+struct March{T, M}
     part::UnitRange{Int}
     field::Field{T, Vector{T}}
     crew::Crew{T}
     lanes::Vector{Runner}
     control::Control
-    swept::Swept{T}
+    method::M
+    swept::Swept{T, M}
     states::Array{T, 3}
     slopes::Matrix{T}
     naccept::Vector{Int64}
@@ -389,16 +552,16 @@ end
 
 times_of(swept::Swept, i) = view(swept.times, :, size(swept.times, 2) == 1 ? 1 : i)
 
-function march(part, own::Field{T}, r::Request, s::Abreast, swept::Swept{T}, states, track) where {T}
-    method = swept.method
+function march(part, own::Field{T}, r::Request, s::Abreast, swept::Swept{T, M}, states, track) where {T, M}
+    method = copy(swept.method)
     only_one(lent) = only(Vector{Float64}(lent))
     control = Control(
         only_one(r.rtol), only_one(r.atol), r.beta1, r.beta2, r.gamma, r.qmin, r.qmax, r.min_step, r.max_step,
         r.first_step, r.max_steps, s.order
     )
     count = s.count
-    march = March{T}(
-        part, own, Crew(own, rows(method)), [Runner() for _ in 1:WIDTH], control, swept, states,
+    march = March{T, M}(
+        part, own, Crew(own, rows(method)), [Runner() for _ in 1:WIDTH], control, method, swept, states,
         reshape(Vector{T}(s.slopes), own.n, count), Vector{Int64}(s.naccept), Vector{Int64}(s.nreject),
         Vector{Int64}(s.codes), reshape(Vector{Float64}(s.ends), 2, count), track, Progress(first(part), 0, 0, 0, 0, 0),
         zeros(T, WIDTH), zeros(WIDTH), zeros(WIDTH), zeros(WIDTH), zeros(T, own.n), zeros(T, own.n),
@@ -462,7 +625,7 @@ function set_step!(m::March, w, h)
 end
 
 "One step of each system: those that accept it go on, those that have come to their end make place."
-function step!(m::March{T}, f, method::Embedded{T}) where {T}
+function step!(m::March{T}, f, method) where {T}
     (; crew, lanes, control, moved, progress, n) = (; m.crew, m.lanes, m.control, m.moved, m.progress, m.field.n)
     attempt!(crew, f, method)
     store!(m.errors, errors(crew, method, T(control.rtol), T(control.atol)))
@@ -473,27 +636,35 @@ function step!(m::March{T}, f, method::Embedded{T}) where {T}
         moved[w] = ok
         accepted += ok
     end
-    progress.calls += progress.running * (method.tab.s - !method.fsal)
+    for_step, for_end = calls(method)
+    progress.calls += progress.running * for_step + accepted * for_end
     if accepted > 0
-        if !method.fsal
-            finish!(crew, f, method)
-            progress.calls += accepted
-        end
+        for_end && finish!(crew, f, method)
         m.track === nothing || note!(m.track, m)
         write_outputs!(m, f, method)
         # Go on from the ends of the steps.
         mask = numbers(moved)[1] == one(T)
-        u, y, k = numbers(crew.u), numbers(crew.y), numbers(crew.k)
+        u, y = numbers(crew.u), numbers(crew.y)
         for i in 1:n
             u[i] = ifelse(mask, y[i], u[i])
-            k[i] = ifelse(mask, k[method.tab.s * n + i], k[i])
         end
+        go_on!(crew, method, mask)
     end
     for w in 1:WIDTH
         lanes[w].system == 0 || settle!(m, w, moved[w] == 1)
     end
     return nothing
 end
+
+"The slope at the end of a step is that at the start of the next."
+function go_on!(crew::Crew, method::Embedded, mask)
+    k, n = numbers(crew.k), crew.n
+    for i in 1:n
+        k[i] = ifelse(mask, k[method.tab.s * n + i], k[i])
+    end
+    return nothing
+end
+go_on!(crew, method::Rosenbrock, mask) = nothing
 
 "Whether a step of length h with this error is accepted."
 is_accepted(err, h, c::Control) = err <= 1 || (c.shortest > 0 && h <= c.shortest && isfinite(err))
@@ -561,7 +732,7 @@ end
 "The states at the output times that systems pass with this step."
 function write_outputs!(m::March{T}, f, method) where {T}
     (; crew, lanes, states, swept, moved) = m
-    done = rows(method) == method.tab.s + 1
+    done = rows(method) == filled(method)
     for w in 1:WIDTH
         place = lanes[w]
         moved[w] == 1 || continue
@@ -644,8 +815,11 @@ end
 
 function outcome_of(m::March{T}) where {T}
     (; progress, swept, field) = m
+    # A Rosenbrock method has a Jacobian for each step.
+    jacobians = m.method isa Rosenbrock ? progress.accepted + progress.rejected : 0
     done(code, t, dt, system, finite) = Outcome(
-        code_name(code), t, dt, NaN, progress.accepted, progress.rejected, 0, 0, 0, progress.calls, system, finite
+        code_name(code), t, dt, NaN, progress.accepted, progress.rejected, jacobians, jacobians, 0, progress.calls, system,
+        finite,
     )
     i = progress.failed
     i == 0 && return done(ReturnCode.Success, swept.times[end], 0.0, first(m.part), 1)
@@ -668,7 +842,7 @@ end
 The gradient of a loss of the states at the output times: each accepted step is taken again, the last one first, in the
 same lanes as it was. `request` is a [`PullRequest`](@ref).
 """
-function pull!(swept::Swept{T}, r::PullRequest) where {T}
+function pull!(swept::Swept{T, Embedded{T}}, r::PullRequest) where {T}
     n, count = swept.field.n, size(swept.values, 2)
     du0 = fill!(reshape(Vector{T}(r.du0), n, count), zero(T))
     g = reshape(Vector{T}(r.g), n, count, :)
@@ -683,12 +857,34 @@ function pull!(swept::Swept{T}, r::PullRequest) where {T}
     for back in parts, i in eachindex(dp)
         dp[i] += sum(w -> back.theta[at_lane(i, w)], 1:WIDTH)
     end
+    r.dt.length == 0 || by_times!(swept, r, du0, g)
     return sum(back -> back.calls, parts; init = 0)
+end
+
+"The gradient by the times: a state moves with its time as the field says, and against that of the start."
+function by_times!(swept::Swept{T}, r::PullRequest, du0, g) where {T}
+    (; field, times) = swept
+    n, count = size(du0)
+    states = reshape(Vector{T}(r.states), n, count, size(times, 1))
+    by = reshape(Vector{Float64}(r.dt), size(times, 1), count)
+    slope, u = zeros(T, n), zeros(T, n)
+    along(bar) = all(iszero, bar) ? 0.0 : sum(j -> Float64(bar[j]) * slope[j], 1:n)
+    for i in 1:count
+        for (place, value) in zip(swept.places, view(swept.values, :, i))
+            set_held!(field, place, value)
+        end
+        for (k, t) in enumerate(times_of(swept, i))
+            copyto!(u, view(states, :, i, k))
+            native(field, field.f, slope, u, u, field.parameters, t)
+            by[k, i] = k == 1 ? -along(view(du0, :, i)) : along(view(g, :, i, k))
+        end
+    end
+    return nothing
 end
 
 "What one thread's part of a pull works with; `a` and `theta` are the cotangents so far."
 mutable struct Back{T}
-    const swept::Swept{T}
+    const swept::Swept{T, Embedded{T}}
     const crew::Crew{T}
     const points::Vector{T}
     const bars::Vector{T}
@@ -707,7 +903,7 @@ mutable struct Back{T}
     calls::Int
 end
 
-function Back(swept::Swept{T}, track, du0, dv, g) where {T}
+function Back(swept::Swept{T, Embedded{T}}, track, du0, dv, g) where {T}
     n, m, all = swept.field.n, length(swept.field.parameters), rows(swept.method)
     room(k) = zeros(T, WIDTH * k)
     trained = findall(<=(m), swept.places)

@@ -100,6 +100,83 @@ function sweep_linear(text)
     return out, alone
 end
 
+# The same, for eight systems at once: minus the state, or minus `v` where that is another.
+function c_packed(
+        out::Ptr{Float64}, v::Ptr{Float64}, u::Ptr{Float64}, p::Ptr{Float64}, c::Ptr{Float64}, w::Ptr{Float64},
+        t::Ptr{Float64}
+    )
+    PackNumbers(out)[1] = -PackNumbers(v)[1]
+    return nothing
+end
+function c_packed_jacobian(
+        out::Ptr{Float64}, v::Ptr{Float64}, u::Ptr{Float64}, p::Ptr{Float64}, c::Ptr{Float64}, w::Ptr{Float64},
+        t::Ptr{Float64}
+    )
+    PackNumbers(out)[1] = -1.0
+    return nothing
+end
+
+"""
+Ten systems u' = -u, u(0) = 1, over [0, 1], abreast, and the gradient by their starts of the sum of what they come to at
+1/2 and 1: by Heun's method, without a gradient by a Rosenbrock method of one stage.
+"""
+function abreast_linear(; implicit = false)
+    count, du0, by_times = 10, zeros(10), zeros(30)
+    u0, times, out, slopes = ones(count), [0.0, 0.5, 1.0], zeros(3count), zeros(count)
+    rtol, atol, g = [1.0e-4], [1.0e-6], ones(3count)
+    counts, ends = [zeros(Int64, count) for _ in 1:3], zeros(2count)
+    scalar = @cfunction(
+        c_compiled, Cvoid,
+        (Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Cdouble)
+    )
+    f = @cfunction(
+        c_packed, Cvoid,
+        (Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64})
+    )
+    jac = @cfunction(
+        c_packed_jacobian, Cvoid,
+        (Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64})
+    )
+    functions = [structure(CompiledFunctions; n = 1, f = scalar)]
+    a, c, p, e = [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.5, 0.5, 0.0], [0.0, 1.0, 1.0], zeros(3, 3), [-0.5, 0.5, 0.0]
+    p[:, 1:2] = [1.0 0.0; -0.5 0.5; 0.0 0.0]
+    b, d, gammas = [1.0], [0.0], [1.0]
+    if implicit
+        a, c, p, e = [0.0], [0.0], ones(1, 1), [1.0e-3]
+    end
+    p = vec(p)
+    naccept, nreject, codes = counts
+    control = (; beta1 = 0.4, beta2 = 0.1, gamma = 0.9, qmin = 0.2, qmax = 10.0)
+    arrays = (; u0, times, out, slopes, rtol, atol, g, du0, by_times, ends, a, c, p, e, b, d, gammas, naccept, nreject, codes)
+    outcome = Vector{Outcome}(undef, 1)
+    GC.@preserve arrays functions outcome begin
+        request = [
+            structure(
+                Request; u0, out, times, rtol, atol, max_step = Inf, max_steps = 1000, keep = Int64(!implicit), control...
+            ),
+        ]
+        own = implicit ? (; b, d, gammas, gamma = 1.0, jac, tgrad = f) : (;)
+        systems = [
+            structure(
+                Abreast; count, slopes, f, a, c, p, e, stages = length(c) - !implicit, order = 2, naccept, nreject, codes,
+                ends, own...
+            ),
+        ]
+        GC.@preserve request systems begin
+            field = call_compiled_field(64, pointer(functions))
+            swept = call_abreast(field, pointer(request), pointer(systems), pointer(outcome))
+            swept == 0 && error(FAILURE[])
+            if !implicit
+                pulled = [structure(PullRequest; du0, g, dt = by_times, states = out, pull = f)]
+                GC.@preserve pulled call_pull(swept, pointer(pulled)) == 0 && error(FAILURE[])
+            end
+            numbers = [field, swept]
+            call_release(pointer(numbers), 1 + !implicit)
+        end
+    end
+    return out, du0
+end
+
 "The gradient of half the sum of squares at the outputs of a linear problem, by taking its steps again."
 function replay_linear(::Type{T}, text) where {T}
     du0, dp, c = zeros(T, 1), zeros(T, 1), [0.0, 1.0]  # Euler's method is enough to compile for all
@@ -152,6 +229,8 @@ const IMPLICIT = (
         for text in ("DP5()", "Tsit5()")
             sweep_linear(text)
         end
+        abreast_linear()
+        abreast_linear(; implicit = true)
         for text in ("BS3()", "DP8()", "Vern7()", "Vern9()", IMPLICIT...)
             solve_linear(Float64, text; dense = true)
         end

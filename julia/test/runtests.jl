@@ -180,6 +180,57 @@ end
         @test alone == states[[1, 3]]
     end
 
+    @testset "systems abreast end where each would, and their gradient is the derivative" begin
+        states, by_start = PyJLODE.abreast_linear()
+        want = [fill(1.0, 10); fill(exp(-0.5), 10); fill(exp(-1.0), 10)]
+        @test states ≈ want rtol = 1.0e-4
+        # The steps are linear in the start, so the gradient by it is the sum of the states themselves.
+        @test by_start ≈ states[11:20] .+ states[21:30] rtol = 1.0e-12
+        implicit, _ = PyJLODE.abreast_linear(; implicit = true)  # of order 1
+        @test implicit ≈ want rtol = 0.1
+    end
+
+    @testset "what eight systems compute is what each would, $T" for T in (Float32, Float64)
+        special = T[0, -0.0, 1, -1, 0.5, -2.5, 3, Inf, -Inf, NaN, 1.0e-3, 20, -30, 2.5, 0.1, -0.7]
+        two = (:atan2, :hypot, :max, :min, :fmax, :fmin, :fmod, :remainder, :xlogy, :copysign, :pow)
+        numbers = filter(!=(:isnan), PyJLODE.Elementary.NAMES)
+        calls = [name in two ? "$name(u[1], v[1])" : "$name(u[1])" for name in numbers]
+        formulas = [
+            calls; "ifelse(isnan(u[1]), 1.0, v[1])"; "muladd(u[1], 2.0, v[1])"; "muladd(3.0, u[1], 1.0)"; "-u[1]";
+            "u[1] - 1.0 / (2.0 + v[1] * v[1])"; "ifelse((u[1] <= 0.5) & !(v[1] == 1.0), u[1], 0.0)";
+            "ifelse((u[1] != v[1]) | (1.0 < v[1]), 1.0, v[1])"; "ifelse(ifelse(u[1] < 0.0, v[1] < 0.0, true), t, u[1])";
+            "ifelse((u[1] < 0.0) != (v[1] < 0.0), 1.0, 2.0)"; "ifelse(u[1] < v[1], t, pow(u[1], 3.0))"
+        ]
+        T == Float32 && (formulas = replace.(formulas, r"(\d+\.\d+)" => s"\1f0"))
+        lines = ["out[$i] = $e" for (i, e) in enumerate(formulas)]
+        text = "function f(out, v, u, p, c, w, t)\n$(join(lines, '\n'))\nreturn nothing\nend"
+        packed, single = PyJLODE.compile_packed(T, text), PyJLODE.compile(T, text)
+        out, want, t = zeros(T, 8, length(formulas)), zeros(T, length(formulas)), T.(1:8)
+        same(x, y) = isequal(x, y) || isapprox(x, y; rtol = 8 * eps(T))
+        for part in (1:8, 9:16), shift in 0:15
+            u, v = special[part], circshift(special, shift)[part]
+            GC.@preserve u v t out begin
+                p = pointer(u)
+                @ccall $packed(
+                    pointer(out)::Ptr{T}, pointer(v)::Ptr{T}, p::Ptr{T}, p::Ptr{T}, p::Ptr{T}, p::Ptr{T}, pointer(t)::Ptr{T}
+                )::Cvoid
+            end
+            for w in 1:8
+                x, y = u[w:w], v[w:w]
+                GC.@preserve x y want begin
+                    p = pointer(x)
+                    @ccall $single(
+                        pointer(want)::Ptr{T}, pointer(y)::Ptr{T}, p::Ptr{T}, p::Ptr{T}, p::Ptr{T}, p::Ptr{T}, t[w]::Cdouble
+                    )::Cvoid
+                end
+                for i in eachindex(want)
+                    same(out[w, i], want[i]) || @info "differs" formulas[i] u[w] v[w] out[w, i] want[i]
+                    @test same(out[w, i], want[i])
+                end
+            end
+        end
+    end
+
     @testset "$text, $T, to $last" for text in ("DP5()", "Tsit5()", "BS3()", "DP8()", "Vern7()", "Vern9()"),
             T in (Float32, Float64), last in (3.0, -3.0)
         times = range(0, last, length = 7)

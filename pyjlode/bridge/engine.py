@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import ends, forward
 from ..errors import BadOption, JuliaError, NonFiniteState, NotCompiled, NotConverged, SolveError, StepSizeTooSmall
 from ..gradients import Gradients, other_function, time_gradient
-from ..methods import ExplicitTableau, Method, hairer
+from ..methods import ExplicitTableau, Method
 from ..problem import NO_OPTIONS, AdjointSettings, Field, ODEProblem, SolverOptions, like
 from ..solution import Stats
 from . import places, runtime
@@ -24,7 +24,7 @@ from .calls import Calls, Held
 from .function import JuliaFunction
 from .memory import AdjointRequest, Lent, Outcome, ReplayRequest, Request
 from .rhs import RHS, Callbacks, Source
-from .sweep import Sweep, abreast
+from .sweep import Sweep, abreast, controlled
 
 log = logging.getLogger("pyjlode")
 
@@ -140,10 +140,11 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
         return f"adjoint='discrete' takes the steps again there, and that cannot be done {obstacle}"
     if gradient not in (None, "forward", "discrete") and (obstacle := _cannot_adjoin(p, gradient)):
         return obstacle
-    if p.rows is not None and p.rows.own:
-        return "t has a row for each system, and it takes one t for all"
+    rows = p.own_times is not None or (p.rows is not None and p.rows.own)
+    if rows and not (p.compile and p.batch > 1 and abreast(p)):
+        return "t has a row for each system, which there takes compile=True and a method that sweeps solve abreast"
     if p.batch > 1 and p.options.on_failure == "nan" and p.compile and not abreast(p):
-        return f"on_failure='nan' is known to explicit methods with error control there, and not to {p.method.name!r}"
+        return f"on_failure='nan' is known to methods that sweeps solve abreast there, and not to {p.method.name!r}"
     if p.batch > 1 and (obstacle := _cannot_sweep(p, gradient)):
         return f"options['batch_dims'] solves systems one by one there, and that {obstacle}"
     if p.mass is not None and gradient is not None:
@@ -221,7 +222,10 @@ def _cannot_sweep(p: ODEProblem, gradient: str | None) -> str | None:
     if not p.compile:
         return "needs compile=True"
     if gradient is not None and (gradient != "discrete" or not abreast(p)):
-        return f"has gradients by adjoint=True for explicit methods with error control: not {gradient!r} with {p.method.name!r}"
+        return (
+            "has gradients by adjoint=True for explicit methods with error control there: not by "
+            f"{gradient!r} with {p.method.name!r}"
+        )
     if p.event_fn is not None or p.mass is not None or p.options.jump_t or p.options.step_t:
         return "takes no event_fn, mass_matrix, step_t or jump_t"
     if isinstance(p.rtol, Tensor) or isinstance(p.atol, Tensor):
@@ -356,9 +360,9 @@ def _pull(memory: Memory, systems: Sweep, g: Tensor) -> Gradients:
     p = memory.problem
     assert memory.solve is not None
     with unrecorded(), runtime.julia() as calls:
-        a, grads, nf = systems.pull(calls, memory.solve, g)
+        a, by_t, grads, nf = systems.pull(calls, memory.solve, memory.record.ys, g)
     count(p.f, nf)
-    return Gradients(a + g[0], time_gradient(p, memory.record, g, a, p.f), grads)
+    return Gradients(a + g[0], by_t, grads)
 
 
 def replay_request(p: ODEProblem) -> ReplayRequest:
@@ -430,11 +434,12 @@ def _solve(
         of: the problem that `p` is the one of the sensitivities of.
         swept: gets the systems of a sweep, if given.
     """
+    points = len(p.times) if p.own_times is None else p.own_times.shape[1]
     if len(p.times) == 1 or p.y0.numel() == 0:
-        return Record(p.y0.detach().expand(len(p.times), -1).clone()), None, None
+        return Record(p.y0.detach().expand(points, -1).clone()), None, None
     o = p.options
     y0 = p.y0.detach().contiguous()
-    out = y0.new_empty(len(p.times), y0.numel())
+    out = y0.new_empty(points, y0.numel())
     # A method of the user's own keeps to a grid if it is given one.
     fixed = not p.method.adaptive or o.step_size is not None
     request = Request(
@@ -528,10 +533,7 @@ def _stepping(method: Method, o: SolverOptions) -> dict[str, float]:
         return stepping
     # SciML's own choice for explicit methods, (0.7 / k, 0.4 / k), lets steps grow so slowly that a short solve takes up
     # to twice as many, and aims at a third of the error: the same tolerance would mean something else on each engine.
-    k = method.start_order
-    beta1, beta2 = hairer(k)
-    gamma = o.safety ** (k * (beta1 - beta2))  # see `next_factor` of the native engine
-    return stepping | {"beta1": beta1, "beta2": beta2, "gamma": gamma, "qmin": o.dfactor, "qmax": o.ifactor}
+    return stepping | controlled(method, o)
 
 
 def _look_at(outcome: Outcome, p: ODEProblem, stats: Stats) -> None:

@@ -155,14 +155,16 @@ class Abreast(Lender):
         ("f", ctypes.c_void_p),
         *((name, Lent) for name in ("a", "c", "p", "e")),
         *((name, ctypes.c_int64) for name in ("stages", "fsal", "order", "own", "go_on")),
-        *((name, Lent) for name in ("naccept", "nreject", "codes", "ends")),
+        *((name, Lent) for name in ("naccept", "nreject", "codes", "ends", "b", "d", "gammas")),
+        ("gamma", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("jac", "tgrad")),
     )
 
 
 class PullRequest(Lender):
     """What the gradient of such a sweep is asked for; `PullRequest` in julia/src/abreast.jl."""
 
-    _fields_ = (*((name, Lent) for name in ("du0", "dp", "dv", "g")), ("pull", ctypes.c_void_p))
+    _fields_ = (*((name, Lent) for name in ("du0", "dp", "dv", "g", "dt", "states")), ("pull", ctypes.c_void_p))
 
 
 class Views(dict[int, Tensor]):

@@ -15,8 +15,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import NotCompiled
-from ..problem import Field, Layout, ODEProblem
-from ..methods import ExplicitTableau
+from ..methods import ExplicitTableau, Method, hairer
+from ..methods.stiff import RosenbrockTableau
+from ..problem import Field, Layout, ODEProblem, SolverOptions
 from ..solution import Stats, SystemStats
 from .calls import Calls, Held
 from .memory import Abreast, Outcome, PullRequest, Request, Systems
@@ -155,15 +156,15 @@ class Sweep:
         if abreast(p) and compiled.program.mode == "scalar":
             held, outcome = self._abreast(calls, compiled, request, lent, stats)
         else:
-            if request.keep or p.options.on_failure != "raise":
+            if request.keep or p.options.on_failure != "raise" or p.own_times is not None:
                 raise NotCompiled(
-                    "f is compiled as loops over arrays, and only what is compiled number by number (few operations) is "
-                    "solved with gradients or on_failure in a sweep. Solve with engine='torch'"
+                    "f is compiled as loops over arrays, and a sweep has gradients, on_failure and times of their own "
+                    "where f is compiled number by number: where it is few operations. Use engine='torch'"
                 )
             systems = Systems(count=p.batch)
             systems.lend(**lent)
             outcome = calls.sweep(compiled.field, algorithm, request, systems)
-        if p.f0 is not None and p.options.on_failure == "raise":
+        if p.f0 is not None and p.own_times is None and p.options.on_failure == "raise":
             self._compare(compiled, slopes)
         return held, outcome
 
@@ -184,15 +185,28 @@ class Sweep:
         self, calls: Calls, compiled: Any, request: Request, lent: dict[str, Tensor], stats: Stats
     ) -> tuple[Held | None, Outcome]:
         """Eight at a time, by our own loop in Julia."""
-        p, tab = self.p, self.p.method.tableau
-        assert isinstance(tab, ExplicitTableau)
+        p, tab, program = self.p, self.p.method.tableau, compiled.program
+        assert isinstance(tab, (ExplicitTableau, RosenbrockTableau))
         count, whole = p.batch, p.options.on_failure == "nan"
         counts = torch.zeros(3, count, dtype=torch.int64)
         naccept, nreject, codes = counts
         systems = Abreast(
-            count=count, stages=tab.stages, fsal=tab.fsal, order=p.method.order, own=0, go_on=whole,
-            f=compiled.program.packed(calls, "f"),
+            count=count,
+            f=program.packed(calls, "f"),
+            stages=tab.stages,
+            order=p.method.order,
+            own=p.own_times is not None,
+            go_on=whole,
         )
+        if isinstance(tab, RosenbrockTableau):
+            systems.gamma = tab.gamma
+            systems.jac, systems.tgrad = (program.packed(calls, name) for name in ("jac", "tgrad"))
+            for name, value in controlled(p.method, p.options).items():
+                setattr(request, name, value)
+        else:
+            systems.fsal = tab.fsal
+        if p.own_times is not None:
+            request.lend(times=torch.from_numpy(np.ascontiguousarray(p.own_times)))
         ends = torch.zeros(count, 2, dtype=torch.float64)
         systems.lend(**lent, **_weights(tab), naccept=naccept, nreject=nreject, codes=codes, ends=ends)
         held, outcome = calls.abreast(compiled.field, request, systems)
@@ -205,20 +219,29 @@ class Sweep:
 
     def _account(self, stats: Stats, naccept: Tensor, nreject: Tensor, codes: Tensor, ends: Tensor) -> None:
         p, tab = self.p, self.p.method.tableau
-        assert isinstance(tab, ExplicitTableau)
+        assert isinstance(tab, (ExplicitTableau, RosenbrockTableau))
         assert p.layout is not None
         batch = p.layout.shapes[0][: p.options.batch_dims]
-        nfe = 2 + (naccept + nreject) * (tab.stages - (not tab.fsal)) + naccept * (not tab.fsal)
-        why = {}
+        at_end = int(isinstance(tab, ExplicitTableau) and not tab.fsal)
+        nfe = 2 + (naccept + nreject) * (tab.stages - at_end) + naccept * at_end
+        why: dict[Any, str] = {}
         for i in codes.nonzero().view(-1).tolist():
             place = tuple(int(x) for x in np.unravel_index(i, batch))
             t, dt = ends[i].tolist()
-            why[place if len(place) > 1 else place[0]] = f"{p.method.name}: {_CAUSES[int(codes[i])]} at t={t:.9g} (dt={dt:.3g})."
-        stats.systems = SystemStats(*(x.reshape(batch) for x in (nfe, naccept, nreject, codes > 0)), why)
+            said = f"{p.method.name}: {_CAUSES[int(codes[i])]} at t={t:.9g} (dt={dt:.3g})."
+            why[place if len(place) > 1 else place[0]] = said
+        nfe, naccept, nreject, failed = (x.reshape(batch) for x in (nfe, naccept, nreject, codes > 0))
+        stats.systems = SystemStats(nfe, naccept, nreject, failed, why)
 
-    def pull(self, calls: Calls, held: Held, g: Tensor) -> tuple[Tensor, list[Tensor | None], int]:
-        """Of cotangents g (T, n) the gradient by the starts (without g[0]), those by `p.params`, and the calls of f that
-        they took."""
+    def pull(
+        self, calls: Calls, held: Held, ys: Tensor, g: Tensor
+    ) -> tuple[Tensor, Tensor | None, list[Tensor | None], int]:
+        """The gradients of a loss by the starts (without g[0]), by the times and by `p.params`, and the calls of f that
+        they took.
+
+        Args:
+            ys, g: the states, (T, n), and their cotangents.
+        """
         p, trained = self.p, self.compiled.trained
         count, g = p.batch, g.contiguous()
         a = torch.empty_like(p.y0, memory_format=torch.contiguous_format)
@@ -226,6 +249,10 @@ class Sweep:
         own = p.y0.new_empty(count, len(self.places))
         request = PullRequest(pull=self.pulling)
         request.lend(du0=a, dp=theta, dv=own, g=g)
+        by_t = None
+        if p.t.requires_grad:
+            by_t = torch.empty(count, len(ys), dtype=torch.float64)
+            request.lend(dt=by_t, states=ys.contiguous())
         nf = calls.pull(held, request)
         found: dict[int, Tensor] = {}
         start = at = 0
@@ -237,7 +264,9 @@ class Sweep:
                 grad = theta[start : start + size].reshape(x.shape)
             start += size
             found[id(x)] = grad.to(x.device, x.dtype)
-        return a, [found.get(id(x)) for x in p.params], nf
+        if by_t is not None:
+            by_t = by_t.sum(0) if p.own_times is None else by_t.view(p.t.shape)
+        return a, by_t, [found.get(id(x)) for x in p.params], nf
 
     def _prove(self, compiled: Any) -> None:
         """Compare some of the systems, each by itself, with f for all of them, away from the start."""
@@ -270,17 +299,36 @@ class Sweep:
             raise _not_independent(worst, error) from error
 
 
+def controlled(method: Method, o: SolverOptions) -> dict[str, float]:
+    """The control of steps by Hairer's PI controller, as a request has it."""
+    k = method.start_order
+    beta1, beta2 = hairer(k)
+    gamma = o.safety ** (k * (beta1 - beta2))  # see `next_factor` of the native engine
+    return {"beta1": beta1, "beta2": beta2, "gamma": gamma, "qmin": o.dfactor, "qmax": o.ifactor}
+
+
 def abreast(p: ODEProblem) -> bool:
-    """Whether systems may be solved eight at a time: by explicit methods with error control."""
+    """Whether systems may be solved eight at a time: by explicit methods with error control, and small ones by
+    Rosenbrock methods."""
     tab = p.method.tableau
+    if isinstance(tab, RosenbrockTableau):
+        return p.y0.numel() <= _STIFF * p.batch and p.mass is None and p.jac is None
     return isinstance(tab, ExplicitTableau) and tab.E is not None and p.options.step_size is None
 
 
+# Numbers in a system whose matrices are factorised in the lanes of vectors.
+_STIFF = 20
+
+
 @functools.cache
-def _weights(tab: ExplicitTableau) -> dict[str, Tensor]:
+def _weights(tab: ExplicitTableau | RosenbrockTableau) -> dict[str, Tensor]:
     """As `Abreast` in julia/src/abreast.jl has them."""
-    assert tab.E is not None
-    arrays = dict(zip("acp", tab.whole())) | {"e": tab.E}
+    arrays: dict[str, np.ndarray]
+    if isinstance(tab, RosenbrockTableau):
+        arrays = {"a": tab.A, "b": tab.m, "c": tab.alpha, "d": tab.C, "e": tab.E, "p": tab.P, "gammas": tab.gammas}
+    else:
+        assert tab.E is not None
+        arrays = dict(zip("acp", tab.whole())) | {"e": tab.E}
     return {name: torch.tensor(x, dtype=torch.float64).contiguous() for name, x in arrays.items()}
 
 

@@ -112,6 +112,7 @@ def apart(
     assert p.rows is not None
     assert p.layout is not None
     if engine is not native:  # a sweep solves them one by one
+        p.own_times = p.rows.times if p.rows.own else None
         p.rows = None
         return f, ""
     asked = "t with a row for each system" if p.rows.own else "event_fn with an event for each" if event_fn else ""
