@@ -290,9 +290,8 @@ def rates(title: str, counts: dict[str, int], runs: dict[str, Run], rounds: int,
         every = len(want) // counts[name]
         apart = (h - want[::every]).abs() / want.abs().amax(0)
         told = f"{steps:4.0f} steps each" if steps else ""
-        print(
-            f"  {name:38s} {counts[name] / spent * 1e3:9.0f} a second  error {float(apart.amax(1).median()):.1e}  {told}"
-        )
+        error = float(apart.amax(1).median())
+        print(f"  {name:38s} {counts[name] / spent * 1e3:9.0f} a second  error {error:.1e}  {told}")
 
 
 def mean_steps(solution: Any) -> float:
