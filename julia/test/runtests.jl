@@ -109,6 +109,27 @@ function adjoint(s, name, text, times, g::Array{T}; rtol, max_steps = 100_000) w
     return du0, dp
 end
 
+# Compiled functions by their addresses, of what they read nothing but v, u and the time.
+function call_packed(f, out::Array{T}, v::Vector{T}, u::Vector{T}, t::Vector{T}) where {T}
+    GC.@preserve out v u t begin
+        p = pointer(u)
+        @ccall $f(
+            pointer(out)::Ptr{T}, pointer(v)::Ptr{T}, p::Ptr{T}, p::Ptr{T}, p::Ptr{T}, p::Ptr{T}, pointer(t)::Ptr{T}
+        )::Cvoid
+    end
+    return nothing
+end
+
+function call_single(f, out::Array{T}, v::Vector{T}, u::Vector{T}, t::T) where {T}
+    GC.@preserve out v u begin
+        p = pointer(u)
+        @ccall $f(
+            pointer(out)::Ptr{T}, pointer(v)::Ptr{T}, p::Ptr{T}, p::Ptr{T}, p::Ptr{T}, p::Ptr{T}, t::Cdouble
+        )::Cvoid
+    end
+    return nothing
+end
+
 @testset "PyJLODE" begin
     @testset "lent memory is the memory itself" begin
         a = [1.0, 2.0, 3.0]
@@ -209,20 +230,9 @@ end
         same(x, y) = isequal(x, y) || isapprox(x, y; rtol = 8 * eps(T))
         for part in (1:8, 9:16), shift in 0:15
             u, v = special[part], circshift(special, shift)[part]
-            GC.@preserve u v t out begin
-                p = pointer(u)
-                @ccall $packed(
-                    pointer(out)::Ptr{T}, pointer(v)::Ptr{T}, p::Ptr{T}, p::Ptr{T}, p::Ptr{T}, p::Ptr{T}, pointer(t)::Ptr{T}
-                )::Cvoid
-            end
+            call_packed(packed, out, v, u, t)
             for w in 1:8
-                x, y = u[w:w], v[w:w]
-                GC.@preserve x y want begin
-                    p = pointer(x)
-                    @ccall $single(
-                        pointer(want)::Ptr{T}, pointer(y)::Ptr{T}, p::Ptr{T}, p::Ptr{T}, p::Ptr{T}, p::Ptr{T}, t[w]::Cdouble
-                    )::Cvoid
-                end
+                call_single(single, want, v[w:w], u[w:w], t[w])
                 for i in eachindex(want)
                     same(out[w, i], want[i]) || @info "differs" formulas[i] u[w] v[w] out[w, i] want[i]
                     @test same(out[w, i], want[i])
