@@ -291,7 +291,9 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
         found = {id(x): gradient for x, gradient in zip(p.params, grads.params)}
         return grads._replace(params=[found[id(x)] if id(x) in found else torch.zeros_like(x) for x in memory.wrt])
     if rhs is None:  # nothing was solved
-        return Gradients(g.sum(0), time_gradient(p, record, g, torch.zeros_like(p.y0), p.f), [None] * len(p.params))
+        still = p.t.new_zeros(p.t.shape, dtype=torch.float64)  # of rows of times that are all the same
+        by_t = time_gradient(p, record, g, torch.zeros_like(p.y0), p.f) if p.own_times is None else still
+        return Gradients(g.sum(0), by_t, [None] * len(p.params))
     if memory.systems is not None:
         return _pull(memory, memory.systems, g)
     if memory.gradient == "discrete":
