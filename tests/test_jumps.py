@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from problems import GENERAL
 
 import pyjlode
 from pyjlode import At, Event, solve
@@ -14,7 +15,7 @@ from pyjlode.errors import BadDtype, BadOption, BadShape, BadTime, GradientUnava
 F64 = torch.float64
 G = 9.81
 TIGHT = {"rtol": 1e-9, "atol": 1e-10, "engine": "torch"}
-every_gradient = pytest.mark.parametrize("adjoint", [False, True, *pyjlode.GRADIENTS], ids=str)
+every_gradient = pytest.mark.parametrize("adjoint", [False, True, *GENERAL], ids=str)
 
 
 def fall(t, h):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from problems import GENERAL
 from torch.utils import _pytree as pytree
 
 import pyjlode
@@ -14,7 +15,7 @@ import pyjlode
 F64 = torch.float64
 ADAPTIVE = ["dopri5", "tsit5", "dopri8", "vern7", "vern9", "bosh3"]
 FIXED = ["euler", "midpoint", "heun3", "rk4", "explicit_adams", "gl4", "radauIIA3", "trapezoid", "sdirk2"]
-GRADIENTS = [False, True, *pyjlode.GRADIENTS]
+GRADIENTS = [False, True, *GENERAL]
 TOL = {"rtol": 1e-9, "atol": 1e-11}
 
 Pair = namedtuple("Pair", "first second")

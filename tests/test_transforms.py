@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from problems import GENERAL
 from torch import nn
 from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian
@@ -159,7 +160,7 @@ def test_finite_differences():
         close(jvp(lambda p: loss(p, H0), (P,), (step / e,))[1], difference)
 
 
-@pytest.mark.parametrize("adjoint", [True, *pyjlode.GRADIENTS])
+@pytest.mark.parametrize("adjoint", [True, *GENERAL])
 def test_every_adjoint_is_differentiable_here(adjoint):
     def f(p, h0):
         return loss(p, h0, adjoint=adjoint)
