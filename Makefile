@@ -36,7 +36,7 @@ format: .venv/dev
 
 # The site, in site/. A warning (a link that leads nowhere, a name that does not exist) is an error.
 docs: .venv/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The Julia engine: some minutes, about 5 GB, and the internet.
 julia: .venv/dev
