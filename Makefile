@@ -2,13 +2,27 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-quick lint format docs julia bench clean
+.PHONY: demo test test-quick test-all dist lint format docs julia bench clean
 
 demo: .venv/plot
 	$(BIN)/pyjlode demo
 
+# Some six minutes on two cores; the slow ones are left out.
 test: .venv/dev
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# Under a minute: the front door, every method's order, gradients against finite differences, the errors.
+test-quick: .venv/dev
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(QUICK)
+
+test-all: .venv/dev
 	$(BIN)/python -m pytest -n 2
+
+# What is published: built from the sdist, and checked.
+dist: .venv/dist
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -22,7 +36,7 @@ format: .venv/dev
 
 # The site, in site/. A warning (a link that leads nowhere, a name that does not exist) is an error.
 docs: .venv/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The Julia engine: some minutes, about 5 GB, and the internet.
 julia: .venv/dev

@@ -124,8 +124,8 @@ class Steps:
     rejected: list[tuple[float, float]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Occurrence:
+@dataclass(frozen=True, eq=False)
+class Occurrence(_Compared):
     """One event of a solve with `events`.
 
     Attributes:

@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+from pathlib import Path
 
 # What "auto" means in these tests: the native engine, with a Julia or without. Tests of the Julia engine name it.
 os.environ["PYJLODE_ENGINE"] = "torch"
@@ -47,19 +48,34 @@ def jlarrays(julia):
         pytest.skip(NO_JLARRAYS)
 
 
+SLOW = tuple(
+    line for line in Path(__file__).with_name("slow.txt").read_text(encoding="utf-8").splitlines() if line[0] != "#"
+)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason=NO_CUDA))
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
+    """One line: what was left out, and how to have it run."""
     reports = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    left = []
     for reason, what in (
-        (NO_JULIA, f"tests of the Julia engine were skipped: {runtime.find()}"),
-        (NO_JLARRAYS, "tests of the Julia engine on arrays like a device's were skipped: JLArrays.jl is not there."),
-        (NO_CUDA, "tests were skipped: torch sees no CUDA device."),
+        (NO_JULIA, "of the Julia engine (make julia sets it up)"),
+        (NO_JLARRAYS, 'of the Julia engine on arrays like a device\'s (Pkg.add("JLArrays") in its project)'),
+        (NO_CUDA, "of a CUDA device, which torch does not see"),
     ):
         if skipped := sum(reason in report for report in reports):
-            terminalreporter.write_line(f"{skipped} {what}")
+            left.append(f"{skipped} {what}")
+    if config.option.markexpr == "not slow":
+        left.append("the slow ones (make test-all)")
+    if left:
+        terminalreporter.write_line(f"Not run: {', '.join(left)}.")

@@ -103,7 +103,8 @@ def test_every_error_has_a_row():
 def test_every_public_name_has_its_place_in_the_reference():
     text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs/reference").glob("*.md"))
     told = {line.rpartition(".")[2] for line in re.findall(r"^::: (\S+)$", text, re.MULTILINE)}
-    assert set(pyjlode.__all__) - {"METHODS", "GRADIENTS"} <= told
+    assert set(pyjlode.__all__) - {"METHODS", "GRADIENTS", "nn"} <= told
+    assert set(pyjlode.nn.__all__) <= told
     assert {"METHODS", "GRADIENTS"} <= set(re.findall(r"`pyjlode\.(\w+)`", text))
 
 

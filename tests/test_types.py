@@ -277,6 +277,15 @@ def test_solutions_are_compared_by_their_numbers():
         hash(a)
 
 
+def test_solutions_with_events_are_compared_by_these_too():
+    def solved(level):
+        return solve(decay, H0, T, events=[pyjlode.Event(lambda t, h: h[0] - level, affect=lambda t, h: h / 2)])
+
+    assert solved(0.5) == solved(0.5)
+    assert solved(0.5) == pickle.loads(pickle.dumps(solved(0.5)))
+    assert solved(0.5) != solved(0.75)
+
+
 def test_a_system_that_failed_is_equal_to_itself():
     def f(t, h):
         return torch.where(h > 1.5, h**3, -h)

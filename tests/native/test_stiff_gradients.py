@@ -95,15 +95,17 @@ TOLERANCES = {
 
 @adjoints
 @pytest.mark.parametrize("method", STIFF)
-def test_robertsons_rate_constants(method, adjoint):
-    """To 1e-6 relative; the continuous adjoints of the methods of order 2 to 1e-5, which is nine seconds there: their
-    error falls with rtol to the power 2/3, so that 1e-6 takes four to eight times as long."""
+@pytest.mark.parametrize(("looser", "accuracy"), [(300, 1e-4), pytest.param(1, 1e-6, marks=pytest.mark.slow)])
+def test_robertsons_rate_constants(method, adjoint, looser, accuracy):
+    """To 1e-6 relative, and to 1e-4 at tolerances 300 times as loose; the continuous adjoints of the methods of order 2
+    to ten times that, which is nine seconds there: their error falls with rtol to the power 2/3, so that 1e-6 takes
+    four to eight times as long."""
     logs = torch.zeros(3, dtype=F64, requires_grad=True)
     h0, t = tensor(1.0, 0.0, 0.0), tensor(0.0, 1.0, 40.0)
-    tol = TOLERANCES[method][adjoint in CONTINUOUS]
+    tol = looser * TOLERANCES[method][adjoint in CONTINUOUS]
     value = loss(robertson, logs, h0, RATES, t, method, adjoint, tol, tol * 1e-4, WEIGHTS)
     (grad,) = torch.autograd.grad(value, logs)
-    accuracy = 1e-5 if METHODS[method].order == 2 and adjoint in CONTINUOUS else 1e-6
+    accuracy *= 10 if METHODS[method].order == 2 and adjoint in CONTINUOUS else 1
     assert float(((grad - robertson_reference()) / robertson_reference()).abs().max()) < accuracy
 
 
@@ -231,7 +233,7 @@ def test_batches(method, adjoint):
     """The gradient of a batch is that of its systems."""
     k = RATES * torch.logspace(-0.5, 0.5, 3, dtype=F64)[:, None]
     h0, t = tensor(1.0, 0.0, 0.0).repeat(3, 1), tensor(0.0, 5.0)
-    kwargs = {"method": method, "rtol": 1e-8, "atol": 1e-12, "adjoint": adjoint}
+    kwargs = {"method": method, "rtol": 1e-6, "atol": 1e-10, "adjoint": adjoint}
 
     def gradient(h0, k, **more):
         logs = torch.zeros_like(k, requires_grad=True)
@@ -241,7 +243,7 @@ def test_batches(method, adjoint):
 
     together = gradient(h0, k, options={"batch_dims": 1})
     for i in range(3):
-        torch.testing.assert_close(together[i], gradient(h0[i], k[i]), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(together[i], gradient(h0[i], k[i]), rtol=1e-3, atol=1e-6)
 
 
 def test_interpolating_is_gauss():
@@ -380,25 +382,32 @@ def test_the_derivative_by_a_slow_rate_is_not_lost_to_a_fast_one(method):
         assert abs(float(grad[1]) + 2.863) < 0.03
 
 
+def jumping(x, method, adjoint, rtol):
+    """A loss of parameters, start and times of a system that jumps at t = 0.5."""
+    p, h0, t = x[:2], x[2:4], x[4:]
+
+    def f(t, h):
+        fast = relaxing(t, h, torch.stack([1e4 * p[0], p[1]]))
+        return fast + torch.where(t < 0.5, torch.sin(3 * t), -h[1])
+
+    kwargs = {"rtol": rtol, "atol": 1e-3 * rtol, "options": {"jump_t": [0.5]}, "engine": "torch"}
+    return odeint(f, h0, t, method=method, adjoint=adjoint, **kwargs)[1:].square().sum()
+
+
+JUMPING = tensor(1.0, 1.0, 1.0, 1.0, 0.0, 0.3, 0.8)
+
+
+@functools.cache
+def jumping_reference():
+    return differences(lambda e: float(jumping(JUMPING + e, "radau5", False, 1e-8)), 7, 1e-2)
+
+
 @pytest.mark.parametrize("method", ["kvaerno5", "kencarp4", "trbdf2_adaptive"])
 def test_gradients_of_stiffly_accurate_steps_pass_jumps_and_times(method):
     """A step after a jump starts with a slope of its own; and dL/dt goes through the slope that a step carries."""
-
-    def run(x, adjoint, method=method, rtol=1e-7):
-        p, h0, t = x[:2], x[2:4], x[4:]
-
-        def f(t, h):
-            fast = relaxing(t, h, torch.stack([1e4 * p[0], p[1]]))
-            return fast + torch.where(t < 0.5, torch.sin(3 * t), -h[1])
-
-        kwargs = {"rtol": rtol, "atol": 1e-3 * rtol, "options": {"jump_t": [0.5]}, "engine": "torch"}
-        return odeint(f, h0, t, method=method, adjoint=adjoint, **kwargs)[1:].square().sum()
-
-    point = tensor(1.0, 1.0, 1.0, 1.0, 0.0, 0.3, 0.8)
     gradients = []
     for adjoint in (False, "discrete"):
-        x = point.clone().requires_grad_()
-        gradients.append(torch.autograd.grad(run(x, adjoint), x)[0])
+        x = JUMPING.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(jumping(x, method, adjoint, 1e-7), x)[0])
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-5)
-    expected = differences(lambda e: float(run(point + e, False, "radau5", 1e-10)), 7, 1e-3)
-    torch.testing.assert_close(gradients[1], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(gradients[1], jumping_reference(), rtol=1e-3, atol=1e-3)
