@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .errors import BadShape
 
@@ -41,3 +43,30 @@ class SecondOrder(nn.Module):
             )
         q, v = h
         return v, self.a(t, q, v)
+
+
+class Split(nn.Module):
+    """The field `f = stiff + nonstiff`, whose parts an IMEX method solves in two ways: `stiff` implicitly, `nonstiff`
+    explicitly. To every other method it is their sum.
+
+    `odeint(Split(stiff, nonstiff), h0, t, method="kencarp4")` pays where Newton's iteration on the whole field is dear
+    and only one part, often a linear one, makes it stiff. A module, so that its parameters are those of both parts.
+
+    Args:
+        stiff, nonstiff: each `(t, h) -> dh/dt` as `f` of `odeint`.
+
+    Source: Kennedy & Carpenter, Additive Runge-Kutta schemes for convection-diffusion-reaction equations, Appl. Numer.
+    Math. 44 (2003) 139-181.
+    """
+
+    def __init__(self, stiff: Callable[[Tensor, Any], Any], nonstiff: Callable[[Tensor, Any], Any]) -> None:
+        super().__init__()
+        for name, part in (("stiff", stiff), ("nonstiff", nonstiff)):
+            if not callable(part):
+                raise BadShape(f"Split takes two functions of (t, h); {name} is a {type(part).__name__}.")
+        self.stiff, self.nonstiff = stiff, nonstiff
+
+    def forward(self, t: Tensor, h: Any) -> Any:
+        """(t, h) -> stiff(t, h) + nonstiff(t, h)."""
+        a, b = self.stiff(t, h), self.nonstiff(t, h)
+        return a + b if isinstance(a, Tensor) else pytree.tree_map(torch.add, a, b)

@@ -76,6 +76,11 @@ class Method:
         )
 
     @property
+    def imex(self) -> bool:
+        """True where the parts of a field that is split are solved in two ways."""
+        return isinstance(self.tableau, st.EsdirkTableau) and self.tableau.explicit is not None
+
+    @property
     def reversible(self) -> bool:
         """True where a step can be undone by the same operations in reverse."""
         return isinstance(self.tableau, so.SymplecticTableau)
