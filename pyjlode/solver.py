@@ -37,7 +37,7 @@ from .problem import (
     like,
 )
 from .solution import Solution, State, Stats, Steps, interpolant
-from .systems import SecondOrder, Split
+from .systems import Implicit, SecondOrder, Split
 from .tracing import untraced
 
 if TYPE_CHECKING:
@@ -339,7 +339,7 @@ class Solver:
             layout=layout,
             batch=batch,
             rows=rows,
-            mass=arguments.mass_matrix(e.mass_matrix, row, layout, batch),
+            mass=arguments.mass_matrix(_mass(e, t, layout, batch), row, layout, batch),
             second_order=isinstance(e.f, SecondOrder),
             split=_parts(e.f, row, layout, autocast),
             jac=arguments.jacobian(e.jac, row, layout, batch),
@@ -432,6 +432,17 @@ class Solver:
 
 _BACKWARD = ("adjoint_rtol", "adjoint_atol", "adjoint_method", "adjoint_options")
 Solver.__init__ = mistakes.front(arguments.KEYWORDS)(Solver.__init__)  # type: ignore[method-assign]
+
+
+def _mass(e: Equation, t: Tensor, layout: Layout, batch: int) -> Any:
+    """The mass matrix as the user gave it, or as an implicit field has it."""
+    if not isinstance(e.f, Implicit):
+        return e.mass_matrix
+    if e.mass_matrix is not None:
+        raise BadOption("mass_matrix: an Implicit field has one of its own.")
+    if not layout.bare or batch > 1:
+        raise BadOption("an Implicit field is for a state that is one real tensor, and not for batch_dims.")
+    return e.f.mass(t[0].detach().to(e.h0), e.h0)
 
 
 def _parts(f: Any, row: Method, layout: Layout, autocast: bool) -> tuple[Field, Field] | None:
