@@ -14,7 +14,7 @@ from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from .solution import Occurrence, Solution, Stats
 from .solver import Solver
 from .source import julia_source
-from .systems import SecondOrder
+from .systems import Implicit, SecondOrder, Split
 
 if _TYPE_CHECKING:
     from . import nn, plot
@@ -27,11 +27,13 @@ __all__ = [
     "At",
     "Ensemble",
     "Event",
+    "Implicit",
     "Interpolation",
     "Occurrence",
     "SecondOrder",
     "Solution",
     "Solver",
+    "Split",
     "Stats",
     "ensemble",
     "ensemble_map",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import arguments, mistakes, parameters
-from .errors import BadShape
+from .errors import BadOption, BadShape
 from .notices import warn
 from .problem import ODEProblem, flat_field
 
@@ -50,6 +50,11 @@ def look(
             p.graph_nodes = parameters.graph_mark() - mark
         if held and (changed := held.changed()) and not torch.equal(f0.detach().clone(), call(f)):
             f = parameters.settled(f, changed)
+            if p.split:
+                raise BadOption(
+                    "a part of the Split field changes its own buffers and depends on them (as spectral_norm does in "
+                    "training). Put it into eval(), or pass the sum as one function."
+                )
             p.f = flat_field(f, layout, autocast)
             p.f.source = None  # a trace of f would not show this
             mark = parameters.graph_mark()

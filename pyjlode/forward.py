@@ -54,6 +54,7 @@ def augment(p: ODEProblem) -> ODEProblem:
         f=Field(rhs),
         y0=torch.cat([p.y0, S0.reshape(-1)]),
         f0=None,
+        split=None,
         jac=Jacobian(p, rhs) if p.method.controlled or p.method.kind == "julia" else None,
         mass=None,
         batch=1,

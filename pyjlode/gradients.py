@@ -334,13 +334,16 @@ def _unrecorded(engine: Engine, p: ODEProblem, stats: Stats, dense: bool) -> Any
     """
     if not torch.is_grad_enabled() or p.named:
         return engine.solve(p, stats, dense=dense)
-    p.f.watched = True
+    fields = [p.f, *(p.split or ())]
+    for f in fields:
+        f.watched = True
     try:
         record = engine.solve(p, stats, dense=dense)
         if engine.NAME == "julia" and not stats.compiled:
             Sight.of(p, record)
     finally:
-        p.f.watched = False
+        for f in fields:
+            f.watched = False
     return record
 
 

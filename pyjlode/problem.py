@@ -549,6 +549,7 @@ class ODEProblem:
         mass: (n / B, n / B), M of `M y' = f(t, y)`, the same for each system; None is the identity.
         blind_to_time: f is known to read t as a number.
         products: `v -> J v` and `v -> Jᵀ v` at a time t, `(t: 0-d, v: (n,)) -> (n,)`, for a large linear f.
+        split: the stiff and the other part of f, where the method solves each in its own way.
         second_order: y is (q, v), and f is known to give q' = v.
         jac: `(t: 0-d, y: (n,)) -> (B, n / B, n / B)` or what reshapes to it, the user's df/dy.
         compile: whether the engine must (True), may (None: Julia's) or must not (False) compile f.
@@ -590,6 +591,7 @@ class ODEProblem:
     rows: Rows | None = None
     own_times: np.ndarray | None = None
     mass: Tensor | None = None
+    split: tuple[Field, Field] | None = None
     second_order: bool = False
     jac: Callable[[Tensor, Tensor], Tensor] | None = None
     blind_to_time: bool = False

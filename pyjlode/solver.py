@@ -25,6 +25,7 @@ from .problem import (
     FEW,
     AdjointSettings,
     Equation,
+    Field,
     Layout,
     Norm,
     ODEProblem,
@@ -36,7 +37,7 @@ from .problem import (
     like,
 )
 from .solution import Solution, State, Stats, Steps, interpolant
-from .systems import SecondOrder
+from .systems import Implicit, SecondOrder, Split
 from .tracing import untraced
 
 if TYPE_CHECKING:
@@ -338,8 +339,9 @@ class Solver:
             layout=layout,
             batch=batch,
             rows=rows,
-            mass=arguments.mass_matrix(e.mass_matrix, row, layout, batch),
+            mass=arguments.mass_matrix(_mass(e, t, layout, batch), row, layout, batch),
             second_order=isinstance(e.f, SecondOrder),
+            split=_parts(e.f, row, layout, autocast),
             jac=arguments.jacobian(e.jac, row, layout, batch),
             callbacks=arguments.callbacks(e.f, row, layout, y0),
             compile=self.compile,
@@ -430,6 +432,24 @@ class Solver:
 
 _BACKWARD = ("adjoint_rtol", "adjoint_atol", "adjoint_method", "adjoint_options")
 Solver.__init__ = mistakes.front(arguments.KEYWORDS)(Solver.__init__)  # type: ignore[method-assign]
+
+
+def _mass(e: Equation, t: Tensor, layout: Layout, batch: int) -> Any:
+    """The mass matrix as the user gave it, or as an implicit field has it."""
+    if not isinstance(e.f, Implicit):
+        return e.mass_matrix
+    if e.mass_matrix is not None:
+        raise BadOption("mass_matrix: an Implicit field has one of its own.")
+    if not layout.bare or batch > 1:
+        raise BadOption("an Implicit field is for a state that is one real tensor, and not for batch_dims.")
+    return e.f.mass(t[0].detach().to(e.h0), e.h0)
+
+
+def _parts(f: Any, row: Method, layout: Layout, autocast: bool) -> tuple[Field, Field] | None:
+    """The parts of a field that is split, for a method that solves each in its own way."""
+    if not isinstance(f, Split) or not row.imex:
+        return None
+    return flat_field(f.stiff, layout, autocast), flat_field(f.nonstiff, layout, autocast)
 
 
 def _times(t: Any, reading: Reading) -> tuple[Tensor, list[float], Rows | None]:
@@ -585,7 +605,7 @@ def solved(how: Solver | Mapping[str, Any], e: Equation, *, dense: bool) -> Solu
     if event_t is not None:
         starts = p.t[..., 0] if p.rows is None else p.t[..., 0].expand(event_t.shape)
         ys, ts = torch.stack([ys[0], ran.event_y]), torch.stack([starts, event_t], -1)
-    stats.nfe = p.f.nfe
+    stats.nfe = p.f.nfe + (p.split[0].nfe if p.split else 0)
     stats.wall = time.perf_counter() - start
     if call and stats.compiled and not known and stats.engine == "julia":
         call.keep(ran.made)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from .errors import BadShape
+from .errors import BadOption, BadShape
 
 
 class SecondOrder(nn.Module):
@@ -41,3 +43,94 @@ class SecondOrder(nn.Module):
             )
         q, v = h
         return v, self.a(t, q, v)
+
+
+class Split(nn.Module):
+    """The field `f = stiff + nonstiff`, whose parts an IMEX method solves in two ways: `stiff` implicitly, `nonstiff`
+    explicitly. To every other method it is their sum.
+
+    `odeint(Split(stiff, nonstiff), h0, t, method="kencarp4")` pays where Newton's iteration on the whole field is dear
+    and only one part, often a linear one, makes it stiff. A module, so that its parameters are those of both parts.
+
+    Args:
+        stiff, nonstiff: each `(t, h) -> dh/dt` as `f` of `odeint`.
+
+    Source: Kennedy & Carpenter, Additive Runge-Kutta schemes for convection-diffusion-reaction equations, Appl. Numer.
+    Math. 44 (2003) 139-181.
+    """
+
+    def __init__(self, stiff: Callable[[Tensor, Any], Any], nonstiff: Callable[[Tensor, Any], Any]) -> None:
+        super().__init__()
+        for name, part in (("stiff", stiff), ("nonstiff", nonstiff)):
+            if not callable(part):
+                raise BadShape(f"Split takes two functions of (t, h); {name} is a {type(part).__name__}.")
+        self.stiff, self.nonstiff = stiff, nonstiff
+
+    def forward(self, t: Tensor, h: Any) -> Any:
+        """(t, h) -> stiff(t, h) + nonstiff(t, h)."""
+        a, b = self.stiff(t, h), self.nonstiff(t, h)
+        return a + b if isinstance(a, Tensor) else pytree.tree_map(torch.add, a, b)
+
+
+class Implicit(nn.Module):
+    """The field of the fully implicit system `F(t, y, y') = 0`, of index 1, where `F` is linear in `y'` with constant
+    coefficients: `M y' = f(t, y)` with `M = dF/dy'` and `f = -F(t, y, 0)`, both of which are found.
+
+    `odeint(Implicit(F), y0, t, method="radau5")` solves it as a system with a `mass_matrix`, by the methods that take
+    one. `y'` at the start is not asked for; `options={"consistent": "compute"}` makes `y0` consistent. A module, so
+    that its parameters are those of `F`.
+
+    Args:
+        F: `F(t, y, dy) -> residual`, of the shape of `y`, which is one real tensor.
+
+    Raises:
+        BadOption: in the solve, where the coefficients of `y'` are not constant, or depend on tensors that require
+            grad.
+        HighIndex: the index is above 1.
+
+    Source: Brenan, Campbell & Petzold, Numerical Solution of Initial-Value Problems in Differential-Algebraic
+    Equations, SIAM 1996.
+    """
+
+    def __init__(self, F: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        if not callable(F):
+            raise BadShape(f"Implicit takes the residual as a function F(t, y, dy); got a {type(F).__name__}.")
+        self.F = F
+
+    def forward(self, t: Tensor, h: Tensor) -> Tensor:
+        """(t, y) -> -F(t, y, 0)."""
+        if not isinstance(h, Tensor):
+            raise BadShape(f"the state of an Implicit field must be one tensor; it is a {type(h).__name__}.")
+        return -self.F(t, h, torch.zeros_like(h))
+
+    def mass(self, t: Tensor, y: Tensor) -> Tensor:
+        """dF/dy', (d, d).
+
+        Raises:
+            BadOption: it is not a constant.
+        """
+        y = y.detach()
+        M = self.leading(t, y, torch.zeros_like(y))
+        if M.requires_grad:
+            raise BadOption(
+                "the coefficients of y' in F(t, y, y') depend on tensors that require grad, and the gradient by a mass "
+                "matrix is not computed. Divide an equation by its coefficient, or detach it."
+            )
+        # Two other points: what is not constant shows at nearly all of them.
+        other = y.abs().mean() + 1
+        for shift in (0.37, -1.13):
+            moved = self.leading(t + shift * (1 + t.abs()), y + shift * other, torch.full_like(y, shift) * other)
+            if not torch.allclose(moved, M, rtol=1e-6, atol=1e-9 * float(M.abs().max())):
+                raise BadOption(
+                    "the coefficients of y' in F(t, y, y') change with t, y or y', and Implicit takes constant ones. "
+                    "If dF/dy' is regular, solve for y'. Else write y' = z, 0 = F(t, y, z) for those that move, with a "
+                    "mass_matrix, if that is of index 1."
+                )
+        return M
+
+    def leading(self, t: Tensor, y: Tensor, dy: Tensor) -> Tensor:
+        def residual(v: Tensor) -> Tensor:
+            return self.F(t, y, v.reshape(y.shape)).reshape(-1)
+
+        return torch.func.jacrev(residual)(dy.reshape(-1))

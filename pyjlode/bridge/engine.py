@@ -19,10 +19,11 @@ from ..gradients import Gradients, other_function, time_gradient
 from ..methods import ExplicitTableau, Method
 from ..problem import NO_OPTIONS, AdjointSettings, Field, ODEProblem, SolverOptions, like
 from ..solution import Stats
-from . import places, runtime
+from . import packages, places, runtime
 from .calls import Calls, Held
 from .function import JuliaFunction
 from .memory import AdjointRequest, Lent, Outcome, ReplayRequest, Request
+from .packages import SECOND_ORDER as _SECOND
 from .rhs import RHS, Callbacks, Source
 from .sweep import Sweep, abreast, controlled
 
@@ -128,6 +129,11 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
     """Why this engine cannot solve `p` with this gradient method; None if it can."""
     if p.method.julia is None:
         return f"method={p.method.name!r} has no counterpart there"
+    if p.method.kind == "julia" and (second := [x for x in packages.of(p.method.julia).values() if x in _SECOND]):
+        return (
+            f"the methods of {second[0]}.jl are for problems of second order, which are not made there; the native "
+            "engine has such methods (docs/second_order.md)"
+        )
     if p.y0.device.type not in ("cpu", "cuda"):
         return f"the state lies on {p.y0.device}, and Julia is given tensors on the CPU and on CUDA devices"
     if places.of(p.y0).kind != places.HOST and isinstance(p.f.f, JuliaFunction):
@@ -625,6 +631,13 @@ def _algorithm(calls: Calls, method: Method, gradient: str | None) -> Held:
         # Verner's methods make the last stages of their dense output when it is asked for. Within SciMLSensitivity's
         # adjoints these come out wrong: a gradient at rtol=1e-8 was off by 1e-3.
         expression = re.sub(r"\bVern([6-9])\(\)", r"Vern\1(lazy=false)", expression)
+    for name, package in packages.of(expression).items():
+        if runtime.without(package):
+            raise BadOption(
+                f"method={method.name!r}: {name} is in {package}.jl, which is not among Julia's packages. Add it to "
+                f'the project that `pyjlode doctor` names: import Pkg; Pkg.add("{package}")'
+            )
+        runtime.load(package, into="PyJLODE.Names")
     try:
         return runtime.algorithm(calls, expression)
     except Exception as error:

@@ -174,8 +174,11 @@ def sensitivity() -> None:
         _runtime.seconds["sensitivity"] = time.perf_counter() - start
 
 
-def load(package: str) -> None:
+def load(package: str, into: str = "") -> None:
     """Load a Julia package that not every solve needs, if it is not loaded yet.
+
+    Args:
+        into: a module that is to have what it exports.
 
     Raises:
         EngineUnavailable: it is not there, or does not load.
@@ -186,6 +189,8 @@ def load(package: str) -> None:
         start = time.perf_counter()
         try:
             evaluate(f"import {package}")
+            if into:
+                evaluate(f"Core.eval({into}, :(using {package}))")
         except Exception as error:
             raise EngineUnavailable(f"engine='julia': {package}.jl does not load: {error}") from error
         _runtime.seconds[package] = time.perf_counter() - start

@@ -62,6 +62,9 @@ class EsdirkTableau:
     P: np.ndarray
     """(s, q): dense output y(t + θ dt) = y + dt Σ_i K[i] Σ_j P[i, j] θ^(j+1)."""
     dense_order: int
+    explicit: np.ndarray | None = None
+    """(s, s), strictly lower triangular: A of the explicit method for the other part of a field that is split, with the
+    same B and C. None where there is none."""
 
     @property
     def stages(self) -> int:
@@ -340,8 +343,8 @@ def _kvaerno5() -> EsdirkTableau:
 
 
 def _kencarp4() -> EsdirkTableau:
-    """ARK4(3)6L[2]SA, implicit part: Kennedy & Carpenter, Additive Runge-Kutta schemes for convection-diffusion-
-    reaction equations, Appl. Numer. Math. 44 (2003) 139-181."""
+    """ARK4(3)6L[2]SA: Kennedy & Carpenter, Additive Runge-Kutta schemes for convection-diffusion-reaction equations,
+    Appl. Numer. Math. 44 (2003) 139-181."""
     A = np.zeros((6, 6))
     A[1, :2] = 1 / 4, 1 / 4
     A[2, :3] = 8611 / 62500, -1743 / 31250, 1 / 4
@@ -358,8 +361,16 @@ def _kencarp4() -> EsdirkTableau:
             61727 / 225920,
         ]
     )
+    X = np.zeros((6, 6))
+    X[1, 0] = 1 / 2
+    X[2, :2] = 13861 / 62500, 6889 / 62500
+    X[3, :3] = -116923316275 / 2393684061468, -2731218467317 / 15368042101831, 9408046702089 / 11113171139209
+    X[4, :2] = -451086348788 / 2902428689909, -2682348792572 / 7519795681897
+    X[4, 2:4] = 12662868775082 / 11960479115383, 3355817975965 / 11060851509271
+    X[5, :3] = 647845179188 / 3216320057751, 73281519250 / 8382639484533, 552539513391 / 3454668386233
+    X[5, 3:5] = 3354512671639 / 8306763924573, 4040 / 17871
     return EsdirkTableau(
-        name="kencarp4", order=4, A=A, E=A[5] - embedded, error_order=3, P=_continuous(A), dense_order=4
+        name="kencarp4", order=4, A=A, E=A[5] - embedded, error_order=3, P=_continuous(A), dense_order=4, explicit=X
     )
 
 

@@ -76,6 +76,11 @@ class Method:
         )
 
     @property
+    def imex(self) -> bool:
+        """True where the parts of a field that is split are solved in two ways."""
+        return isinstance(self.tableau, st.EsdirkTableau) and self.tableau.explicit is not None
+
+    @property
     def reversible(self) -> bool:
         """True where a step can be undone by the same operations in reverse."""
         return isinstance(self.tableau, so.SymplecticTableau)
@@ -263,7 +268,9 @@ def julia_method(expression: str) -> Method:
 
     Args:
         expression: Julia code that makes the algorithm, e.g. `"KenCarp47(linsolve=KrylovJL_GMRES())"`; everything that
-            OrdinaryDiffEq's solver packages and LinearSolve export is in scope. It is evaluated at the first solve,
+            the solver packages of OrdinaryDiffEq and LinearSolve export is in scope. Those that PyJLODE.jl does not
+            need itself (ROCK2, VCABM, SSPRK43, Feagin14 ...) are loaded when they are first named, if they are
+            installed; the error for one that is not names its package. It is evaluated at the first solve,
             which raises BadOption if Julia does not take it. The gradient of an adjoint is as good as the algorithm's
             dense output: for many implicit ones that is a cubic, and `adjoint="forward"` is better.
     """

@@ -11,6 +11,7 @@ import torch
 
 import pyjlode
 from pyjlode import errors, odeint, odeint_dense, odeint_event, solve
+from pyjlode.bridge import packages, runtime
 
 pytestmark = pytest.mark.usefixtures("julia")
 
@@ -459,6 +460,25 @@ def test_julia_method():
     for wrong in ("NoSuchMethod()", "Tsit5("):
         with pytest.raises(errors.BadOption, match="does not make a solver"):
             odeint(linear, H0, T, method=pyjlode.julia_method(wrong))
+
+
+@pytest.mark.parametrize("expression", ["ROCK2()", "VCABM()", "SSPRK43()", "Feagin12()", "ETDRK4(krylov=true)"])
+def test_solvers_of_other_packages(expression):
+    """Loaded when they are named, or the error names the package."""
+    ((name, package),) = packages.of(expression).items()
+    method = pyjlode.julia_method(expression)
+    if runtime.without(package):
+        with pytest.raises(errors.BadOption, match=rf"{name} is in {package}\.jl"):
+            odeint(linear, H0, T, method=method)
+        return
+    if name != "ETDRK4":  # which is for problems that are split
+        assert torch.allclose(odeint(linear, H0, T, method=method, rtol=1e-7, atol=1e-8), exact(T), atol=1e-4)
+
+
+def test_solvers_of_second_order_are_refused():
+    for expression in ("VelocityVerlet()", "DPRKN6()"):
+        with pytest.raises(errors.BadOption, match="second order"):
+            odeint(linear, H0, T, method=pyjlode.julia_method(expression))
 
 
 @pytest.mark.parametrize("specialize", ["auto", "full"])
