@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -312,13 +313,20 @@ def call(f: Any, h0: Any, t: Any, how: tuple[Any, ...]) -> Call | None:
     return Call(program.plans, (grad, *by, *how), of)
 
 
-_CALLBACKS = [f"callback_{name}{of}" for name in ("step", "accept_step", "reject_step") for of in ("", "_adjoint")]
+_CALLBACKS = frozenset(
+    f"callback_{name}{of}" for name in ("step", "accept_step", "reject_step") for of in ("", "_adjoint")
+)
+_PLAIN: set[type] = {types.FunctionType, types.BuiltinFunctionType}  # what they carry they carry themselves
 
 
 def _has_callbacks(f: Any) -> bool:
     """Whether the solver is to call something that f carries."""
-    if not isinstance(f, nn.Module):
+    kind, own = type(f), getattr(f, "__dict__", ())
+    if not _CALLBACKS.isdisjoint(own):
+        return True
+    if kind in _PLAIN:
+        return False
+    if kind.__dict__.get("forward") is None or not isinstance(f, nn.Module):
         return any(hasattr(f, name) for name in _CALLBACKS)
     # What is not there a module looks for in many places.
-    kind, own, parts = type(f), f.__dict__, f._modules
-    return any(name in own or name in parts or hasattr(kind, name) for name in _CALLBACKS)
+    return not _CALLBACKS.isdisjoint(f._modules) or any(hasattr(kind, name) for name in _CALLBACKS)
