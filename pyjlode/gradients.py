@@ -154,10 +154,7 @@ class _Solve(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         memory = ctx.memory
         if torch.is_grad_enabled():
-            raise GradientUnavailable(
-                f"adjoint={memory.gradient!r} gives first derivatives only, and create_graph=True asks for more. "
-                "Solve with adjoint=False (and without compile=True), which can be differentiated again."
-            )
+            raise first_only(memory.gradient)
         _, t, ys, *_ = ctx.saved_tensors
         p = memory.problem
         start, before = time.perf_counter(), p.f.nfe
@@ -175,6 +172,14 @@ class _Solve(torch.autograd.Function):
         ctx.stats.wall_backward += time.perf_counter() - start
         grad_t = grads.t if grads.t is None else grads.t.to(t)
         return None, None, None, None, grads.y0, grad_t, *grads.params
+
+
+def first_only(gradient: str) -> GradientUnavailable:
+    """The error of a backward pass that is to be differentiated in turn."""
+    return GradientUnavailable(
+        f"adjoint={gradient!r} gives first derivatives only, and create_graph=True asks for more. Solve with "
+        "adjoint=False (and without compile=True), which can be differentiated again."
+    )
 
 
 class Sight(NamedTuple):

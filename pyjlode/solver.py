@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import arguments, first, gradients, jumps, methods, mistakes, numbers, progress, transforms
-from .engines import choice
-from .engines.crossing import crossing
+from . import arguments, engines, first, gradients, jumps, methods, mistakes, numbers, progress, transforms
 from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, SolveError
 from .methods import Method
 from .notices import log_once, warn
@@ -133,7 +131,7 @@ class Solver:
         if all(isinstance(read[name], float) and read[name] == 0 for name in ("rtol", "atol")):
             raise BadTolerance(arguments.BOTH_ZERO)
         gradients.check(self.adjoint, row, bool(options.get("allow_unstable")))
-        read["engine"] = choice.named(self.engine)
+        read["engine"] = engines.choice.named(self.engine)
         if self.compile not in (None, True, False):
             raise BadOption(f"compile must be True, False or None; got {self.compile!r}.")
         if self.adjoint is not True:
@@ -267,7 +265,7 @@ class Solver:
         autocast = torch.is_autocast_enabled(reading.layout.device.type)
         p = self._problem(e, reading, y0, t, times, rows, autocast)
         named = arguments.adjoint_params(e.adjoint_params)
-        chosen, reason = found = choice.choose(engine, p, self.adjoint)
+        chosen, reason = found = engines.choice.choose(engine, p, self.adjoint)
         gradient = gradients.find(self.adjoint, chosen, p)
         if p.transformed:  # every adjoint is: through the solver
             gradient = None
@@ -275,12 +273,12 @@ class Solver:
             gradient = chosen.recommended(p)
         f = e.f
         if rows is not None:
-            f, common = choice.apart(chosen, p, e.f, e.event_fn, gradient, autocast)
+            f, common = engines.choice.apart(chosen, p, e.f, e.event_fn, gradient, autocast)
             reason += f"; {common}" if common else ""
             found = chosen, reason
         f0, needed = first.look(p, f, named, gradient, autocast)
         if needed and gradient is None:
-            before, found = chosen, choice.confirm(found, engine, p, self.adjoint, recorded=True)
+            before, found = chosen, engines.choice.confirm(found, engine, p, self.adjoint, recorded=True)
             chosen, reason = found
             if rows is not None and chosen is not before:  # another engine gives each system steps in another way
                 made = self._prepare(e, "torch")
@@ -294,11 +292,11 @@ class Solver:
             gradient = chosen.recommended(p, asked=True)
         first.keep(p, f0, gradient)
         if p.mass is not None:
-            p.y0 = choice.consistent(p)
+            p.y0 = engines.choice.consistent(p)
             p.f0 = p.f0 if p.options.consistent == "check" else None
         if not p.transformed and self._has_backward(gradient):
             p.adjoint = self._adjoint(e, p, reading)
-            chosen, reason = choice.confirm(found, engine, p, self.adjoint)
+            chosen, reason = engines.choice.confirm(found, engine, p, self.adjoint)
         leaf = e.h0 if isinstance(e.h0, Tensor) else pytree.tree_leaves(e.h0)[0]
         copied = not p.transformed and y0.numel() > 0 and y0.data_ptr() != leaf.data_ptr()
         log_once(chosen.NAME, reason, p.method.name, gradient or "through the solver")
@@ -586,7 +584,9 @@ def solved(how: Solver | Mapping[str, Any], e: Equation, *, dense: bool) -> Solu
     transformed, own_t = numbers.transformed(), e.t
     if transformed and isinstance(own_t, Tensor) and numbers.hidden(own_t):
         solver, e = _in_shared_time(solver, e)
-    call = None if transformed else choice.planned(solver, solver.engine, e)
+    call = None if transformed else engines.choice.planned(solver, solver.engine, e)
+    if call and not dense and (solution := call.solved(e.h0, e.t, start)):
+        return solution
     made = call.made(e.h0, e.t) if call else None
     known = made is not None
     made = made or solver._prepare(e, solver.engine)
@@ -638,7 +638,7 @@ def _run(solver: Solver, e: Equation, made: Prepared, dense: bool) -> _Ran:
     try:
         record, steps = run(made)
     except SolveError as error:
-        reason = choice.second(solver.engine, made, error)
+        reason = engines.choice.second(solver.engine, made, error)
         if reason is None:
             raise
         made = solver._prepare(e, "torch")
@@ -649,7 +649,7 @@ def _run(solver: Solver, e: Equation, made: Prepared, dense: bool) -> _Ran:
         return _Ran(made, record, steps)
     if made.problem.transformed:
         return _Ran(made, record, steps, record.event, record.ys[1])
-    return _Ran(made, record, steps, *crossing(made.problem, record, made.gradient))
+    return _Ran(made, record, steps, *engines.crossing.crossing(made.problem, record, made.gradient))
 
 
 def _in_shared_time(solver: Solver, e: Equation) -> tuple[Solver, Equation]:

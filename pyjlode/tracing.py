@@ -20,6 +20,17 @@ _REASON = (
 )
 
 
+def _compiles() -> bool:
+    """Whether Dynamo looks at the calls that are made now; what it does otherwise takes some microseconds."""
+    frames: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if not hasattr(frames, "set_eval_frame"):  # in another version of PyTorch
+        return True
+    before = frames.set_eval_frame(None)
+    if before is not None:
+        frames.set_eval_frame(before)
+    return before is not None
+
+
 def untraced(f: Callable[Args, Result]) -> Callable[Args, Result]:
     """`f` as `torch.compiler.disable` makes it, which would load Dynamo, a second or two, here and now: it is not
     asked before somebody else has loaded it."""
@@ -31,7 +42,7 @@ def untraced(f: Callable[Args, Result]) -> Callable[Args, Result]:
             if "torch._dynamo" not in sys.modules:
                 return f(*args, **kwargs)
             disabled.append(torch.compiler.disable(f, reason=_REASON))
-        return disabled[0](*args, **kwargs)
+        return (disabled[0] if _compiles() else f)(*args, **kwargs)
 
     # What Dynamo looks for when it meets a call of this function.
     call._torchdynamo_disable = True  # type: ignore[attr-defined]

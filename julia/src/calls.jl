@@ -180,12 +180,26 @@ function call_adjoint(s::Int64, name::Cstring, alg::Int64, request::Ptr{AdjointR
     end
 end
 
-function call_replay(s::Int64, request::Ptr{ReplayRequest}, replayed::Ptr{Replayed})
+"""
+As [`replay!`](@ref), to the address `both`: of the gradient by the first state, and then of that by the parameters. `g`
+is the address of the cotangents. What the request says of these does not count.
+"""
+function call_replay(
+        s::Int64, request::Ptr{ReplayRequest}, both::Int64, g::Int64, whole::Int64, replayed::Ptr{Replayed}
+    )
     return answer(HELD[s].field) do
         prepare!(HELD[s].field)
-        unsafe_store!(replayed, replay!(HELD[s], unsafe_load(request)))
+        r = unsafe_load(request)
+        unsafe_store!(replayed, replay!(HELD[s], filled(r, HELD[s].field, both, g); whole = whole != 0))
         Int64(1)
     end
+end
+
+function filled(r::ReplayRequest, field::Field{T}, both, g) where {T}
+    n, address = field.n, pointer_to(both)
+    of_start, of_parameters = Lent(address, n), Lent(address + n * sizeof(T), length(field.parameters))
+    cotangents = Lent(pointer_to(g), n * r.times.length)
+    return ReplayRequest(of_start, of_parameters, cotangents, r.times, r.a, r.c, r.p, r.stages)
 end
 
 function call_release(numbers::Ptr{Int64}, count::Int64)
@@ -221,7 +235,9 @@ function addresses()
         sweep = @cfunction(call_sweep, Int64, (Int64, Int64, Ptr{Request}, Ptr{Systems}, Ptr{Outcome})),
         interpolate = @cfunction(call_interpolate, Int64, (Int64, Int64, Int64, Int64)),
         adjoint = @cfunction(call_adjoint, Int64, (Int64, Cstring, Int64, Ptr{AdjointRequest}, Ptr{Outcome})),
-        replay = @cfunction(call_replay, Int64, (Int64, Ptr{ReplayRequest}, Ptr{Replayed})),
+        replay = @cfunction(
+            call_replay, Int64, (Int64, Ptr{ReplayRequest}, Int64, Int64, Int64, Ptr{Replayed})
+        ),
         release = @cfunction(call_release, Int64, (Ptr{Int64}, Int64)),
         collect = @cfunction(call_collect, Int64, (Int64,)),
     )

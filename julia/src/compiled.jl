@@ -104,7 +104,7 @@ and a time of type `T`, and the C function takes their addresses, and the time a
 """
 function compile(::Type{T}, text::AbstractString) where {T}
     m = Module(:Compiled)
-    names = [Expr(:(.), name) for name in (:Elementary, :Numbers, :One, :Start, :multiply!, :pick)]
+    names = [Expr(:(.), name) for name in (:Elementary, :Numbers, :One, :Start, :multiply!, :small!, :pick)]
     Core.eval(m, Expr(:using, Expr(:(:), Expr(:(.), fullname(PyJLODE)...), names...)))
     imports = [Expr(:(.), name) for name in Elementary.NAMES]
     Core.eval(m, Expr(:using, Expr(:(:), Expr(:(.), fullname(Elementary)...), imports...)))

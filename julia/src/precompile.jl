@@ -179,19 +179,19 @@ end
 
 "The gradient of half the sum of squares at the outputs of a linear problem, by taking its steps again."
 function replay_linear(::Type{T}, text) where {T}
-    du0, dp, c = zeros(T, 1), zeros(T, 1), [0.0, 1.0]  # Euler's method is enough to compile for all
+    both, c = zeros(T, 2), [0.0, 1.0]  # Euler's method is enough to compile for all
     a, p = [0.0, 0.0, 1.0, 0.0], [1.0, 0.0]
     solve_linear(T, text; keep = true) do s, alg, times, out
         replayed = Vector{Replayed}(undef, 1)
-        GC.@preserve du0 dp c a p times out replayed begin
-            request = [structure(ReplayRequest; du0, dp, g = out, times, a, c, p, stages = 1)]
+        GC.@preserve both c a p times out replayed begin
+            request = [structure(ReplayRequest; times, a, c, p, stages = 1)]
             GC.@preserve request begin
-                done = call_replay(s, pointer(request), pointer(replayed))
+                done = call_replay(s, pointer(request), address(both), address(out), 1, pointer(replayed))
                 done == 0 && error(FAILURE[])
             end
         end
     end
-    return du0
+    return both
 end
 
 "Products of all forms and sizes, as compiled functions ask for them."

@@ -219,6 +219,134 @@ end
 @inline transposed(s::Start) = Start(s.numbers, 1 * s.columns, s.rows)
 @inline transposed(::Nothing) = nothing
 
+# Products of few numbers, of which the sizes are known where code is made: loops of a known length, or none.
+
+# Up to so many products of numbers; of inner products, whose code has no loops, up to so many.
+const SMALL, SMALL_INNER = 1 << 12, 1 << 8
+
+@inline plus(x::Lanes{N}, y::Lanes{N}) where {N} = ntuple(i -> VecElement(x[i].value + y[i].value), Val(N))
+@inline times(x::Lanes{N}, y::Lanes{N}) where {N} = ntuple(i -> VecElement(x[i].value * y[i].value), Val(N))
+sum_of(terms) = reduce((x, y) -> :(plus($x, $y)), terms)
+
+# Sums of a block that fit into the registers beside a row, how many chains the sum over k is cut into where a block is
+# small (each waits for the last product of its own alone), and products up to which a block has no loop.
+const SUMS, CHAINS, UNROLLED = 8, 4, 96
+
+"""
+A block of a product by rows of `b`, as code: `rows` rows from `i` on, and vectors of columns from `columns` on. All that
+it is added to is read before anything is written: `out` may be there, and the last vector may take columns again.
+"""
+function small_block(rows, columns, k, chains, (o1, o2), (a1, a2), b1)
+    rows = 0:(rows - 1)
+    sums(r, j, c) = Symbol(:sum_, r, :_, j, :_, c)
+    function products(l, c)  # number l of the sum over k, to chain c
+        terms = Any[:($(Symbol(:x_, r)) = spread(a[1 + (i + $r) * $a1 + $l * $a2])) for r in rows]
+        for j in columns
+            push!(terms, :(row = load(b, $l * $b1 + $j)))
+            append!(terms, [:($(sums(r, j, c)) = fused($(Symbol(:x_, r)), row, $(sums(r, j, c)))) for r in rows])
+        end
+        return terms
+    end
+    code = Any[:($(sums(r, j, 0)) = first_vector(begins, T, i + $r, $j)) for r in rows, j in columns][:]
+    append!(code, [:($(sums(r, j, c)) = spread(zero(T))) for r in rows, j in columns, c in 1:(chains - 1)])
+    whole = k * length(columns) * length(rows) <= UNROLLED ? 0 : k - k % chains
+    if whole > 0
+        steps = reduce(vcat, [products(:(l + $c), c) for c in 0:(chains - 1)])
+        push!(code, :(for l in 0:($chains):$(whole - 1)
+            $(steps...)
+        end))
+    end
+    for l in whole:(k - 1)
+        append!(code, products(l, l % chains))
+    end
+    append!(code, [:($(sums(r, j, 0)) = $(sum_of([sums(r, j, c) for c in 0:(chains - 1)]))) for r in rows, j in columns])
+    to(r, j) = o2 == 1 ? :(store!(out + (i + $r) * $o1, $j, $(sums(r, j, 0)))) :
+        :(store!(out + ((i + $r) * $o1 + $j * $o2), 0, $o2, $(sums(r, j, 0))))
+    append!(code, [to(r, j) for r in rows, j in columns])
+    return code
+end
+
+"The product by rows of `b`, as code. There are at least as many columns as a vector has numbers."
+function small_by_rows(lanes, m, n, k, o, a, b1, start)
+    columns = collect(0:lanes:(n - lanes))
+    n % lanes == 0 || push!(columns, n - lanes)
+    # Of about the same width, so that vectors that overlap are in one block.
+    blocks = collect(Iterators.partition(columns, cld(length(columns), cld(length(columns), SUMS))))
+    wide = maximum(length, blocks)
+    chains = clamp(SUMS ÷ wide, 1, min(k, CHAINS))
+    rows = clamp(SUMS ÷ (wide * chains), 1, m)
+    strip(rows) = reduce(vcat, [small_block(rows, part, k, chains, o, a, b1) for part in blocks])
+    whole, rest = m - m % rows, m % rows
+    code = Any[:(begins = $start), :(for i in 0:($rows):$(whole - 1)
+        $(strip(rows)...)
+    end)]
+    rest > 0 && push!(code, :(let i = $whole
+        $(strip(rest)...)
+    end))
+    return Expr(:block, code...)
+end
+
+"The product by inner products, as code."
+function small_by_columns(lanes, m, n, k, a1, b2)
+    whole, code = k - k % lanes, Any[]
+    chains = min(whole ÷ lanes, CHAINS)
+    sums = [Symbol(:sum_, c) for c in 1:chains]
+    for i in 0:(m - 1), j in 0:(n - 1)
+        for (count, l) in enumerate(0:lanes:(whole - 1))
+            x, y, sum = :(load(a, $(i * a1 + l))), :(load(b, $(l + j * b2))), sums[mod1(count, chains)]
+            push!(code, count <= chains ? :($sum = times($x, $y)) : :($sum = fused($x, $y, $sum)))
+        end
+        push!(code, :(total = first_number(start, T, $i, $j) + total_of($(sum_of(sums)))))
+        append!(code, [:(total = muladd(a[$(1 + i * a1 + l)], b[$(1 + l + j * b2)], total)) for l in whole:(k - 1)])
+        push!(code, :(out[$(1 + i * n + j)] = total))
+    end
+    return Expr(:block, code...)
+end
+
+"The product in any other case, as code."
+function small_plainly(m, n, k, a1, a2, b1, b2)
+    return quote
+        for i in 0:$(m - 1), j in 0:$(n - 1)
+            total = first_number(start, T, i, j)
+            for l in 0:$(k - 1)
+                total = muladd(a[1 + i * $a1 + l * $a2], b[1 + l * $b1 + j * $b2], total)
+            end
+            out[1 + i * $n + j] = total
+        end
+    end
+end
+
+"""
+    small!(out, Val((m, n, k)), a, Val((a1, a2)), b, Val((b1, b2)), start)
+
+The same as [`multiply!`](@ref), in code for these sizes and steps alone where the product is small.
+"""
+@generated function small!(
+        out::Numbers{T}, ::Val{sizes}, a::Numbers{T}, ::Val{as}, b::Numbers{T}, ::Val{bs}, start
+    ) where {T, sizes, as, bs}
+    (m, n, k), (a1, a2), (b1, b2), l = sizes, as, bs, lanes(T)
+    body = if k == 0 || m * n * k > SMALL
+        nothing
+    elseif n >= l && b2 == 1
+        small_by_rows(l, m, n, k, (n, 1), (a1, a2), b1, :start)
+    elseif m >= l && a1 == 1
+        :((a, b) = (b, a); $(small_by_rows(l, n, m, k, (1, n), (b2, b1), a2, :(transposed(start)))))
+    elseif k >= l && a2 == 1 && b1 == 1 && m * n * k <= SMALL_INNER
+        small_by_columns(l, m, n, k, a1, b2)
+    elseif m * n * k <= SMALL_INNER
+        small_plainly(m, n, k, a1, a2, b1, b2)
+    end
+    body === nothing && return quote
+        $(Expr(:meta, :inline))
+        multiply!(out, $m, $n, $k, a, $a1, $a2, b, $b1, $b2, start)
+    end
+    return quote
+        $(Expr(:meta, :inline))
+        @inbounds $body
+        return nothing
+    end
+end
+
 "Of another BLAS, with integers of 32 bits: dgemm, dgemv, sgemm, sgemv; null for Julia's own."
 const BORROWED = fill(C_NULL, 4)
 

@@ -12,6 +12,13 @@ Steps{S}() where {S} = Steps{S}(Float64[], S())
 steps_type(::Type{Vector{T}}) where {T} = Steps{Vector{T}}
 steps_type(::Type{V}) where {V <: AbstractVector} = Steps{Vector{V}}
 
+"Room for the steps of a solve like another."
+function like(steps::Steps{Vector{T}}) where {T <: Number}
+    return Steps{Vector{T}}(
+        sizehint!(Float64[], length(steps.times)), sizehint!(T[], length(steps.states))
+    )
+end
+
 function note!(steps::Steps, u, t)
     push!(steps.times, t)
     put!(steps.states, u)
@@ -43,43 +50,57 @@ function Tableau{T}(r::ReplayRequest) where {T}
     return Tableau{T}(r.stages, T.(a), c, copy(reshape(Vector{Float64}(r.p), :, length(c))))
 end
 
-"What a replay works with: for each stage its point, its slope and the cotangent of that; the cotangents so far."
-struct Replay{T, V, F}
-    field::F
+"Whether it is the method of a request."
+function is_of(tab::Tableau{T}, r::ReplayRequest) where {T}
+    r.stages == tab.s && r.c.length == length(tab.c) && r.p.length == length(tab.p) || return false
+    a, c, p = Vector{Float64}(r.a), Vector{Float64}(r.c), Vector{Float64}(r.p)
+    return c == tab.c && all(i -> T(a[i]) == tab.a[i], eachindex(a)) && all(i -> p[i] == tab.p[i], eachindex(p))
+end
+
+"What a replay works with: for each stage its point, its slope and the cotangent of that."
+struct Replay{T, V}
     tab::Tableau{T}
     points::Vector{V}
     slopes::Vector{V}
     bars::Vector{V}
-    a::V
-    theta::V
     by_start::V
     by_both::V  # by the point, and then by the parameters
 end
 
-function Replay(field::Field{T, V}, tab::Tableau{T}, a::V, theta::V) where {T, V}
+function Replay(tab::Tableau{T}, a::V, theta::V) where {T, V}
     # Vectors, and no matrix: a field may show its callbacks vectors themselves.
     points, slopes, bars = (V[zero(a) for _ in tab.c] for _ in 1:3)
-    return Replay{T, V, typeof(field)}(field, tab, points, slopes, bars, a, theta, zero(a), vcat(a, theta))
+    return Replay{T, V}(tab, points, slopes, bars, zero(a), vcat(a, theta))
+end
+
+"What a replay for a field works with: as the last one left it, if that was like this one."
+function scratch(field::Field{T, V}, r::ReplayRequest, a::V, theta::V) where {T, V}
+    work = field.scratch
+    work isa Replay{T, V} && is_of(work.tab, r) && return work
+    work = Replay(Tableau{T}(r), a, theta)
+    field.scratch = work
+    return work
 end
 
 """
-    replay!(steps, field, request) -> Replayed
+    replay!(steps, field, request; whole = false) -> Replayed
 
 The gradient of a loss of the states at the output times with the cotangents `g`, with respect to the first state
-(without `g` there), and to the parameters; `request` is a [`ReplayRequest`](@ref).
+(without `g` there, if not the `whole` is asked for), and to the parameters; `request` is a [`ReplayRequest`](@ref).
 """
-function replay!(steps::Steps, field::Field{T, V}, r::ReplayRequest) where {T, V}
+function replay!(steps::Steps, field::Field{T, V}, r::ReplayRequest; whole = false) where {T, V}
     ends(k) = state(steps.states, field.n, k)
     times = Vector{Float64}(r.times)
     g = reshape(borrow(V, r.g), field.n, length(times))
-    work = Replay(field, Tableau{T}(r), fill!(borrow(V, r.du0), zero(T)), fill!(borrow(V, r.dp), zero(T)))
+    a, theta = fill!(borrow(V, r.du0), zero(T)), fill!(borrow(V, r.dp), zero(T))
+    work = scratch(field, r, a, theta)
     nf, apart = 0, 0.0
     direction = times[end] < times[1] ? -1.0 : 1.0
     i = length(times)  # outputs after i are done
     for k in (length(steps.times) - 1):-1:1
         t0, t1 = steps.times[k], steps.times[k + 1]
         while i > 1 && times[i] == t1
-            work.a .+= view(g, :, i)
+            a .+= view(g, :, i)
             i -= 1
         end
         last = i
@@ -87,16 +108,17 @@ function replay!(steps::Steps, field::Field{T, V}, r::ReplayRequest) where {T, V
             i -= 1
         end
         inside = (i + 1):last
-        nf += step!(work, t0, t1 - t0, ends(k), !isempty(inside))
+        nf += step!(work, field, t0, t1 - t0, ends(k), !isempty(inside))
         apart = max(apart, distance(work.points[work.tab.s + 1], ends(k + 1), ends(k)))
-        pull!(work, t0, t1 - t0, view(times, inside), view(g, :, inside))
+        pull!(work, field, a, theta, t0, t1 - t0, view(times, inside), view(g, :, inside))
     end
+    whole && (a .+= view(g, :, 1))
     return Replayed(apart, nf)
 end
 
 "Take a step from `y`: the points and slopes of its stages, and of those of dense output; returns the calls of `f`."
-function step!(work::Replay{T}, t0, dt, y, dense) where {T}
-    (; field, tab, points, slopes) = work
+function step!(work::Replay{T}, field, t0, dt, y, dense) where {T}
+    (; tab, points, slopes) = work
     f, calls = RHS(field), 0
     for l in 1:(dense ? length(tab.c) : tab.s + 1)
         copyto!(points[l], y)
@@ -111,9 +133,12 @@ function step!(work::Replay{T}, t0, dt, y, dense) where {T}
     return calls
 end
 
-"Pull the cotangent `a` of the end of a step, and those of the outputs within it, (n, M), back to its start."
-function pull!(work::Replay{T}, t0, dt, times, g) where {T}
-    (; field, tab, points, bars, a, theta, by_start, by_both) = work
+"""
+Pull the cotangent `a` of the end of a step, and those of the outputs within it, (n, M), back to its start; what comes of
+the parameters is added to `theta`.
+"""
+function pull!(work::Replay{T}, field, a, theta, t0, dt, times, g) where {T}
+    (; tab, points, bars, by_start, by_both) = work
     n = length(a)
     by_point, by_theta = view(by_both, 1:n), view(by_both, (n + 1):length(by_both))
     foreach(bar -> fill!(bar, zero(T)), bars)

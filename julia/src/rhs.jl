@@ -44,6 +44,7 @@ mutable struct Field{T, V <: AbstractVector{T}}
     const work::Vector{T}
     const pattern::Union{Nothing, SparseMatrixCSC{T, Int64}}
     const layers::Vector{Layer}
+    scratch::Any  # what a replay works with, for the next one
 end
 
 pointer_to(address) = Ptr{Cvoid}(UInt(address))
@@ -60,7 +61,8 @@ function Field{T}(
         pattern = nothing, layers = Layer[]
     ) where {T, V}
     return Field{T, V}(
-        n, f, jac, tgrad, jvp, vjp, vjp_p, event, V[], V[], parameters, place, native, constants, work, pattern, layers
+        n, f, jac, tgrad, jvp, vjp, vjp_p, event, V[], V[], parameters, place, native, constants, work, pattern, layers,
+        nothing
     )
 end
 

@@ -10,7 +10,7 @@ struct Solve{T, F}
     steps::Union{Nothing, Steps}
 end
 
-replay!(s::Solve, r::ReplayRequest) = replay!(s.steps, s.field, r)
+replay!(s::Solve, r::ReplayRequest; whole = false) = replay!(s.steps, s.field, r; whole)
 
 """
 Writes the states at the output times as the solver passes them: at time `k` of system `i` to `out[:, i, k]`; and
@@ -172,7 +172,7 @@ function again!(s::Repeated{T, F}, u0::Int64, out::Int64) where {T, F}
     copyto!(view(states, :, 1, 1), s.u0)
     outputs.next = 2
     if outputs.steps !== nothing
-        outputs.steps = steps_type(Vector{T})()
+        outputs.steps = like(outputs.steps)
         note!(outputs.steps, s.u0, outputs.times[1])
     end
     (; stats) = integrator  # `reinit!` counts on

@@ -154,7 +154,8 @@ end
         rng = Xoshiro(0)
         sizes = [ntuple(_ -> rand(rng, 1:21), 3) for _ in 1:300]
         append!(sizes, [(3, 5, 0), (50, 50, 50), (40, 61, 7), (1, 1030, 1030), (103, 102, 101)])
-        for (m, n, k) in sizes
+        for (m, n, k) in sizes, small in (false, true)
+            small && rand(rng) > 0.2 && continue  # of each is code made
             A, B = rand(rng, T, m, k) .- T(0.5), rand(rng, T, k, n) .- T(0.5)
             # Each in rows or in columns; and what it is added to: nothing, a row, a column, a matrix, or what is there.
             (a, a1, a2), (b, b1, b2) = ((rand(rng, Bool) ? (vec(X), 1, size(X, 1)) : (vec(permutedims(X)), size(X, 2), 1)) for X in (A, B))
@@ -167,9 +168,12 @@ end
             GC.@preserve a b s out begin
                 from = Numbers(pointer(kind == :there ? out : s))
                 start = kind == :none ? nothing : kind == :column ? Start(from, n, 0) : Start(from, kind == :row ? 0 : n, One())
-                PyJLODE.multiply!(
-                    Numbers(pointer(out)), m, n, k, Numbers(pointer(a)), a1, a2, Numbers(pointer(b)), b1, b2, start
-                )
+                to, x, y = Numbers(pointer(out)), Numbers(pointer(a)), Numbers(pointer(b))
+                if small
+                    PyJLODE.small!(to, Val((m, n, k)), x, Val((a1, a2)), y, Val((b1, b2)), start)
+                else
+                    PyJLODE.multiply!(to, m, n, k, x, a1, a2, y, b1, b2, start)
+                end
             end
             @test permutedims(reshape(out[1:(end - 1)], n, m)) ≈ S + A * B atol = 30 * eps(T) * sqrt(k + 1)
             @test out[end] == 7  # nothing is written beside it

@@ -45,7 +45,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "sweep": (_I, _I, _I, _P, _P, _P),
     "interpolate": (_I, _I, _I, _I, _I),
     "adjoint": (_I, _I, ctypes.c_char_p, _I, _P, _P),
-    "replay": (_I, _I, _P, _P),
+    "replay": (_I, _I, _P, _P, _P, _I, _P),
     "release": (_I, _P, _I),
     "collect": (_I, _I),
 }
@@ -218,10 +218,22 @@ class Calls:
         )
         return outcome
 
-    def replay(self, solution: Held, request: ReplayRequest) -> Replayed:
-        """The discrete adjoint of a solve whose steps were kept; how that went."""
+    def replay(
+        self, solution: Held, request: ReplayRequest, both: torch.Tensor, g: torch.Tensor, *, whole: bool
+    ) -> Replayed:
+        """The discrete adjoint of a solve whose steps were kept; how that went.
+
+        Args:
+            both: shape (n + m,), for the gradient by the first state (without g there, if not the `whole` is asked
+                for), and then that by the parameters.
+            g: the cotangents at the output times, shape (T, ...), contiguous.
+        """
         replayed = Replayed()
-        self._check(self._c["replay"](solution.number, request.address, ctypes.addressof(replayed)))
+        self._check(
+            self._c["replay"](
+                solution.number, request.address, both.data_ptr(), g.data_ptr(), whole, ctypes.addressof(replayed)
+            )
+        )
         return replayed
 
     def collect(self, on: bool) -> bool:

@@ -22,7 +22,7 @@ from ..solution import Stats
 from . import packages, places, runtime
 from .calls import Calls, Held
 from .function import JuliaFunction
-from .memory import AdjointRequest, Lent, Outcome, ReplayRequest, Request
+from .memory import AdjointRequest, Outcome, ReplayRequest, Request
 from .packages import SECOND_ORDER as _SECOND
 from .rhs import RHS, Callbacks, Source
 from .sweep import Sweep, abreast, controlled
@@ -329,7 +329,7 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
         )
     if not isinstance(rhs, RHS):
         count(p.f, outcome.nf)
-    if not _succeeded(outcome):
+    if not outcome.succeeded:
         backward = like(p, method=settings.method, options=o, times=times[::-1], event_fn=None)
         raise _failure(outcome, backward, f"the backward solve of adjoint={memory.gradient!r}: ")
     a, theta = a * scale, theta * scale
@@ -343,20 +343,16 @@ def _replay(memory: Memory, g: Tensor) -> Gradients:
     request = rhs.replaying
     if request is None:
         request = replay_request(p)
-    n, g = p.y0.numel(), g.contiguous()
-    both = p.y0.new_empty(n + rhs.params.size)
-    place = both.data_ptr()
+    g = g.contiguous().resolve_neg()
+    both = p.y0.new_empty(p.y0.numel() + rhs.params.size)
     with unrecorded(), runtime.julia() as calls:
         rhs.refill()
         rhs.here(calls)
-        request.du0 = Lent(place, n)
-        request.dp = Lent(place + n * both.itemsize, len(both) - n)
-        request.g = Lent(g.data_ptr(), g.numel())
-        replayed = _call(rhs, calls.replay, memory.solve, request)
+        replayed = _call(rhs, functools.partial(calls.replay, whole=False), memory.solve, request, both, g)
     if not isinstance(rhs, RHS):
         count(p.f, replayed.nf)
     rtol = p.rtol if isinstance(p.rtol, float) else float(torch.as_tensor(p.rtol).max())
-    if not replayed.apart <= rtol + 1e4 * torch.finfo(both.dtype).eps:
+    if not replayed.apart <= rtol + apart_by_rounding(both.dtype):
         raise other_function()
     a, grads = rhs.apart(both)
     by_t = time_gradient(p, memory.record, g, a, p.f)
@@ -371,6 +367,11 @@ def _pull(memory: Memory, systems: Sweep, g: Tensor) -> Gradients:
         a, by_t, grads, nf = systems.pull(calls, memory.solve, memory.record.ys, g)
     count(p.f, nf)
     return Gradients(a + g[0], by_t, grads)
+
+
+def apart_by_rounding(dtype: torch.dtype) -> float:
+    """How far apart a step and its replay may come out by rounding alone, in units of the state."""
+    return 1e4 * torch.finfo(dtype).eps
 
 
 def replay_request(p: ODEProblem) -> ReplayRequest:
@@ -488,7 +489,7 @@ def _solve(
                 p.f0 = p.f.probed = None
             solution, outcome = _call(rhs, calls.solve, rhs.field, algorithm, request)
             try:
-                known = len(p.times) if _succeeded(outcome) and p.event_fn is None else 1
+                known = len(p.times) if outcome.succeeded and p.event_fn is None else 1
                 rhs.look_back(p.times[:known], out.detach()[:known])
             except NotCompiled:
                 if p.compile:
@@ -548,12 +549,8 @@ def _look_at(outcome: Outcome, p: ODEProblem, stats: Stats) -> None:
     """Take down the work of a solve, and raise if it failed."""
     stats.naccept, stats.nreject, stats.njac = outcome.naccept, outcome.nreject, outcome.njac
     stats.nlu, stats.nnewton = outcome.nlu, outcome.nnewton
-    if not _succeeded(outcome):
+    if not outcome.succeeded:
         raise _failure(outcome, p, f"system {outcome.system - 1} of the batch: " if p.batch > 1 else "")
-
-
-def _succeeded(outcome: Outcome) -> bool:
-    return outcome.code in (b"Success", b"Terminated", b"Default") and bool(outcome.finite)
 
 
 def _again(p: ODEProblem, stats: Stats, name: str) -> tuple[Tensor, Held | None, Outcome] | None:
@@ -568,7 +565,10 @@ def _again(p: ODEProblem, stats: Stats, name: str) -> tuple[Tensor, Held | None,
     repeated = p.repeats[name]
     try:
         with unrecorded(), runtime.julia() as calls:
-            out, held, outcome = repeated.solve(calls, p)
+            program, source = p.f.program
+            y0 = repeated.first(p.y0)
+            out = y0.new_empty(len(p.times), len(y0))
+            held, outcome = repeated.solve(calls, program.read(source), y0, out)
         count(p.f, outcome.nf)
         _look_at(outcome, p, stats)
     except BaseException:

@@ -99,6 +99,7 @@ class AdjointRequest(Lender):
 class ReplayRequest(Lender):
     """What a replay is asked for; `ReplayRequest` in julia/src/memory.jl."""
 
+    # The first three are an argument of their own in each call.
     _fields_ = (*((name, Lent) for name in ("du0", "dp", "g", "times", "a", "c", "p")), ("stages", ctypes.c_int64))
 
 
@@ -138,6 +139,10 @@ class Outcome(Shown):
             for name in ("naccept", "nreject", "njac", "nlu", "nnewton", "nf", "system", "finite")
         ),
     )
+
+    @property
+    def succeeded(self) -> bool:
+        return self.code in (b"Success", b"Terminated", b"Default") and bool(self.finite)
 
 
 class Systems(Lender):

@@ -11,10 +11,10 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from ..signals import undisturbed
 from .calls import Calls, Held
 
 log = logging.getLogger("pyjlode")
+Result = TypeVar("Result")
 
 
 class Found(NamedTuple):
@@ -150,6 +151,17 @@ def julia() -> Iterator[Calls]:
             yield calls
         finally:
             calls.collect(collecting)
+
+
+def within(function: Callable[..., Result], *args: Any) -> Result:
+    """`function(calls, *args)` within `julia()`, which as a context takes longer than some solves."""
+    calls = _runtime.calls
+    if calls is None or threading.get_ident() != _runtime.thread or _is_fork():
+        with julia() as calls:
+            return function(calls, *args)
+    with _runtime.lock:
+        calls.release_dropped()
+        return function(calls, *args)
 
 
 def evaluate(expression: str) -> Any:

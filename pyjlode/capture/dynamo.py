@@ -223,8 +223,11 @@ class Captures:
                 with torch.inference_mode(False), torch.no_grad():  # leaving inference mode turns gradients on
                     self.only_find(f, *self.args)
             elif torch.is_grad_enabled():
-                with torch.no_grad():
+                torch._C._set_grad_enabled(False)  # as `torch.no_grad()`, which takes a microsecond
+                try:
                     self.only_find(f, *self.args)
+                finally:
+                    torch._C._set_grad_enabled(True)
             else:
                 self.only_find(f, *self.args)
         except Found as found:
@@ -451,7 +454,8 @@ class _Attempt:
         return counters
 
     def look(self, guards: Sequence[Any]) -> list[bool]:
-        """Which guards are to be kept: all but those of numbers for which tensors stand."""
+        """Which guards are to be kept: all but those of numbers for which tensors stand, and of what autograd does with
+        what it saves, which no capture depends on: that one is a function in Python."""
         stands, dropped = {id(x) for x in self.stands}, set()
         for guard in guards:
             if guard.has_value and id(guard.value) in stands:
@@ -460,7 +464,8 @@ class _Attempt:
         for guard in guards:
             place = _name(guard.orig_guard.originating_source)
             of_shapes = guard.guard_type == "SHAPE_ENV"
-            keep.append(place not in dropped and not (of_shapes and dropped))
+            unused = guard.guard_type == "AUTOGRAD_SAVED_TENSORS_HOOKS"
+            keep.append(place not in dropped and not (of_shapes and dropped) and not unused)
             if of_shapes and any(".item()" in x and "isnan" not in x for x in guard.orig_guard.code_list or ()):
                 self.reason = "f makes a Python number or a branch of the numbers of a tensor"
             if ".__wrapped__" in place and self._is_cache(place.partition(".__wrapped__")[0]):

@@ -27,8 +27,9 @@ aten = torch.ops.aten
 _FUSED = 48
 # Entries of a table of indices.
 _TABLE = 1 << 20
-# Products of numbers beyond which BLAS multiplies matrices: `FEW` in julia/src/products.jl.
-_FEW = 1 << 20
+# Products of numbers beyond which BLAS multiplies matrices, and up to which code is made for the very sizes: `FEW` and
+# `SMALL` in julia/src/products.jl.
+_FEW, _SMALL = 1 << 20, 1 << 12
 _VIEWS = {
     *words("view permute transpose t expand select slice unsqueeze squeeze split split_with_sizes unsafe_split unbind"),
     *words("chunk narrow diagonal alias detach unfold movedim"),
@@ -881,7 +882,12 @@ class _Emission:
         start = (
             "nothing" if begins is None else f"Start({at(begins)}, {', '.join(map(str, begins.view.stride()[-2:]))})"
         )
-        text = f"multiply!({at(leaf)}, {m}, {n}, {k}, {at(a)}, {a1}, {a2}, {at(b)}, {b1}, {b2}, {start})"
+        sizes, rows, columns = f"{m}, {n}, {k}", f"{a1}, {a2}", f"{b1}, {b2}"
+        if m * n * k <= _SMALL:
+            sizes, rows, columns = f"Val(({sizes}))", f"Val(({rows}))", f"Val(({columns}))"
+            text = f"small!({at(leaf)}, {sizes}, {at(a)}, {rows}, {at(b)}, {columns}, {start})"
+        else:
+            text = f"multiply!({at(leaf)}, {sizes}, {at(a)}, {rows}, {at(b)}, {columns}, {start})"
         if batch:
             self.lines += [f"    for i1 in 0:{batch[0] - 1}", f"        {text}", "    end"]
         else:

@@ -354,18 +354,28 @@ class Repeated:
         """The field of such a solve, known by how it went."""
         return Again(p, self, outcome)
 
-    def solve(self, calls: Calls, p: ODEProblem) -> tuple[Tensor, Held | None, Outcome]:
-        """The states, shape (T, n) or with their sensitivities, the solve with its steps, and how it went."""
-        program, source = p.f.program
-        self.own.fill(program.read(source))
-        y0 = p.y0
-        if self.start is not None:
-            self.start[: len(y0)] = y0
-            y0 = self.start
-        out = torch.empty(len(p.times), len(y0), dtype=y0.dtype)
+    def first(self, y0: Tensor) -> Tensor:
+        """The first state of the solve, from that of the problem, shape (n,): perhaps with sensitivities."""
+        if self.start is None:
+            return y0
+        self.start[: len(y0)] = y0
+        return self.start
+
+    def solve(self, calls: Calls, tensors: Sequence[Tensor], y0: Tensor, out: Tensor) -> tuple[Held | None, Outcome]:
+        """Make such a solve.
+
+        Args:
+            tensors: that f holds, in the program's order.
+            y0: the first state, contiguous.
+            out: room for the states at the output times, (T, ...).
+
+        Returns:
+            The solve with its steps, where these are kept, and how it went.
+        """
+        self.own.fill(tensors)
         held, outcome = calls.again(self.held, y0, out, keep=self.keep)
         self.own.filled = outcome
-        return out, held, outcome
+        return held, outcome
 
 
 class Again(Holding, Callbacks):
@@ -378,7 +388,7 @@ class Again(Holding, Callbacks):
 
     def refill(self) -> None:
         if self.own.filled is not self.outcome:  # else nothing was solved in between
-            super().refill()
+            self.own.fill(self.tensors, self.outcome)
 
 
 def agrees(p: ODEProblem, trained: Sequence[Tensor]) -> bool:
