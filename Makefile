@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-quick test-all dist lint format docs julia bench clean
+.PHONY: demo test test-quick test-slow dist lint format docs julia bench clean
 
 demo: .venv/plot
 	$(BIN)/pyjlode demo
@@ -15,8 +15,9 @@ test: .venv/dev
 test-quick: .venv/dev
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(QUICK)
 
-test-all: .venv/dev
-	$(BIN)/python -m pytest -n 2
+# What `make test` leaves out.
+test-slow: .venv/dev
+	$(BIN)/python -m pytest -n 2 -m slow
 
 # What is published: built from the sdist, and checked.
 dist: .venv/dist

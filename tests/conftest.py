@@ -76,6 +76,6 @@ def pytest_terminal_summary(terminalreporter, config):
         if skipped := sum(reason in report for report in reports):
             left.append(f"{skipped} {what}")
     if config.option.markexpr == "not slow":
-        left.append("the slow ones (make test-all)")
+        left.append("the slow ones (make test-slow)")
     if left:
         terminalreporter.write_line(f"Not run: {', '.join(left)}.")
