@@ -14,6 +14,7 @@ from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from .solution import Occurrence, Solution, Stats
 from .solver import Solver
 from .source import julia_source
+from .steady import steady_state
 from .systems import Implicit, SecondOrder, Split
 
 if _TYPE_CHECKING:
@@ -48,6 +49,7 @@ __all__ = [
     "odeint_event",
     "plot",
     "solve",
+    "steady_state",
 ]
 
 

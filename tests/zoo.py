@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
+from pyjlode.nn import HamiltonianNN, LagrangianNN
+
 F64 = torch.float64
 CONTINUOUS = frozenset({"backsolve", "interpolating", "quadrature", "gauss"})
 
@@ -474,6 +476,31 @@ def hamiltonian_by_torch_func() -> Specimen:
         return torch.stack([p, -q])
 
     return of(energy, f)
+
+
+@kind
+def hamiltonian_module() -> Specimen:
+    field = HamiltonianNN(nn.Sequential(linear(2, 6), nn.Tanh(), linear(6, 1, bias=False)))
+    return Specimen(field, start(), list(field.parameters()))
+
+
+class Lagrangian(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(linear(2, 4), nn.Tanh(), linear(4, 1, bias=False))
+
+    def forward(self, q: Tensor, v: Tensor) -> Tensor:
+        return 2 * v.square().sum(-1, keepdim=True) + self.net(torch.cat([q, v], -1))
+
+
+@kind
+def lagrangian_module() -> Specimen:
+    field = LagrangianNN(Lagrangian())
+
+    def f(t: Tensor, h: Tensor) -> Tensor:
+        return torch.cat(field(t, (h[:1], h[1:])))
+
+    return Specimen(f, start(), list(field.parameters()))
 
 
 @kind

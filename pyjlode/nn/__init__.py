@@ -6,6 +6,7 @@ from .concat import ConcatLinear, ConcatSquash, TimeMLP
 from .flow_transform import FlowTransform
 from .latent_ode import Elbo, LatentODE
 from .likelihoods import GaussianLikelihood, PoissonProcess
+from .mechanics import HamiltonianNN, LagrangianNN
 from .neural_cde import NeuralCDE
 from .neural_ode import NeuralODE
 from .recognition import ODERNN, GRURecognition
@@ -21,6 +22,8 @@ __all__ = [
     "FlowTransform",
     "GRURecognition",
     "GaussianLikelihood",
+    "HamiltonianNN",
+    "LagrangianNN",
     "LatentODE",
     "NeuralCDE",
     "NeuralODE",
