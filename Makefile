@@ -11,7 +11,11 @@ demo: .venv/plot
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-# Under a minute: the front door, every method's order, gradients against finite differences, the errors.
+QUICK := $(addprefix tests/,test_errors.py test_solver.py test_options.py test_types.py test_data.py test_plot.py) \
+	$(addprefix tests/native/,test_tableaus.py test_stiff_tableaus.py test_order.py) \
+	$(addprefix tests/nn/,test_blocks.py test_neural_ode.py)
+
+# Under a minute: the front door, every method's order, the errors.
 test-quick: .venv/dev
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(QUICK)
 

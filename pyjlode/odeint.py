@@ -181,6 +181,17 @@ def solve(
     return solved(how, Equation(f, h0, t, event_fn, mass_matrix, jac, adjoint_params, events), dense=dense)
 
 
+@overload
+def odeint_adjoint(
+    f: Callable[..., Any], h0: State, t: Any, *, event_fn: None = None, **said: Unpack[Said]
+) -> State: ...
+@overload
+def odeint_adjoint(
+    f: Callable[..., Any], h0: State, t: Any, *, event_fn: Callable[..., Tensor], **said: Unpack[Said]
+) -> tuple[Tensor, State]: ...
+
+
+@mistakes.overloaded
 @mistakes.front(arguments.KEYWORDS)
 def odeint_adjoint(
     f: Callable[..., Any], h0: Any, t: Any, *, adjoint: bool | GradientName = "backsolve", **kwargs: Any

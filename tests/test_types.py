@@ -70,6 +70,9 @@ event_t, hs = odeint(f, h0, t[:2], event_fn=lambda t, h: h.sum() - 1, args=())
 solution = solve(f, h0, t, options={"batch_dims": 0})
 x: Tensor = solution.interpolate(0.5) + solution.h[0]
 y: Tensor = Solver("rk4", step_size=0.1, adjoint="discrete")(f, h0, t)
+z: Tensor = pyjlode.odeint_adjoint(f, h0, t, adjoint_options={"norm": "seminorm"})
+when, (start, end) = pyjlode.odeint_event(f, (h0, h0), 0.0, event_fn=lambda t, h: h[0].sum() - 1)
+between: Tensor = pyjlode.odeint_dense(f, h0, 0.0, 1.0)(0.5) + start + end + when
 named = odeint(f, h0, t, method=METHODS["bosh3"])
 layer: Tensor = NeuralODE(TimeMLP([2, 8, 2]), method="rk4")(h0)
 pyjlode.plot.figure(2, 2)
