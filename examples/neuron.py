@@ -75,7 +75,7 @@ class Fit(NamedTuple):
     """What was fitted, and to what.
 
     Attributes:
-        parameters: (4,). errors: root mean square error of the fitted spikes, in ms, first and last. spikes: (N,), seen.
+        parameters: (4,). errors: root mean square error of the fitted spikes in ms, first and last. spikes: (N,) seen.
     """
 
     parameters: Tensor
