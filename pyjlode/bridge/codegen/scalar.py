@@ -219,7 +219,7 @@ class _Evaluation:
         elif name == "index_copy":
             rest[2] = self.symbolic(rest[2]).places
         if any(isinstance(x, Sym) for x in arguments(rest)):
-            if name == "index_select":
+            if name == "index_select" and isinstance(head, Tensor):
                 return self.picked(Sym(head), *rest)
             raise NotCompiled(f"f indexes by numbers that it computes ({name})")
         if name in ("view", "_unsafe_view") and isinstance(head, Tensor):
