@@ -74,11 +74,10 @@ class Interpolation(nn.Module):
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The coefficients (degree + 1, ...) of the pieces that times lie in, and the times since their starts."""
-        i = torch.searchsorted(self.knots[1:-1], t)
-        c, s = self.pieces[i], t - self.knots[i]
-        if t.ndim:
-            c, s = c.movedim(1, 0), s.reshape(-1, *[1] * (c.ndim - 2))
-        return c, s
+        each = t.reshape(-1)
+        i = torch.searchsorted(self.knots[1:-1], each)
+        c, s = self.pieces.index_select(0, i), each - self.knots.index_select(0, i)
+        return (c.movedim(1, 0), s.reshape(-1, *[1] * (c.ndim - 2))) if t.ndim else (c[0], s[0])
 
     def forward(self, t: Tensor | float) -> Tensor:
         """The signals at times.

@@ -121,3 +121,9 @@ def test_drug_doses(run):
     found = run("drug_doses")
     assert found.errors.tolist() == pytest.approx([0.0, 0.0, 0.0], abs=0.2)
     assert found.late == pytest.approx(52.5, abs=0.8)
+
+
+def test_neuron(run):
+    found = run("neuron")
+    assert found.errors[1] < found.errors[0] / 4
+    assert found.parameters.tolist() == pytest.approx([12.0, 80.0, 0.25, 2.5], rel=0.15)

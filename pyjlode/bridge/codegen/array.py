@@ -612,6 +612,31 @@ class _Emission:
     def do_replication_pad2d_backward(self, g: Any, x: Any, padding: Sequence[int]) -> Value:
         return self.pad_backward(aten.replication_pad2d, g, x, padding)
 
+    def do_searchsorted(
+        self, edges: Any, x: Any, *, right: bool = False, side: str | None = None, **kwargs: Any
+    ) -> Value:
+        """How many of the edges lie before each x."""
+        if len(self.value(edges).shape) > 1 or kwargs.get("sorter") is not None:
+            raise NotCompiled("f searches in more than one row of numbers")
+        before = "le" if right or side == "right" else "lt"
+        x = self.viewed(aten.unsqueeze.default, self.value(x), (-1,))
+        return self.do_sum(self.elementwise(before, (edges, x), {}), [-1])
+
+    def do_index_select(self, x: Any, dim: int, index: Any) -> Any:
+        """By numbers that are computed: of all elements, the sum of those at the index."""
+        if not isinstance(index, Value):
+            return self.moved(aten.index_select.default, (x, dim, index), {})
+        value = self.value(x)
+        order = [dim, *(d for d in range(len(value.shape)) if d != dim)]
+        value = self.viewed(aten.permute.default, value, (order,))
+        n, rest = value.shape[0], [1] * (len(value.shape) - 1)
+        rows = self.viewed(aten.view.default, self.stored(index), ([-1, 1, *rest],))
+        hit = self.elementwise("eq", (rows, torch.arange(n).reshape(1, n, *rest)), {})
+        whole = self.viewed(aten.unsqueeze.default, value, (0,))
+        picked = self.do_sum(self.elementwise("where", (hit, whole, 0.0), {}), [1])
+        back = [order.index(d) for d in range(len(order))]
+        return self.viewed(aten.permute.default, picked, (back,))
+
     def do__unsafe_index(self, x: Any, indices: Sequence[Any]) -> Any:
         return self.moved(aten.index.Tensor, (x, indices), {})
 

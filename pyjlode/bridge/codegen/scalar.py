@@ -219,6 +219,8 @@ class _Evaluation:
         elif name == "index_copy":
             rest[2] = self.symbolic(rest[2]).places
         if any(isinstance(x, Sym) for x in arguments(rest)):
+            if name == "index_select" and isinstance(head, Tensor):
+                return self.picked(Sym(head), *rest)
             raise NotCompiled(f"f indexes by numbers that it computes ({name})")
         if name in ("view", "_unsafe_view") and isinstance(head, Tensor):
             return Sym(head.reshape(rest[0]))
@@ -230,7 +232,23 @@ class _Evaluation:
         out = target(head, *rest, **kwargs)
         return Sym(out) if isinstance(out, Tensor) else [Sym(x) for x in out]
 
+    def picked(self, x: Sym, dim: int, index: Sym) -> Sym:
+        """`index_select` by numbers that are computed: of all elements, the sum of those at the index."""
+        places = x.places.movedim(dim, 0)
+        n, rest = len(places), [1] * (places.ndim - 1)
+        hit = self.elementwise("eq", (index.reshaped((-1, 1)), torch.arange(n)), {}).reshaped((-1, n, *rest))
+        chosen = self.elementwise("where", (hit, Sym(places[None]), 0.0), {})
+        return Sym(self.sum(chosen, [1]).places.movedim(0, dim))
+
     # What is neither element-wise nor a move. Arguments are as in ATen's schema.
+
+    def searchsorted(self, edges: Any, x: Any, *, right: bool = False, side: str | None = None, **kwargs: Any) -> Sym:
+        """How many of the edges lie before each x."""
+        if self.symbolic(edges).places.ndim > 1 or kwargs.get("sorter") is not None:
+            raise NotCompiled("f searches in more than one row of numbers")
+        before = "le" if right or side == "right" else "lt"
+        x = Sym(self.symbolic(x).places[..., None])
+        return self.sum(self.elementwise(before, (edges, x), {}), [-1])
 
     def _to_copy(self, x: Sym, dtype: torch.dtype | None = None, **kwargs: Any) -> Sym:
         if dtype is None or dtype == self.args[1].dtype:
@@ -487,6 +505,7 @@ _SPECIAL = {
     *words(
         "cumsum cumprod mm bmm mv dot vdot addmm addmv baddbmm index_put _unsafe_index_put _unsafe_index scatter_add"
     ),
+    "searchsorted",
     *words("fill copy trace reflection_pad1d_backward reflection_pad2d_backward replication_pad1d_backward"),
     *words("replication_pad2d_backward"),
 }
