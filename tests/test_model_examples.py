@@ -121,3 +121,9 @@ def test_drug_doses(run):
     found = run("drug_doses")
     assert found.errors.tolist() == pytest.approx([0.0, 0.0, 0.0], abs=0.2)
     assert found.late == pytest.approx(52.5, abs=0.8)
+
+
+def test_solar_system(run):
+    found = run("solar_system")
+    for method, (first, last) in found.items():
+        assert last > 5 * first if method == "dopri5" else last < 1.2 * first < 5e-3
