@@ -116,7 +116,7 @@ def draw(paths: Tensor, t: Tensor, errors: dict[str, Tensor], orbits: int, out: 
             left.annotate(NAMES[i], (float(x[0]), float(y[0])), xytext=(4, 4), textcoords="offset points", color=color)
             left.plot(float(x[0]), float(y[0]), "o", color=color, ms=4)
         left.plot(0, 0, "o", color=INK, ms=5)
-        left.set_aspect("equal")
+        left.set_aspect("equal", adjustable="datalim")
         left.set(title="248 years, one orbit of Pluto", xlabel="astronomical units")
         for (method, error), color in zip(errors.items(), COLORS):
             # The error swings with each orbit; its largest value in windows of a hundredth is what grows, or does not.
@@ -124,13 +124,10 @@ def draw(paths: Tensor, t: Tensor, errors: dict[str, Tensor], orbits: int, out: 
             n = len(error) // size * size
             highest = error[:n].reshape(-1, size).amax(1)
             middle = t[:n].reshape(-1, size).mean(1) / ORBIT
-            right.semilogy(middle, highest, color=color, lw=2.2)
-            right.annotate(
-                method, (float(middle[-1]), float(highest[-1])), xytext=(6, 0), textcoords="offset points", color=color,
-                va="center", fontweight="bold", annotation_clip=False,
-            )  # fmt: skip
+            right.semilogy(middle, highest, color=color, lw=2.2, label=method)
         right.grid(True, color=FAINT, lw=0.6, alpha=0.6)
         right.set(title="relative error of the energy", xlabel="orbits of Jupiter", xlim=(0, orbits))
+        right.legend(frameon=False)
         right.set_ylim(10 ** math.floor(math.log10(min(float(e[1:].max()) for e in errors.values())) - 1), None)
         canvas.savefig(out, dpi=120)
 

@@ -440,8 +440,6 @@ def mass_matrix(given: Any, method: Method, layout: Layout, batch: int) -> Tenso
         raise BadShape(f"mass_matrix has shape {tuple(M.shape)}; for this state it must be ({d}, {d}).")
     if M.is_complex():
         raise BadDtype("mass_matrix is complex; it must be real.")
-    if M.requires_grad:
-        raise BadOption("mass_matrix requires grad, and its gradient is not computed: detach it, or divide f by it.")
     M = M.to(layout.device, layout.dtype)
     if not is_finite(M):
         raise NonFiniteState("mass_matrix holds NaN or infinity.", t=math.nan, dt=0.0)

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from . import arguments, mistakes, parameters
 from .errors import BadOption, BadShape
+from .gradients import REPLAYS
 from .notices import warn
 from .problem import ODEProblem, flat_field
 
@@ -75,10 +76,32 @@ def look(
                 )
         else:
             p.params = named if named is not None else tuple(held.wanted)
+        if p.mass is not None and p.mass.requires_grad:
+            _include_mass(p, gradient)
         if meter:
             p.graph_bytes = meter.bytes_beside(p.params)
         needed = needed or bool(p.params) or (f0.requires_grad and gradient is None)
     return f0, needed
+
+
+def _include_mass(p: ODEProblem, gradient: str | None) -> None:
+    """Have the mass matrix among what the solve is differentiated by.
+
+    Raises:
+        BadOption: this gradient method does not differentiate by it.
+    """
+    assert p.mass is not None
+    if gradient not in (None, *REPLAYS):
+        raise BadOption(
+            f"mass_matrix requires grad, and adjoint={gradient!r} does not differentiate by it. Use adjoint=True or "
+            "adjoint=False on the native engine, or detach it."
+        )
+    if p.options.consistent == "compute":
+        raise BadOption(
+            "mass_matrix requires grad, and the start that options={'consistent': 'compute'} finds is not "
+            "differentiated by it: pass a consistent h0, or detach the matrix."
+        )
+    p.params = (*(x for x in p.params if x is not p.mass), p.mass)
 
 
 def keep(p: ODEProblem, f0: Tensor, gradient: str | None) -> None:

@@ -309,6 +309,9 @@ def solve(engine: Engine, p: ODEProblem, stats: Stats, gradient: str | None, nee
         return record
     for attempt in itertools.count():
         leaf = like(p, y0=p.y0.detach().requires_grad_(), t=p.t.detach().requires_grad_(p.t.requires_grad))
+        if p.mass is not None and p.mass.requires_grad:  # what it was made of is not reached through it as well
+            leaf.mass = p.mass.detach().requires_grad_()
+            leaf.params = tuple(leaf.mass if x is p.mass else x for x in p.params)
         try:
             with torch.no_grad(), parameters.unheard(p.params):
                 memory = engine.solve_for_vjp(leaf, stats, gradient, dense=dense)

@@ -94,7 +94,7 @@ def odeint(
             begins with the batch's, and each system ends at its own event; one without is NaN.
         mass_matrix: M of `M dh/dt = f(t, h)`, shape (d, d) for the d numbers of `h0` (of one system, with
             `options["batch_dims"]`); it may be singular (a differential-algebraic system of index 1). For the methods
-            "rodas5p", "radau5" and "bdf".
+            "rodas5p", "radau5" and "bdf". `adjoint=True` and False differentiate by it, too.
         jac: `jac(t, h) -> df/dh`, shape (*h.shape, *h.shape), or (*batch, d, d) with `options["batch_dims"]`, for the
             adaptive stiff methods. By default it is computed by autograd, else by finite differences.
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: for the backward solve of the continuous adjoints;

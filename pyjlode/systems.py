@@ -84,8 +84,7 @@ class Implicit(nn.Module):
         F: `F(t, y, dy) -> residual`, of the shape of `y`, which is one real tensor.
 
     Raises:
-        BadOption: in the solve, where the coefficients of `y'` are not constant, or depend on tensors that require
-            grad.
+        BadOption: in the solve, where the coefficients of `y'` are not constant.
         HighIndex: the index is above 1.
 
     Source: Brenan, Campbell & Petzold, Numerical Solution of Initial-Value Problems in Differential-Algebraic
@@ -112,16 +111,11 @@ class Implicit(nn.Module):
         """
         y = y.detach()
         M = self.leading(t, y, torch.zeros_like(y))
-        if M.requires_grad:
-            raise BadOption(
-                "the coefficients of y' in F(t, y, y') depend on tensors that require grad, and the gradient by a mass "
-                "matrix is not computed. Divide an equation by its coefficient, or detach it."
-            )
         # Two other points: what is not constant shows at nearly all of them.
         other = y.abs().mean() + 1
         for shift in (0.37, -1.13):
             moved = self.leading(t + shift * (1 + t.abs()), y + shift * other, torch.full_like(y, shift) * other)
-            if not torch.allclose(moved, M, rtol=1e-6, atol=1e-9 * float(M.abs().max())):
+            if not torch.allclose(moved, M, rtol=1e-6, atol=1e-9 * float(M.detach().abs().max())):
                 raise BadOption(
                     "the coefficients of y' in F(t, y, y') change with t, y or y', and Implicit takes constant ones. "
                     "If dF/dy' is regular, solve for y'. Else write y' = z, 0 = F(t, y, z) for those that move, with a "

@@ -24,11 +24,21 @@ F64 = torch.float64
 CONTINUOUS = ["backsolve", "interpolating", "quadrature", "gauss"]
 ADJOINTS = [True, *GENERAL]
 NAMES = [False, *ADJOINTS]
-EXACT = [False, True, "discrete"]  # the derivative of the numbers that came out, not of the solution they stand for
+EXACT = [
+    False,
+    True,
+    "discrete",
+    "checkpointed",
+]  # the derivative of the numbers that came out, not of the solution they stand for
 
 
 def label(value: object) -> str | None:
     return f"adjoint={value}" if isinstance(value, bool) else None
+
+
+def fits(adjoint: object, method: str) -> bool:
+    """Whether this gradient is one of the method's."""
+    return adjoint != "checkpointed" or pyjlode.METHODS[method].alone
 
 
 every_gradient = pytest.mark.parametrize("adjoint", NAMES, ids=label)
@@ -184,6 +194,8 @@ def distance(a: list[Tensor], b: list[Tensor]) -> float:
 @pytest.mark.parametrize("method", SETTINGS)
 def test_gradient_is_the_finite_difference(kind, adjoint, method):
     """For h0, t and every parameter."""
+    if not fits(adjoint, method):
+        return
     t, kwargs, accuracy = SETTINGS[method]
     wanted = by_differences(kind, method)
     found = gradient_of(kind, t, method=method, adjoint=adjoint, **kwargs)
@@ -224,6 +236,8 @@ def test_gradcheck(kind, adjoint):
 @pytest.mark.parametrize("method", ["rk4", "implicit_adams", "gl4"])
 @pytest.mark.parametrize("adjoint", EXACT, ids=label)
 def test_gradcheck_of_fixed_steps_entry_by_entry(adjoint, method):
+    if not fits(adjoint, method):
+        return
     t, kwargs, _ = SETTINGS[method]
     leaves = inputs("closure", t[:6])
 
@@ -243,6 +257,8 @@ def between_grid_points(method: str, interp: str) -> tuple[dict, list[Tensor]]:
 @every_gradient
 @pytest.mark.parametrize("method", ["midpoint", "explicit_adams", "sdirk2"])
 def test_gradient_through_output_between_the_grid_points(method, adjoint, interp):
+    if not fits(adjoint, method):
+        return
     kwargs, wanted = between_grid_points(method, interp)
     found = gradient_of("closure", SPARSE, adjoint=adjoint, **kwargs)
     if adjoint in EXACT:
@@ -822,6 +838,8 @@ def test_leaves_of_different_precision(adjoint):
 @pytest.mark.parametrize("method", ["dopri5", "rk4", "explicit_adams", "gl4"])
 @every_gradient
 def test_one_time_is_the_identity(adjoint, method):
+    if not fits(adjoint, method):
+        return
     net, h0 = Net(), leaf(0.8, -0.5)
     t = torch.tensor([0.3], dtype=F64, requires_grad=True)
     ys = pyjlode.odeint(net, h0, t, adjoint=adjoint, method=method)
@@ -851,6 +869,8 @@ def test_two_times_and_a_thousand(n, adjoint):
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "rk4", "implicit_adams", "gl4"])
 @every_gradient
 def test_empty_batch(adjoint, method):
+    if not fits(adjoint, method):
+        return
     net = nn.Linear(3, 3)
     h0, t = torch.zeros(0, 3, requires_grad=True), torch.linspace(0, 1, 6).requires_grad_()
     ys = pyjlode.odeint(lambda t, h: net(h), h0, t, adjoint=adjoint, method=method, rtol=1e-4, atol=1e-4)

@@ -127,3 +127,9 @@ def test_neuron(run):
     found = run("neuron")
     assert found.errors[1] < found.errors[0] / 4
     assert found.parameters.tolist() == pytest.approx([12.0, 80.0, 0.25, 2.5], rel=0.15)
+
+
+def test_solar_system(run):
+    found = run("solar_system")
+    for method, (first, last) in found.items():
+        assert last > 5 * first if method == "dopri5" else last < 1.2 * first < 5e-3

@@ -38,8 +38,8 @@ class Algebra:
 
     def __init__(self, p: ODEProblem) -> None:
         self.p, self.linear = p, Linear(p, Stats("", "", ""))
-        self.M = self.linear.mass
-        assert self.M is not None
+        assert self.linear.mass is not None
+        self.M: Tensor | None = self.linear.mass.detach()
         self.N, self.V = null_spaces(self.M)
         self.none = self.N.shape[1] == 0
 

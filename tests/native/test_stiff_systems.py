@@ -366,7 +366,6 @@ WRONG = {
     "mass that is no matrix": (errors.BadShape, {"mass_matrix": "M"}),
     "complex mass": (errors.BadDtype, {"mass_matrix": torch.eye(2, dtype=torch.complex128)}),
     "nan mass": (errors.NonFiniteState, {"mass_matrix": torch.full((2, 2), math.nan)}),
-    "mass that requires grad": (errors.BadOption, {"mass_matrix": torch.eye(2, requires_grad=True)}),
     "mass for an explicit method": (errors.BadOption, {"mass_matrix": torch.eye(2), "method": "dopri5"}),
     "mass for kvaerno5": (errors.BadOption, {"mass_matrix": torch.eye(2), "method": "kvaerno5"}),
     "mass and a complex state": (
