@@ -5,8 +5,6 @@ from typing import Any as _Any
 
 from . import errors
 from .bridge.function import julia_function
-from .driven import CDE, Interpolation
-from .ensembles import Ensemble, ensemble, ensemble_map
 from .gradients import GRADIENTS
 from .jumps import At, Event
 from .methods import METHODS, julia_method
@@ -19,6 +17,8 @@ from .systems import Implicit, SecondOrder, Split
 
 if _TYPE_CHECKING:
     from . import nn, plot
+    from .driven import CDE, Interpolation
+    from .ensembles import Ensemble, ensemble, ensemble_map
 
 __version__ = "0.1.0"
 __all__ = [
@@ -53,13 +53,21 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> _Any:
-    """`pyjlode.nn` and `pyjlode.plot`, loaded when they are first asked for."""
-    if name in ("nn", "plot"):
-        from importlib import import_module
+# What few programs need, by the module that it is in: loaded when it is first asked for.
+_LATER = {
+    **dict.fromkeys(("CDE", "Interpolation"), "driven"),
+    **dict.fromkeys(("Ensemble", "ensemble", "ensemble_map"), "ensembles"),
+    **dict.fromkeys(("nn", "plot"), ""),
+}
 
-        return import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> _Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module = import_module(f".{_LATER[name] or name}", __name__)
+    return getattr(module, name) if _LATER[name] else module
 
 
 def __dir__() -> list[str]:

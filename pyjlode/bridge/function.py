@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BadOption, GradientUnavailable
-from . import runtime
-from .calls import Held
+
+if TYPE_CHECKING:
+    from .calls import Held
 
 
 class _Value(torch.autograd.Function):
@@ -43,6 +44,8 @@ class JuliaFunction(nn.Module):
     @property
     def handle(self) -> Held:
         """The function in Julia."""
+        from . import runtime  # not needed where the package is imported
+
         if self.source not in _compiled:
             with runtime.julia() as calls:
                 try:
@@ -53,6 +56,8 @@ class JuliaFunction(nn.Module):
 
     def forward(self, t: Tensor, h: Tensor) -> Tensor:
         """dh/dt at one point, shape of `h`: for a look; a solve does not come this way."""
+        from . import runtime
+
         u = h.detach().reshape(-1).contiguous()
         out = torch.zeros_like(u)
         p = self.params.detach().to(u).contiguous()

@@ -139,7 +139,8 @@ class Call:
         """What later calls need of one, if they need not make a problem."""
         p, (program, source) = made.problem, self.field.program
         pulls = made.needed and made.gradient == "discrete"
-        plain = p.batch == 1 and p.rows is None and p.layout is not None and p.layout.bare and not p.options.progress
+        plain = p.batch == 1 and p.rows is None and p.split is None and not p.options.progress
+        plain = plain and p.layout is not None and p.layout.bare
         if not plain or (made.needed and (not pulls or p.t.requires_grad)) or source.counters or program.trace.adds:
             return None
         places = program.trace.slots[: program.trace.trained]

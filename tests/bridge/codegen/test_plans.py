@@ -13,7 +13,7 @@ import pyjlode
 from pyjlode import odeint, solve
 from pyjlode.bridge.codegen import field as fields
 from pyjlode.bridge.codegen import program as programs
-from pyjlode.errors import BadDtype, BadOption, BadTime, MaxStepsReached, NonFiniteState
+from pyjlode.errors import BadDtype, BadOption, BadTime, GradientUnavailable, MaxStepsReached, NonFiniteState
 from pyjlode.problem import Field
 
 pytestmark = pytest.mark.usefixtures("julia")
@@ -299,3 +299,85 @@ def test_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_what_f_carries_for_the_solver_to_call_is_looked_for_in_each_call():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2).double()
+
+        def forward(self, t, h):
+            return self.layer(h)
+
+    f, other, h0, seen = Net(), Net(), torch.ones(2, dtype=F64), []
+    with torch.no_grad():
+        for _ in range(CALLS):
+            odeint(f, h0, T, method="tsit5")
+        other.callback_step = lambda t, h, dt: seen.append(t)
+        odeint(other, h0, T, method="tsit5")
+        assert seen
+        Net.callback_accept_step = lambda self, t, h, dt: seen.clear()
+        odeint(f, h0, T, method="tsit5")
+        assert not seen
+
+
+class TestProductsOfRepeatedSolves:
+    """Against those of a solve that is made anew."""
+
+    @staticmethod
+    def grads(p, h0, times=T, **kwargs):
+        h = odeint(lotka(p), h0, times, adjoint=True, **JULIA)
+        return h, (h**2).sum()
+
+    def repeated(self, p, h0):
+        for _ in range(CALLS):
+            h, loss = self.grads(p, h0)
+        return h, loss
+
+    def test_they_are_the_same_whatever_was_solved_in_between(self, repeats):
+        p, h0 = rates().requires_grad_(), torch.tensor([1.0, 1.0], dtype=F64, requires_grad=True)
+        first = torch.autograd.grad(self.grads(p, h0)[1], [h0, p])
+        self.repeated(p, h0)
+        assert repeats.count
+        solves = [self.grads(p, h0), self.grads(rates(2.0, 1.0, 3.0, 0.5).requires_grad_(), h0), self.grads(p, h0)]
+        with torch.no_grad():
+            odeint(lotka(rates(0.5, 0.5, 0.5, 0.5)), h0, T, adjoint=True, **JULIA)
+        for i in (2, 0):
+            for a, b in zip(torch.autograd.grad(solves[i][1], [h0, p], retain_graph=True), first):
+                assert torch.equal(a, b)
+        again = torch.autograd.grad(solves[0][1], [h0, p])
+        assert all(torch.equal(a, b) for a, b in zip(again, first))
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(solves[0][1], [h0, p])
+
+    def test_many_cotangents_at_once(self):
+        p, h0 = rates().requires_grad_(), torch.tensor([1.0, 1.0], dtype=F64, requires_grad=True)
+        h, _ = self.repeated(p, h0)
+        bars = torch.eye(h.numel(), dtype=F64).reshape(-1, *h.shape)
+        by_h0, by_p = torch.autograd.grad(h, [h0, p], bars, is_grads_batched=True, retain_graph=True)
+        for i in (0, 1, 7):
+            a, b = torch.autograd.grad(h, [h0, p], bars[i], retain_graph=True)
+            assert torch.allclose(by_h0[i], a, rtol=1e-14)
+            assert torch.allclose(by_p[i], b, rtol=1e-14, atol=1e-300)
+
+    def test_what_cannot_be_had_is_refused(self):
+        p, h0 = rates().requires_grad_(), torch.tensor([1.0, 1.0], dtype=F64, requires_grad=True)
+        _, loss = self.repeated(p, h0)
+        with pytest.raises(GradientUnavailable, match="first derivatives only"):
+            torch.autograd.grad(loss, p, create_graph=True)
+        _, loss = self.grads(p, h0)
+        with torch.no_grad():
+            p.mul_(1.1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    def test_the_account_of_the_work_goes_on(self):
+        p = rates().requires_grad_()
+        for _ in range(CALLS):
+            solution = solve(lotka(p), torch.ones(2, dtype=F64), T, adjoint=True, dense=False, **JULIA)
+            assert solution.stats.naccept > 0
+            assert solution.stats.compiled
+            solution.h.sum().backward()
+            assert solution.stats.nfe_backward >= 6 * solution.stats.naccept
+            assert solution.stats.wall_backward > 0
