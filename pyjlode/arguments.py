@@ -7,7 +7,7 @@ state; and the state and the times at each call.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -202,10 +202,12 @@ def with_args(args: Any, *functions: Any) -> list[Any]:
     """
     if not isinstance(args, (tuple, list)):
         raise BadOption(f"args must be a tuple of what f takes after (t, h), as in (k,); got a {type(args).__name__}.")
-    return [f if f is None else _with(args, f) for f in functions]
+    # A list: where f is compiled, a number that is another at a later call gives its place to an input.
+    extra = list(args)
+    return [f if f is None else _with(extra, f) for f in functions]
 
 
-def _with(args: Sequence[Any], f: Any) -> Any:
+def _with(args: list[Any], f: Any) -> Any:
     if not callable(f):
         return f
 

@@ -202,6 +202,15 @@ def test_args_go_to_events_and_jacobians_too():
     assert seen
 
 
+def test_numbers_among_args_compile_nothing_anew(julia):
+    k = torch.tensor(0.5, dtype=F64)
+    for i in range(12):
+        solution = solve(lambda t, h, k, c: c - k * h, H0, [0.0, 1.0], args=(k, 0.1 * i), engine="julia")
+        assert bool(solution.stats.compiled) == (i > 0), solution.stats.not_compiled
+        exact = 0.2 * i + (H0 - 0.2 * i) * torch.exp(-k)
+        assert torch.allclose(solution.h[-1], exact, rtol=1e-6)
+
+
 def test_callbacks_are_heard_with_args():
     heard = []
 
