@@ -108,7 +108,7 @@ def test_every_public_name_has_its_place_in_the_reference():
     assert {"METHODS", "GRADIENTS"} <= set(re.findall(r"`pyjlode\.(\w+)`", text))
 
 
-@pytest.mark.parametrize("path", [README, ROOT / "CONTRIBUTING.md", *PAGES], ids=name)
+@pytest.mark.parametrize("path", [README, ROOT / "CONTRIBUTING.md", ROOT / "examples/README.md", *PAGES], ids=name)
 def test_files_that_it_names_are_there(path):
     text = path.read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#\s]+)", text):

@@ -133,3 +133,9 @@ def test_solar_system(run):
     found = run("solar_system")
     for method, (first, last) in found.items():
         assert last > 5 * first if method == "dopri5" else last < 1.2 * first < 5e-3
+
+
+def test_hamiltonian(run):
+    found = run("hamiltonian")
+    for row in found.values():
+        assert bool((row.errors[:, 1] < row.errors[:, 0] / 2).all())
