@@ -73,8 +73,11 @@ def pytest_terminal_summary(terminalreporter, config):
         (NO_JLARRAYS, 'of the Julia engine on arrays like a device\'s (Pkg.add("JLArrays") in its project)'),
         (NO_CUDA, "of a CUDA device, which torch does not see"),
     ):
-        if skipped := sum(reason in report for report in reports):
-            left.append(f"{skipped} {what}")
+        if skipped := [report for report in reports if reason in report]:
+            left.append(f"{len(skipped)} {what}")
+            reports = [report for report in reports if reason not in report]
+    if reports:
+        left.append(f"{len(reports)} for other reasons (pytest -rs names them)")
     if config.option.markexpr == "not slow":
         left.append("the slow ones (make test-slow)")
     if left:
