@@ -25,8 +25,18 @@ def name(path):
     return path.relative_to(ROOT).as_posix()
 
 
+def plain(code):
+    """Code without comments."""
+    return re.sub(r"#.*", "", code)
+
+
+def of_julia(code):
+    return re.search(r'"julia"|julia_method|julia_function', plain(code))
+
+
 def needs(code):
-    """What a page's code asks for: the fixture for Julia, and the marks."""
+    """The marks of a page's code."""
+    code = plain(code)
     marks = [pytest.mark.slow] if "compile=True" in code else []
     if 'device="cuda"' in code or ".cuda()" in code:
         marks.append(pytest.mark.cuda)
@@ -60,7 +70,7 @@ def test_each_block_of_the_readme_runs_by_itself(code):
 @pytest.mark.parametrize("path", CODED)
 def test_the_blocks_of_a_page_run_one_after_the_other(path, request):
     code = blocks(path)
-    if any("julia" in block for block in code):
+    if any(of_julia(block) for block in code):
         request.getfixturevalue("julia")
     namespace = {}
     for block in code:
