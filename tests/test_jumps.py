@@ -10,7 +10,16 @@ from problems import GENERAL
 
 import pyjlode
 from pyjlode import At, Event, solve
-from pyjlode.errors import BadDtype, BadOption, BadShape, BadTime, GradientUnavailable, TooManyEvents
+from pyjlode.errors import (
+    BadDtype,
+    BadOption,
+    BadShape,
+    BadTime,
+    GradientUnavailable,
+    MaxStepsReached,
+    NonFiniteState,
+    TooManyEvents,
+)
 
 F64 = torch.float64
 G = 9.81
@@ -444,6 +453,16 @@ def wrong(error, match, make):
 def test_mistakes(error, match, make):
     with pytest.raises(error, match=match):
         solve(turn, CIRCLE, [0.0, 1.0], events=make(), engine="torch")
+
+
+def test_a_condition_that_is_not_a_number():
+    with pytest.raises(NonFiniteState, match="a condition of events returned NaN"):
+        solve(turn, CIRCLE, [0.0, 1.0], events=[Event(lambda t, h: h[0] * math.nan)], engine="torch")
+
+
+def test_too_many_steps_between_events():
+    with pytest.raises(MaxStepsReached, match="max_num_steps=3"):
+        solve(turn, CIRCLE, [0.0, 1e3], events=[Event(lambda t, h: h[0] + 2)], options={"max_num_steps": 3})
 
 
 def test_what_does_not_go_with_events():
