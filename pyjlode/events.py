@@ -45,7 +45,8 @@ class Margin:
         """Smallest event function at (t, y), y of shape (n,); infinite where none has a sign yet."""
         values = self.event_fn(self.p.time(t), y).detach().reshape(-1).tolist()
         if any(map(math.isnan, values)):
-            raise NonFiniteState(f"event_fn returned NaN at t={t:.6g}.", t=t, dt=0.0)
+            what = "event_fn" if not self.p.onward else "a condition of events"
+            raise NonFiniteState(f"{what} returned NaN at t={t:.6g}.", t=t, dt=0.0)
         if not self.signs:
             self.signs = [self.counted(i, s) for i, s in enumerate(self.p.signs or [0.0] * len(values))]
             self.since, self.sizes = [self.forward * t] * len(values), [0.0] * len(values)

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import numbers, progress
 from .engines import choice
 from .engines.crossing import crossing, leg, rate
-from .errors import BadOption, TooManyEvents
+from .errors import BadOption, InconsistentStart, TooManyEvents
 from .jumps import Event, Events
 from .problem import Equation, Layout, ODEProblem, Prepared, like
 from .solution import Occurrence, Solution, Stats, Steps, interpolant
@@ -128,7 +128,8 @@ class Chain:
             fired: tuple[int, ...] = ()
             sizes: tuple[float, ...] = ()
             before = here.t
-            if not near(here.t, end):
+            reached = near(here.t, end)
+            if not reached:
                 here, fired, sizes = self.solve(here, end, stop.time if stop else None, signs, f0)
             if fired:
                 indices = [self.events.watched[i] for i in fired]
@@ -137,7 +138,8 @@ class Chain:
                 if stop is None:
                     break
                 indices = [stop.index]
-                here = here._replace(t=end, moment=stop.time.to(self.whole))
+                if reached:
+                    here = self.later(here, end, stop.time.to(self.whole))
                 stops.pop(0)
                 while stops and stops[0].t == end:
                     indices.append(stops.pop(0).index)
@@ -176,7 +178,7 @@ class Chain:
             Where it ended, which conditions crossed zero there, and the largest magnitudes that they had.
         """
         first = not self.parts
-        recorded = self.made.gradient is None
+        recorded = self.literal
         start = here.moment if recorded or first else here.moment.detach()
         y = here.y if recorded or first else self.shifted(here, f0)
         j = bisect.bisect_left(self.times, self.sign * end, self.done, key=lambda t: self.sign * t)
@@ -185,7 +187,7 @@ class Chain:
         t = torch.cat([start.reshape(1), self.whole[self.done : j], (last.detach() if moves else last).reshape(1)])
         if not self.made.needed and torch.is_grad_enabled() and (y.requires_grad or t.requires_grad):
             self.prepare(y, t)
-            recorded, f0 = self.made.gradient is None, None
+            recorded, f0 = self.literal, None
         p = self.made.problem
         q: ODEProblem = like(
             p, y0=y, t=t, times=[here.t, *self.times[self.done : j], end], f0=None if recorded and not first else f0
@@ -195,7 +197,10 @@ class Chain:
         if self.step is not None:
             q.options = replace(p.options, first_step=self.step)
         if not first and q.mass is not None:
-            q.y0 = choice.consistent(q)
+            try:
+                q.y0 = choice.consistent(q)
+            except InconsistentStart as error:
+                raise InconsistentStart(f"The state after an event (here: h0): {error}") from error
             q.f0 = q.f0 if q.options.consistent == "check" else None
         record = self.counted(q)
         self.step = getattr(record, "restart", None)
@@ -247,6 +252,22 @@ class Chain:
         self.made = self.solver._prepare(e, self.solver.engine)
         self.made.problem.callbacks, self.made.stats = old.callbacks, self.stats
         self.stats.engine, self.made.needed = self.made.engine.NAME, True
+
+    @property
+    def literal(self) -> bool:
+        """Whether a solve starts at a time that has a graph: where steps are recorded, and where fixed ones are taken
+        again, so that the gradient is that of their numbers."""
+        made = self.made
+        taken_again = made.gradient == "discrete" and made.engine.NAME == "torch"
+        return made.gradient is None or (taken_again and not made.problem.method.adaptive)
+
+    def later(self, here: Point, t: float, moment: Tensor) -> Point:
+        """The same point as one at `t`, which is the same number or almost, but moves with another time."""
+        y = here.y
+        if torch.is_grad_enabled() and (here.moment.requires_grad or moment.requires_grad):
+            apart = (moment - moment.detach()) - (here.moment - here.moment.detach())
+            y = y + slope(self.made.problem, here.t, y) * apart.to(y)
+        return Point(t, moment, y)
 
     def moved(self, q: ODEProblem, t: float, y: Tensor, moment: Tensor | None) -> Tensor:
         """The state y (n,) at a time t as it moves with that time, `moment`, to first order."""

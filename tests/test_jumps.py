@@ -10,7 +10,16 @@ from problems import GENERAL
 
 import pyjlode
 from pyjlode import At, Event, solve
-from pyjlode.errors import BadDtype, BadOption, BadShape, BadTime, GradientUnavailable, TooManyEvents
+from pyjlode.errors import (
+    BadDtype,
+    BadOption,
+    BadShape,
+    BadTime,
+    GradientUnavailable,
+    MaxStepsReached,
+    NonFiniteState,
+    TooManyEvents,
+)
 
 F64 = torch.float64
 G = 9.81
@@ -219,6 +228,47 @@ def test_outputs_at_given_times_move_each_with_its_own(adjoint):
     assert float(by_dose) == pytest.approx(e, rel=1e-7)
 
 
+@pytest.mark.parametrize("adjoint", [False, True, "gauss"], ids=str)
+def test_what_happens_at_the_start_moves_with_its_own_time(adjoint):
+    t = torch.tensor([0.0, 2.0], dtype=F64, requires_grad=True)
+    dose = torch.tensor(0.0, dtype=F64, requires_grad=True)
+    got = solve(
+        lambda t, h: -h, torch.ones(1, dtype=F64), t, events=[At(dose, lambda t, h: h + 1)], adjoint=adjoint, **TIGHT
+    )
+    e2 = math.exp(-2)  # h(t1) = exp(t0 - t1) + exp(dose - t1)
+    by_t, by_dose = torch.autograd.grad(got.h[1, 0], (t, dose))
+    assert by_t.tolist() == pytest.approx([e2, -2 * e2], rel=1e-7)
+    assert float(by_dose) == pytest.approx(e2, rel=1e-7)
+
+
+@pytest.mark.parametrize("adjoint", [False, True], ids=str)
+@pytest.mark.parametrize("method", ["euler", "rk4", "implicit_midpoint"])
+def test_gradient_of_fixed_steps_is_that_of_the_numbers(adjoint, method):
+    """On a grid as coarse as it can be, which starts anew at each event."""
+
+    def run(theta):
+        h0 = torch.stack([theta[0], 0 * theta[0]])
+        event = Event(lambda t, h: h[0], lambda t, h: torch.stack([h[0], -theta[1] * h[1]]), direction=-1)
+        options = {"step_size": 0.16, "interp": "cubic"}
+        got = solve(
+            lambda t, h: torch.stack([h[1], -2 - 0.4 * h[1]]),
+            h0,
+            [0.0, 1.5, 3.0],
+            events=[event, At(theta[2], lambda t, h: h + theta[1])],
+            adjoint=adjoint,
+            method=method,
+            options=options,
+            engine="torch",
+        )
+        return got.h[1, 0] + 2 * got.h[2, 1] + got.events[-1].t
+
+    theta = torch.tensor([1.0, 0.8, 1.3], dtype=F64, requires_grad=True)
+    (got,) = torch.autograd.grad(run(theta), theta)
+    with torch.no_grad():
+        want = [(run(theta + e) - run(theta - e)) / 2e-6 for e in 1e-6 * torch.eye(3, dtype=F64)]
+    torch.testing.assert_close(got, torch.stack(want), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("adjoint", [False, True], ids=str)
 def test_solves_one_after_the_other_are_one_solve(adjoint):
     """Each event belongs to one of them: what happens at the end of the first is the second's."""
@@ -403,6 +453,16 @@ def wrong(error, match, make):
 def test_mistakes(error, match, make):
     with pytest.raises(error, match=match):
         solve(turn, CIRCLE, [0.0, 1.0], events=make(), engine="torch")
+
+
+def test_a_condition_that_is_not_a_number():
+    with pytest.raises(NonFiniteState, match="a condition of events returned NaN"):
+        solve(turn, CIRCLE, [0.0, 1.0], events=[Event(lambda t, h: h[0] * math.nan)], engine="torch")
+
+
+def test_too_many_steps_between_events():
+    with pytest.raises(MaxStepsReached, match="max_num_steps=3"):
+        solve(turn, CIRCLE, [0.0, 1e3], events=[Event(lambda t, h: h[0] + 2)], options={"max_num_steps": 3})
 
 
 def test_what_does_not_go_with_events():

@@ -660,7 +660,7 @@ def _cause(outcome: Outcome, p: ODEProblem) -> SolveError:
     if code in ("Success", "Terminated", "Default"):
         return NonFiniteState(f"{p.method.name}: the state is NaN or infinite by t={t:.6g}.", t=t, dt=dt)
     if code == "MaxIters":
-        return ends.too_many_steps(p, t, dt, math.inf if p.event_fn else p.times[-1])
+        return ends.too_many_steps(p, t, dt, math.inf if p.event_fn and not p.onward else p.times[-1])
     too_small = code == "Unstable" and finite
     if too_small and p.method.controlled:
         return StepSizeTooSmall(

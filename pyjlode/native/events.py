@@ -10,6 +10,7 @@ import torch
 
 from ..events import Margin
 from ..problem import ODEProblem
+from .explicit import ExplicitStep
 from .interpolation import output
 from .step import Step
 
@@ -49,8 +50,10 @@ class EventFinder:
         on the near side.
         """
 
+        at = step.pointwise() if isinstance(step, ExplicitStep) and self.p.method.adaptive else None
+
         def margin(t: float) -> float:
-            return self.margin(t, output(self.p, step, [t])[0])
+            return self.margin(t, output(self.p, step, [t])[0] if at is None else at(t))
 
         if ga is None:
             ga = margin(a)

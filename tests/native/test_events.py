@@ -158,3 +158,27 @@ def test_the_event_is_found_on_the_output_as_it_is_interpolated():
     )
     assert float(event_t) == pytest.approx(0.2, rel=1e-12)  # on the chord from 1 to 0.5
     assert float(h[-1]) == pytest.approx(0.8, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+@pytest.mark.parametrize("method", ["dopri5", "vern7", "dopri8", "bosh3"])
+def test_the_crossing_is_searched_for_on_the_numbers_of_the_dense_output(method, dtype):
+    from pyjlode.native import explicit, interpolation
+
+    asked, find = [], explicit.ExplicitStep.pointwise
+
+    def compared(step):
+        at = find(step)
+
+        def check(t):
+            asked.append(torch.equal(at(t), interpolation.output(step.rk.p, step, [t])[0].detach()))
+            return at(t)
+
+        return at and check
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explicit.ExplicitStep, "pointwise", compared)
+        h0 = torch.tensor([2.0, 0.0], dtype=dtype, requires_grad=True)
+        pyjlode.odeint(fall, h0, SPAN, event_fn=lambda t, h: h[0] - torch.sin(t), method=method, engine="torch")
+    assert all(asked)
+    assert len(asked) > 3
