@@ -295,7 +295,8 @@ def rates(title: str, counts: dict[str, int], runs: dict[str, Run], rounds: int,
 
 
 def mean_steps(solution: Any) -> float:
-    return solution.stats.naccept / solution.h[0, :, 0].numel()
+    stats = solution.stats
+    return stats.naccept if stats.systems is None else float(stats.systems.naccept.double().mean())
 
 
 def sweep(rounds: int, quick: bool) -> None:
