@@ -100,6 +100,35 @@ def test_torchcde(kind, missing):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "values", "slopes"),
+    [
+        (
+            "linear",
+            [[0.3, 1.2], [2.0, 2.6666667], [2.3, 4.7]],
+            [[1.0, 0.6666667], [1.0, 1.3333333], [-1.0, 1.0]],
+        ),
+        (
+            "hermite",
+            [[0.3, 1.2], [2.0, 2.5185185], [2.426, 4.721]],
+            [[1.0, 0.6666667], [1.0, 1.3333333], [-1.66, 0.89]],
+        ),
+        (
+            "natural",
+            [[0.265875, 1.1403243], [2.375, 2.6236236], [2.402375, 4.7295135]],
+            [[0.90875, 0.4843243], [1.25, 1.3723724], [-1.27375, 0.9210811]],
+        ),
+    ],
+)
+def test_what_torchcde_gives(kind, values, slopes):
+    """torchcde 0.2.5, with values missing."""
+    x = torch.tensor([[0, 1], [1, NAN], [NAN, 2], [3, 4], [2, 5]], dtype=F64)
+    X = Interpolation(x, torch.tensor([0, 1, 1.5, 3, 4], dtype=F64), kind)
+    at = torch.tensor([0.3, 2.0, 3.7], dtype=F64)
+    torch.testing.assert_close(X(at), torch.tensor(values, dtype=F64), rtol=0, atol=1e-7)
+    torch.testing.assert_close(X.derivative(at), torch.tensor(slopes, dtype=F64), rtol=0, atol=1e-7)
+
+
 @every_kind
 def test_beyond_its_first_and_last_sample_a_channel_is_constant(kind):
     x = torch.tensor([[NAN, 0.0], [1, NAN], [NAN, NAN], [3, NAN], [NAN, NAN]], dtype=F64)
