@@ -241,12 +241,12 @@ class ExplicitStep:
             return None
         self.complete()
         y, start, dt = self.y.detach(), float(self.interval.at), float(self.interval.dt)
-        Q, K = P.T.to(torch.float64), self.K.head(self.rk.rows).T.detach()
+        Q, K = P.T.to("cpu", torch.float64), self.K.head(self.rk.rows).T.detach()
 
         def at(t: float) -> Tensor:
             theta = (t - start) / dt
             powers = list(itertools.accumulate([theta] * len(Q), operator.mul))
-            weights = (torch.tensor([powers], dtype=torch.float64, device=Q.device) @ Q * dt).to(y)
+            weights = (torch.tensor([powers], dtype=torch.float64, device="cpu") @ Q * dt).to(y, non_blocking=True)
             return torch.addmm(y, weights, K)[0]
 
         return at
