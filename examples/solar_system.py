@@ -2,7 +2,7 @@
 
 python examples/solar_system.py     prints the error of the energy for the work of each; writes solar_system.png
 
-Some ten minutes of solving; `--quick` follows a hundred orbits in seconds. Hairer, Lubich & Wanner, Geometric Numerical
+Some six minutes of solving; `--quick` follows a hundred orbits in seconds. Hairer, Lubich & Wanner, Geometric Numerical
 Integration, I.2.4, whose initial data are those of 5 September 1994: astronomical units, days, and the sun's mass, with
 the inner planets in the sun.
 """

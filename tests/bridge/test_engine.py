@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import pyjlode
+import pyjlode.bridge.engine
 from pyjlode import errors, odeint, odeint_dense, odeint_event, solve
 from pyjlode.bridge import packages, runtime
 
