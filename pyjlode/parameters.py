@@ -459,3 +459,18 @@ def _walked(roots: Iterable[tuple[Any, int]], cuts: Cuts, mark: int) -> tuple[li
         if not todo:
             return list(used.values()), leaves, bool(before)
         edges = todo.pop().next_functions
+
+
+def by_tensor(
+    tensors: Iterable[Tensor], grads: Iterable[Tensor | None], wanted: Iterable[Tensor]
+) -> list[Tensor | None]:
+    """Gradients by `wanted`, of those by `tensors`; None for what is not among these.
+
+    A tensor may be in several places: weights that were tied after f was captured. Its gradients are summed, and it has
+    the sum once, if it is wanted several times.
+    """
+    found: dict[int, Tensor] = {}
+    for x, grad in zip(tensors, grads):
+        if grad is not None:
+            found[id(x)] = found[id(x)] + grad if id(x) in found else grad
+    return [None if (g := found.pop(id(x), None)) is None else g.to(x.device, x.dtype) for x in wanted]

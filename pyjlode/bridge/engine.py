@@ -17,6 +17,7 @@ from .. import ends, forward
 from ..errors import BadOption, JuliaError, NonFiniteState, NotCompiled, NotConverged, SolveError, StepSizeTooSmall
 from ..gradients import Gradients, other_function, time_gradient
 from ..methods import ExplicitTableau, Method
+from ..parameters import by_tensor
 from ..problem import NO_OPTIONS, AdjointSettings, Field, ODEProblem, SolverOptions, like
 from ..solution import Stats
 from . import packages, places, runtime
@@ -294,8 +295,8 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     p, record, rhs = memory.problem, memory.record, memory.rhs
     if memory.sensitivities is not None:
         grads = forward.contract(p, record, memory.sensitivities, g, None)
-        found = {id(x): gradient for x, gradient in zip(p.params, grads.params)}
-        return grads._replace(params=[found[id(x)] if id(x) in found else torch.zeros_like(x) for x in memory.wrt])
+        found = by_tensor(p.params, grads.params, memory.wrt)
+        return grads._replace(params=[torch.zeros_like(x) if g is None else g for x, g in zip(memory.wrt, found)])
     if rhs is None:  # nothing was solved
         still = p.t.new_zeros(p.t.shape, dtype=torch.float64)  # of rows of times that are all the same
         by_t = time_gradient(p, record, g, torch.zeros_like(p.y0), p.f) if p.own_times is None else still

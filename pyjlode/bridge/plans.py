@@ -198,7 +198,10 @@ class Call:
     def keep(self, made: Prepared) -> None:
         """Have the next such call find what was made of this one."""
         p, before = made.problem, self.plans.pop(self.key, None)
-        places = {id(x): i for i, x in enumerate(self.field.program[1].tensors)}
+        tensors = self.field.program[1].tensors
+        places = {id(x): i for i, x in enumerate(tensors)}
+        if len(places) < len(tensors):  # tied after f was captured: the next f like it may not be
+            return
         # What f holds and a compiled f does not read has no gradient.
         params = [x for x in p.params if id(x) in places]
         if not all(x.is_leaf for x in params):

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from ..errors import NotCompiled
 from ..methods import ExplicitTableau, Method, hairer
 from ..methods.stiff import RosenbrockTableau
+from ..parameters import by_tensor
 from ..problem import Field, Layout, ODEProblem, SolverOptions
 from ..solution import Stats, SystemStats
 from .calls import Calls, Held
@@ -255,7 +256,8 @@ class Sweep:
             by_t = torch.empty(count, len(ys), dtype=torch.float64)
             request.lend(dt=by_t, states=ys.contiguous())
         nf = calls.pull(held, request)
-        found: dict[int, Tensor] = {}
+        of: list[Tensor] = []
+        grads: list[Tensor] = []
         start = at = 0
         for slot, part in zip(self.compiled.program.trace.slots, trained):
             x, size = self.tensors[slot], part.numel()
@@ -264,10 +266,11 @@ class Sweep:
             else:
                 grad = theta[start : start + size].reshape(x.shape)
             start += size
-            found[id(x)] = grad.to(x.device, x.dtype)
+            of.append(x)
+            grads.append(grad)
         if by_t is not None:
             by_t = by_t.sum(0) if p.own_times is None else by_t.view(p.t.shape)
-        return a, by_t, [found.get(id(x)) for x in p.params], nf
+        return a, by_t, by_tensor(of, grads, p.params), nf
 
     def _prove(self, compiled: Any) -> None:
         """Compare some of the systems, each by itself, with f for all of them, away from the start."""

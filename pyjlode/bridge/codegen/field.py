@@ -17,6 +17,7 @@ from ...derivatives import vjp as torch_vjp
 from ...errors import NotCompiled
 from ...methods import Method
 from ...notices import warn
+from ...parameters import by_tensor
 from ...problem import FEW, Layout, ODEProblem, like
 from ..calls import Calls, Held
 from ..memory import CompiledFunctions, Outcome, ReplayRequest, Request
@@ -76,8 +77,7 @@ class Holding:
     def _in_order(self, grads: Sequence[Tensor]) -> list[Tensor | None]:
         trained, wanted = self.trained, self.p.params
         if len(trained) != len(wanted) or not all(map(operator.is_, trained, wanted)):
-            found = dict(zip(map(id, trained), grads))
-            return [None if (g := found.get(id(x))) is None else g.to(x.device, x.dtype) for x in wanted]
+            return by_tensor(trained, grads, wanted)
         return [g if g.dtype == x.dtype else g.to(x.dtype) for x, g in zip(wanted, grads)]
 
 

@@ -381,3 +381,27 @@ class TestProductsOfRepeatedSolves:
             solution.h.sum().backward()
             assert solution.stats.nfe_backward >= 6 * solution.stats.naccept
             assert solution.stats.wall_backward > 0
+
+
+@pytest.mark.parametrize("adjoint", [True, "gauss", "forward", "backsolve"])
+def test_weights_that_are_tied_after_f_was_compiled(adjoint):
+    """The compiled function reads one tensor in two places then: its gradient is the sum of both, once."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+    h0, t = torch.randn(2, dtype=F64), torch.tensor([0.0, 1.0], dtype=F64)
+
+    def gradients(engine):
+        how = {"adjoint": adjoint, "method": "tsit5", "rtol": 1e-9, "atol": 1e-9, "engine": engine}
+        h = odeint(lambda t, h: net(h), h0, t, compile=True if engine == "julia" else None, **how)
+        return torch.autograd.grad(h[-1].square().sum(), list(net.parameters()))
+
+    def compare():
+        for _ in range(4):
+            for found, right in zip(gradients("julia"), gradients("torch")):
+                torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
+
+    compare()
+    apart = net[2].weight
+    net[2].weight = net[0].weight
+    compare()
+    net[2].weight = apart
+    compare()
