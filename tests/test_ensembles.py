@@ -144,7 +144,15 @@ class Interrupted(ThreadPoolExecutor):
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
-def test_what_was_interrupted_goes_on_from_its_directory(tmp_path):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is a KeyboardInterrupt, which the workers of pytest-xdist switch off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_what_was_interrupted_goes_on_from_its_directory(tmp_path, interruptible):
     h0, params = lorenz_problem(20)
     settings = {"params": params, "chunk": 5, "rtol": 1e-6, "directory": tmp_path / "kept"}
     with pytest.raises(KeyboardInterrupt):
