@@ -176,8 +176,8 @@ def test_convolution_with_steps(check):
 
 
 def test_large_products_go_to_blas(check):
-    net = torch.nn.Sequential(torch.nn.Linear(40, 50), torch.nn.Tanh(), torch.nn.Linear(50, 40)).double()
-    for shape in ((30, 40), (40,)):
+    net = torch.nn.Sequential(torch.nn.Linear(70, 80), torch.nn.Tanh(), torch.nn.Linear(80, 70)).double()
+    for shape in ((30, 70), (70,)):
         program = check(
             lambda t, h: net(h), torch.randn(shape, dtype=torch.float64), "array", ("f", "vjp", "vjp_p", "jvp")
         )
