@@ -84,6 +84,7 @@ def ensemble(
         h0: the states of N systems, (N, ...): a tensor or a pytree of tensors.
         t: (T,), times for all; or (N, T), or a list of N tensors, for each.
         params: tensors of shape (N, ...), or a pytree (a dict, say) of such; what differs from system to system.
+            They are the first of `args`: `event_fn` and `jac` are given them as well.
         executor: who works. None: this thread. A number: so many processes on this machine, which end with the call. An
             executor with the method `submit`: `concurrent.futures`, `dask.distributed.Client(...).get_executor()`,
             `mpi4py.futures.MPIPoolExecutor`, loky. Or a function without arguments that makes one, so that it can be
@@ -107,7 +108,7 @@ def ensemble(
     """
     leaves = [x for x in pytree.tree_leaves((h0, params)) if x is not None]  # of no `params`
     number = _number(leaves)
-    if how.pop("adjoint", False) or how.get("options", {}).get("batch_dims", 1) != 1:
+    if how.pop("adjoint", False) or (how.get("options") or {}).get("batch_dims", 1) != 1:
         raise BadOption(f"an ensemble takes neither adjoint nor batch_dims: h0 is (N, ...). {_NO_GRADIENT}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
         raise BadOption(f"h0 or params requires grad. {_NO_GRADIENT} Give them as x.detach().")
@@ -287,15 +288,11 @@ class _Solve:
     def solved(self, h0: Any, params: Any, t: Tensor) -> dict[str, Any]:
         """The batch; where it fails its halves, so that the systems that fail are alone in the end."""
         how = {**self.how, "options": {**(self.how.get("options") or {}), "batch_dims": 1}}
-        f = self.f
         if self.parametrised:
-            event_fn = how.get("event_fn")
-            f = self.given(f, params)
-            if event_fn is not None:
-                how["event_fn"] = self.given(event_fn, params)
+            how["args"] = (params, *how.get("args", ()))
         number = len(pytree.tree_leaves(h0)[0])
         try:
-            solution = solve(f, h0, t, dense=False, **how)
+            solution = solve(self.f, h0, t, dense=False, **how)
         except SolveError as error:
             if number == 1:
                 return {"why": {0: f"{type(error).__name__}: {error}"}}
@@ -314,10 +311,6 @@ class _Solve:
     def part(self, h0: Any, params: Any, t: Tensor, systems: slice) -> dict[str, Any]:
         h0, params = pytree.tree_map_only(Tensor, lambda x: x[systems], (h0, params))
         return self.solved(h0, params, t[systems] if t.ndim == 2 else t)
-
-    @staticmethod
-    def given(f: Callable[..., Any], params: Any) -> Callable[[Tensor, Any], Any]:
-        return lambda t, h: f(t, h, params)
 
 
 _COUNTS = ("nfe", "naccept", "nreject")
