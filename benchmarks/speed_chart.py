@@ -18,7 +18,6 @@ COLORS = {
     "PyJLODE (Julia)": "#3949ab",
     "PyJLODE (native)": "#9fa8da",
     "diffrax": "#ef8a3c",
-    "torchode": "#b39b77",
     "SciPy LSODA": "#7d9c6d",
     "torchdiffeq": "#9e9e9e",
 }
@@ -49,7 +48,7 @@ def chart(out: str) -> None:
             names.append(problem.replace(", ", ",\n"))
             y += 0.9
         ax.set_xscale("log")
-        ax.set_xlim(0.1, 3e4)
+        ax.set_xlim(0.03, 3e4)
         ax.set_yticks(ticks, names, fontsize=9)
         ax.invert_yaxis()
         ax.set_title(f"one {panel}", fontsize=11, loc="left", weight="bold")
