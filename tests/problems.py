@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyjlode import GRADIENTS
+from pyjlode import GRADIENTS, At, Event
 
 # The gradient methods that are not for systems of one kind alone.
 GENERAL = [name for name in GRADIENTS if name != "reversible"]
@@ -122,3 +122,30 @@ def slope(xs: list[float], ys: list[float]) -> float:
 def rms_error(a: Tensor, b: Tensor) -> float:
     """Root mean square of the difference of two tensors."""
     return float((a.double() - b.double()).square().mean().sqrt())
+
+
+def thrown_ball(theta: Tensor) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, list[Event | At]]:
+    """A ball with drag that bounces off a level and is pushed at a given time: f, h0, t and events for `solve`. The
+    events, and one of the outputs, move with theta (6,)."""
+    gravity, kept, height, output, push, strength = theta
+
+    def f(t: Tensor, h: Tensor) -> Tensor:
+        return torch.stack([h[1], -gravity - 0.1 * h[1]])
+
+    t = torch.stack([0 * height, 0.3 + 0 * height, output, 2 + 0 * height])
+    events: list[Event | At] = [
+        Event(lambda t, h: h[0] - 0.01 * gravity, lambda t, h: torch.stack([h[0], -kept * h[1]]), direction=-1),
+        At(push, lambda t, h: h + torch.stack([0 * strength, strength * t])),
+    ]
+    return f, torch.stack([height, torch.zeros_like(height)]), t, events
+
+
+def robertson_batch(k: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Robertson's reaction for a batch of systems, (B, 3), with a rate constant for each, (B,)."""
+
+    def f(t: Tensor, h: Tensor) -> Tensor:
+        a, b, c = h.unbind(-1)
+        first, second, third = k * a, 3e7 * b * b, 1e4 * b * c
+        return torch.stack([third - first, first - second - third, second], -1)
+
+    return f

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from problems import GENERAL
+from problems import GENERAL, thrown_ball
 
 import pyjlode
 from pyjlode import At, Event, solve
@@ -74,18 +74,8 @@ def test_bouncing_ball(method):
 
 
 def both(theta, adjoint, method="dopri5"):
-    """A ball with drag that bounces off a level and is pushed at a given time; outputs and events move with theta."""
-    gravity, kept, height, output, push, strength = theta
-
-    def f(t, h):
-        return torch.stack([h[1], -gravity - 0.1 * h[1]])
-
-    t = torch.stack([0 * height, 0.3 + 0 * height, output, 2 + 0 * height])
-    events = [
-        Event(lambda t, h: h[0] - 0.01 * gravity, lambda t, h: torch.stack([h[0], -kept * h[1]]), direction=-1),
-        At(push, lambda t, h: h + torch.stack([0 * strength, strength * t])),
-    ]
-    h0 = torch.stack([height, torch.zeros_like(height)])
+    """A loss of the outputs and the events of the thrown ball."""
+    f, h0, t, events = thrown_ball(theta)
     got = solve(f, h0, t, events=events, adjoint=adjoint, method=method, dense=False, **TIGHT)
     assert [x.index for x in got.events] == [0, 1, 0, 0]
     loss = (got.h[:, 0] * torch.arange(4)).sum() + 0.7 * got.h[-1, 1] + 0.3 * got.h[2, 1]

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from problems import thrown_ball
 
 import pyjlode
-from pyjlode import CDE, At, Event, Interpolation, solve
+from pyjlode import CDE, Event, Interpolation, solve
 from pyjlode.errors import TooManyEvents
 
 pytestmark = pytest.mark.usefixtures("julia")
@@ -19,25 +20,10 @@ def fall(t, h):
     return torch.stack([h[1], -G * torch.ones_like(h[1])])
 
 
-def ball(theta, engine, adjoint=True, method="dopri5"):
-    """A ball with drag that bounces, and is pushed at a given time: outputs and events."""
-    gravity, kept, height, output, push, strength = theta
-
-    def f(t, h):
-        return torch.stack([h[1], -gravity - 0.1 * h[1]])
-
-    t = torch.stack([0 * height, 0.3 + 0 * height, output, 2 + 0 * height])
-    events = [
-        Event(lambda t, h: h[0] - 0.01 * gravity, lambda t, h: torch.stack([h[0], -kept * h[1]]), direction=-1),
-        At(push, lambda t, h: h + torch.stack([0 * strength, strength * t])),
-    ]
-    h0 = torch.stack([height, torch.zeros_like(height)])
-    return solve(f, h0, t, events=events, adjoint=adjoint, method=method, dense=False, engine=engine, **TIGHT)
-
-
 def gradient(engine, adjoint=True, method="dopri5"):
     theta = torch.tensor([9.81, 0.8, 1.0, 1.3, 0.7, 1.5], dtype=F64, requires_grad=True)
-    got = ball(theta, engine, adjoint, method)
+    f, h0, t, events = thrown_ball(theta)
+    got = solve(f, h0, t, events=events, adjoint=adjoint, method=method, dense=False, engine=engine, **TIGHT)
     assert got.stats.engine == engine
     assert [x.index for x in got.events] == [0, 1, 0, 0]
     loss = (got.h[:, 0] * torch.arange(4)).sum() + sum((k + 1) * x.t for k, x in enumerate(got.events))

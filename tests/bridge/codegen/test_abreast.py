@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import robertson_batch
 from torch import nn
 
 from pyjlode import odeint, solve
@@ -38,15 +39,6 @@ def held(n, *, grad=False):
     return [x.requires_grad_(grad) for x in (a, b, shared, h0)]
 
 
-def rates(k):
-    def f(t, h):
-        a, b, c = h.unbind(-1)
-        first, second, third = k * a, 3e7 * b * b, 1e4 * b * c
-        return torch.stack([third - first, first - second - third, second], -1)
-
-    return f
-
-
 @settings(max_examples=15)
 @given(data=st.data())
 def test_no_system_sees_its_neighbours(data):
@@ -77,8 +69,8 @@ def test_robertson(method):
     k = torch.logspace(-3, 0, 11, dtype=F64)
     h0 = torch.tensor([1.0, 0.0, 0.0], dtype=F64).repeat(11, 1)
     t = torch.tensor([0.0, 1.0, 40.0, 1e4], dtype=F64)
-    got = solve(rates(k), h0, t, method=method, rtol=1e-6, atol=1e-10, **SWEEP)
-    want = solve(rates(k), h0, t, method="radau5", rtol=1e-9, atol=1e-13, engine="torch", dense=False)
+    got = solve(robertson_batch(k), h0, t, method=method, rtol=1e-6, atol=1e-10, **SWEEP)
+    want = solve(robertson_batch(k), h0, t, method="radau5", rtol=1e-9, atol=1e-13, engine="torch", dense=False)
     assert torch.allclose(got.h, want.h, rtol=1e-4, atol=1e-8)
     assert torch.allclose(got.h.sum(-1), torch.ones(4, 11, dtype=F64), rtol=1e-12)  # mass is kept by linear methods
     assert got.stats.njac == got.stats.naccept + got.stats.nreject
@@ -239,9 +231,9 @@ def test_what_it_cannot_do_is_said():
     k = torch.tensor([0.01, 0.04], dtype=F64, requires_grad=True)
     h0 = torch.tensor([[1.0, 0.0, 0.0]] * 2, dtype=F64)
     with pytest.raises(BadOption, match="has gradients by adjoint=True for explicit methods"):
-        odeint(rates(k), h0, T, method="rodas5p", adjoint=True, engine="julia", compile=True, options=BATCH)
+        odeint(robertson_batch(k), h0, T, method="rodas5p", adjoint=True, engine="julia", compile=True, options=BATCH)
     large, x = nn.Linear(40, 40).double(), torch.randn(3, 40, dtype=F64)
     with pytest.raises(NotCompiled, match="number by number"):
         odeint(lambda t, h: torch.tanh(large(h)), x, T, adjoint=True, engine="julia", compile=True, options=BATCH)
     with pytest.raises(BadOption, match="a row for each system"):
-        odeint(rates(k.detach()), h0, [T, T[:2]], method="bdf", engine="julia", compile=True, options=BATCH)
+        odeint(robertson_batch(k.detach()), h0, [T, T[:2]], method="bdf", engine="julia", compile=True, options=BATCH)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from problems import robertson_batch
 from torch import nn
 
 from pyjlode import odeint, solve
@@ -29,21 +30,10 @@ def lorenz(rho):
     return f
 
 
-def rates(k):
-    """Robertson's reaction with a rate constant for each system."""
-
-    def f(t, h):
-        a, b, c = h.unbind(-1)
-        first, second, third = k * a, 3e7 * b * b, 1e4 * b * c
-        return torch.stack([third - first, first - second - third, second], -1)
-
-    return f
-
-
 @pytest.mark.parametrize("method", ["tsit5", "dopri5", "vern7", "rodas5p", "bdf", "auto"])
 def test_each_system_is_solved_as_if_alone(method):
     if method in ("rodas5p", "bdf", "auto"):
-        make, parts = rates, torch.tensor([0.01, 0.04, 0.2], dtype=F64)
+        make, parts = robertson_batch, torch.tensor([0.01, 0.04, 0.2], dtype=F64)
         h0, t, tol = torch.tensor([1.0, 0.0, 0.0], dtype=F64).expand(3, 3), 10 * T, {"rtol": 1e-7, "atol": 1e-10}
     else:
         make, parts, h0, t, tol = lorenz, RHO, START.expand(7, 3), T, TOL
@@ -171,7 +161,7 @@ def test_what_a_sweep_cannot_do_is_said():
 
 def test_on_threads():
     code = (
-        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        f"import sys; sys.path[:0] = {sys.path!r}\n"
         "import test_sweep as s\n"
         "from pyjlode.bridge import runtime\n"
         "h = s.odeint(s.lorenz(s.RHO), s.START.expand(7, 3), s.T, **s.TOL, **s.JULIA)\n"
