@@ -89,10 +89,7 @@ class Interpolation(nn.Module):
             shape (..., D), with M in front where `t` has shape (M,); for samples of shape (T,), that of `t`.
         """
         c, s = self.at(self.time(t))
-        value = c[-1]
-        for a in reversed(c[:-1].unbind()):
-            value = a + s * value
-        return value
+        return horner(c, s)
 
     def derivative(self, t: Tensor | float) -> Tensor:
         """dX/dt at times: as for the signals."""
@@ -224,10 +221,15 @@ def together(x: Sequence[Tensor], t: Any, kind: str) -> tuple[Tensor, Tensor, bo
 
 def part_ends(pieces: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """The first and the last value of a curve, (D,) each."""
-    s, value = t[-1] - t[-2], pieces[-1, -1]
-    for a in reversed(pieces[-1, :-1].unbind()):
+    return pieces[0, 0], horner(pieces[-1], t[-1] - t[-2])
+
+
+def horner(c: Tensor, s: Tensor) -> Tensor:
+    """The value at s of the polynomial with coefficients c (degree + 1, ...), the constant one first."""
+    value = c[-1]
+    for a in reversed(c[:-1].unbind()):
         value = a + s * value
-    return pieces[0, 0], value
+    return value
 
 
 def polynomials(x: Tensor, t: Tensor, kind: str) -> tuple[Tensor, bool]:
