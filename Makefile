@@ -7,7 +7,7 @@ BIN := .venv/bin
 demo: .venv/plot
 	$(BIN)/pyjlode demo
 
-# Some six minutes on two cores; the slow ones are left out.
+# Some twelve minutes on two cores; the slow ones are left out.
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
