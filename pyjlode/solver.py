@@ -346,6 +346,11 @@ class Solver:
             transformed=numbers.transformed(),
         )
 
+    def layout_of(self, h0: Any) -> Layout | None:
+        """How such a state lies in one flat tensor, if that is known of an earlier call."""
+        reading = self._readings.get(_kind(h0))
+        return None if reading is None else reading.layout
+
     def _reading(self, h0: Any) -> Reading:
         """What is said for such states."""
         key = _kind(h0)
@@ -585,9 +590,9 @@ def solved(how: Solver | Mapping[str, Any], e: Equation, *, dense: bool) -> Solu
     if transformed and isinstance(own_t, Tensor) and numbers.hidden(own_t):
         solver, e = _in_shared_time(solver, e)
     call = None if transformed else engines.choice.planned(solver, solver.engine, e)
-    if call and not dense and (solution := call.solved(e.h0, e.t, start)):
+    if call and not dense and (solution := call.solved(e.t, start)):
         return solution
-    made = call.made(e.h0, e.t) if call else None
+    made = call.made(e.t) if call else None
     known = made is not None
     made = made or solver._prepare(e, solver.engine)
     dense = dense and e.t is own_t

@@ -63,42 +63,6 @@ end
 
 const CAUSES = (ReturnCode.MaxIters, ReturnCode.Unstable, ReturnCode.DtLessThanMin, ReturnCode.DtNaN)
 
-"The weights of an explicit method, without the zeros: of stage l those of the stages `from[l]`."
-struct Weights{T}
-    from::Vector{Vector{Int}}
-    by::Vector{Vector{T}}
-end
-
-function Weights{T}(a::AbstractMatrix) where {T}
-    from = [findall(!iszero, column) for column in eachcol(a)]
-    return Weights{T}(from, [T.(column[places]) for (column, places) in zip(eachcol(a), from)])
-end
-
-"A method, and how its steps are chosen."
-struct Embedded{T}
-    tab::Tableau{T}
-    a::Weights{T}
-    e::Weights{T}
-    fsal::Bool
-end
-
-function Embedded{T}(s::Abreast) where {T}
-    c = copy(Vector{Float64}(s.c))
-    rows = length(c)
-    a = copy(reshape(Vector{Float64}(s.a), rows, rows))
-    p = copy(reshape(Vector{Float64}(s.p), :, rows))
-    e = reshape(Vector{Float64}(s.e), s.stages + 1, :)
-    return Embedded{T}(Tableau{T}(s.stages, T.(a), c, p), Weights{T}(a), Weights{T}(e), s.fsal != 0)
-end
-
-rows(m::Embedded) = length(m.tab.c)
-"Rows of stages that a step fills; where there are more, dense output asks for them."
-filled(m::Embedded) = m.tab.s + 1
-"Calls of the field for a step, and for the end of one that is accepted."
-calls(m::Embedded) = (m.tab.s - !m.fsal, !m.fsal)
-"What dense output multiplies the stages by."
-unit(m::Embedded, dt) = dt
-
 """
 A Rosenbrock method in the form that needs no product with the Jacobian J (Hairer & Wanner, Solving ODEs II, IV.7):
 
@@ -141,7 +105,6 @@ filled(m::Rosenbrock) = m.s
 calls(m::Rosenbrock) = (m.s, false)
 unit(m::Rosenbrock, dt) = one(dt)
 polynomial(m::Rosenbrock, l) = view(m.p, :, l)
-polynomial(m::Embedded, l) = view(m.tab.p, :, l)
 finish!(crew, f, m::Rosenbrock) = nothing
 complete!(crew, f, m::Rosenbrock, points) = nothing
 
@@ -190,7 +153,6 @@ function Crew(field::Field{T}, rows) where {T}
     )
 end
 
-numbers(x::Vector{T}) where {T} = PackNumbers{T}(pointer(x))
 @inline at_lane(i, w) = (i - 1) * WIDTH + w
 
 "Put the numbers of a system into lane w."
@@ -210,6 +172,9 @@ function hold!(crew::Crew, w, places, values)
     return nothing
 end
 
+places(crew::Crew) = crew.n
+numbers(::Crew, x) = numbers(x)
+
 "The times t + part dt, of type T."
 @inline function set_time!(crew::Crew{T}, part) where {T}
     (; time, t, dt) = crew
@@ -228,50 +193,14 @@ end
     return nothing
 end
 
+function slope!(crew::Crew, f, to, y, c)
+    set_time!(crew, c)
+    packed(f, crew, to, y, y)
+    return nothing
+end
+
 "The steps as numbers of the state's type."
 @inline steps_of(crew::Crew{T}) where {T} = Pack{T}(ntuple(w -> VecElement(T(@inbounds crew.dt[w])), Val(WIDTH)))
-
-"y = u + dt Σ k[j] by[j], over the stages `from`."
-@inline function combine!(y::PackNumbers{T}, u, k, from, by, n, dt::Pack{T}) where {T}
-    for i in 1:n
-        total = k[(from[1] - 1) * n + i] * by[1]
-        for j in 2:length(from)
-            total = muladd(k[(from[j] - 1) * n + i], @inbounds(by[j]), total)
-        end
-        y[i] = muladd(dt, total, u[i])
-    end
-    return nothing
-end
-
-"The root mean square of dt Σ k[j] by[j] over the tolerances."
-@inline function size_of_error(u, y, k, from, by, n, dt::Pack{T}, rtol::T, atol::T) where {T}
-    squares = Pack{T}(0)
-    for i in 1:n
-        total = k[(from[1] - 1) * n + i] * by[1]
-        for j in 2:length(from)
-            total = muladd(k[(from[j] - 1) * n + i], @inbounds(by[j]), total)
-        end
-        scale = muladd(Elementary.max(Elementary.abs(u[i]), Elementary.abs(y[i])), rtol, atol)
-        part = dt * total / scale
-        squares = muladd(part, part, squares)
-    end
-    return Elementary.sqrt(squares / T(n))
-end
-
-"Take one step of each system to y, its stages in k; of the first stage the slope is there."
-function attempt!(crew::Crew{T}, f, m::Embedded{T}) where {T}
-    (; n, u, y, k) = crew
-    (; s, c) = m.tab
-    dt = steps_of(crew)
-    un, yn, kn = numbers(u), numbers(y), numbers(k)
-    for l in 2:(m.fsal ? s + 1 : s)
-        combine!(yn, un, kn, m.a.from[l], m.a.by[l], n, dt)
-        set_time!(crew, c[l])
-        packed(f, crew, (kn + (l - 1) * n).address, yn.address, yn.address)
-    end
-    m.fsal || combine!(yn, un, kn, m.a.from[s + 1], m.a.by[s + 1], n, dt)
-    return nothing
-end
 
 "y = u + Σ k[j] by[j], or without u."
 @inline function sum_of!(y::PackNumbers{T}, u, k, from, by, n) where {T}
@@ -359,39 +288,19 @@ end
 
 function errors(crew::Crew{T}, m::Rosenbrock{T}, rtol::T, atol::T) where {T}
     (; n, u, y, k) = crew
-    return size_of_error(numbers(u), numbers(y), numbers(k), m.e.from[1], m.e.by[1], n, Pack{T}(1), rtol, atol)
-end
-
-"The slope at the end of the step."
-function finish!(crew::Crew, f, m::Embedded)
-    (; n, y, k) = crew
-    set_time!(crew, 1.0)
-    packed(f, crew, pointer(k, n * m.tab.s * WIDTH + 1), pointer(y), pointer(y))
-    return nothing
-end
-
-"What dense output needs beyond the step's own stages; the ends of the steps stay in y."
-function complete!(crew::Crew{T}, f, m::Embedded{T}, points::Vector{T}) where {T}
-    (; n, u, k) = crew
-    un, kn, to, dt = numbers(u), numbers(k), numbers(points), steps_of(crew)
-    for l in (m.tab.s + 2):rows(m)
-        combine!(to, un, kn, m.a.from[l], m.a.by[l], n, dt)
-        set_time!(crew, m.tab.c[l])
-        packed(f, crew, (kn + (l - 1) * n).address, to.address, to.address)
-    end
-    return nothing
+    squares = squares_of_error(
+        numbers(u), numbers(y), numbers(k), m.e.from[1], m.e.by[1], n, Pack{T}(1), rtol, atol, nothing
+    )
+    return Elementary.sqrt(squares / T(n))
 end
 
 function errors(crew::Crew{T}, m::Embedded{T}, rtol::T, atol::T) where {T}
     (; n, u, y, k) = crew
     dt = steps_of(crew)
     un, yn, kn = numbers(u), numbers(y), numbers(k)
-    of(i) = size_of_error(un, yn, kn, m.e.from[i], m.e.by[i], n, dt, rtol, atol)
-    first = of(1)
-    length(m.e.from) == 1 && return first
-    second = of(2)  # Hairer, Nørsett & Wanner, Solving ODEs I, II.10
-    damped = first * first / Elementary.sqrt(muladd(first, first, T(0.01) * second * second))
-    return ifelse(first == zero(T), first, damped)
+    norm(i) = Elementary.sqrt(squares_of_error(un, yn, kn, m.e.from[i], m.e.by[i], n, dt, rtol, atol, nothing) / T(n))
+    first = norm(1)
+    return length(m.e.from) == 1 ? first : each(damped, first, norm(2))
 end
 
 "The state of lane w at t + θ dt, to a column."
@@ -408,49 +317,6 @@ function dense!(column, crew::Crew{T}, m, w, part) where {T}
         end
     end
     return nothing
-end
-
-"How step sizes are chosen: as by a `PIController` of OrdinaryDiffEq's."
-struct Control
-    rtol::Float64
-    atol::Float64
-    beta1::Float64
-    beta2::Float64
-    gamma::Float64
-    qmin::Float64
-    qmax::Float64
-    shortest::Float64
-    longest::Float64
-    first_step::Float64
-    max_steps::Int
-    order::Int
-end
-
-"The least error that a step is remembered by."
-const LEAST = 1.0e-4
-
-"""
-The first step of a system (Hairer, Nørsett & Wanner, Solving ODEs I, II.4), as OrdinaryDiffEq chooses it; `slope` is the
-field at the start `u`.
-"""
-function first_step(field::Field{T}, u, slope, t, direction, longest, c::Control, point, ahead) where {T}
-    c.first_step == 0 || return c.first_step
-    norm(f) = sqrt(sum(i -> abs2(Float64(f(i)) / (c.atol + abs(Float64(u[i])) * c.rtol)), 1:(field.n)) / field.n)
-    shortest = nextfloat(max(c.shortest, eps(t)))
-    small = max(shortest, 1.0e-6)
-    d0, d1 = norm(i -> u[i]), norm(i -> slope[i])
-    isnan(d1) && return shortest
-    h0 = min(d0 < 1.0e-5 || d1 < 1.0e-5 ? small : d0 / d1 / 100, longest)
-    h0 < 10 * eps() && return small
-    for i in 1:(field.n)
-        point[i] = u[i] + T(direction * h0) * slope[i]
-    end
-    native(field, field.f, ahead, point, point, field.parameters, t + direction * h0)
-    all(i -> slope[i] == ahead[i], 1:(field.n)) && return max(shortest, 100 * h0)
-    d2 = norm(i -> ahead[i] - slope[i]) / h0
-    d = max(d1, d2)
-    h1 = d <= 1.0e-15 ? max(1.0e-6, h0 * 1.0e-3) : 10.0^(-(2 + log10(d)) / c.order)
-    return max(shortest, min(100 * h0, h1, longest))
 end
 
 "Of a sweep what its gradient needs: of each part the systems, and their steps."
@@ -547,7 +413,8 @@ struct March{T, M}
     points::Vector{T}
     failure::Vector{T}  # the state of the first that failed
     go_on::Bool
-    max_step::Float64
+    rtol::Float64
+    atol::Float64
 end
 
 times_of(swept::Swept, i) = view(swept.times, :, size(swept.times, 2) == 1 ? 1 : i)
@@ -555,17 +422,13 @@ times_of(swept::Swept, i) = view(swept.times, :, size(swept.times, 2) == 1 ? 1 :
 function march(part, own::Field{T}, r::Request, s::Abreast, swept::Swept{T, M}, states, track) where {T, M}
     method = copy(swept.method)
     only_one(lent) = only(Vector{Float64}(lent))
-    control = Control(
-        only_one(r.rtol), only_one(r.atol), r.beta1, r.beta2, r.gamma, r.qmin, r.qmax, r.min_step, r.max_step,
-        r.first_step, r.max_steps, s.order
-    )
-    count = s.count
+    control, count = Control(r, s.order), s.count
     march = March{T, M}(
         part, own, Crew(own, rows(method)), [Runner() for _ in 1:WIDTH], control, method, swept, states,
         reshape(Vector{T}(s.slopes), own.n, count), Vector{Int64}(s.naccept), Vector{Int64}(s.nreject),
         Vector{Int64}(s.codes), reshape(Vector{Float64}(s.ends), 2, count), track, Progress(first(part), 0, 0, 0, 0, 0),
         zeros(T, WIDTH), zeros(WIDTH), zeros(WIDTH), zeros(WIDTH), zeros(T, own.n), zeros(T, own.n),
-        zeros(T, WIDTH * own.n), zeros(T, own.n), s.go_on != 0, r.max_step
+        zeros(T, WIDTH * own.n), zeros(T, own.n), s.go_on != 0, only_one(r.rtol), only_one(r.atol)
     )
     GC.@preserve march own foreach(w -> begin_next!(march, w), 1:WIDTH)
     while march.progress.running > 0
@@ -596,8 +459,11 @@ function begin_next!(m::March{T}, w) where {T}
             continue
         end
         direction = t_end < t ? -1.0 : 1.0
-        longest = min(m.max_step, abs(t_end - t))
-        h = first_step(field, start, slope, t, direction, longest, control, m.point, m.ahead)
+        longest = min(control.longest, abs(t_end - t))
+        scale(i) = m.atol + abs(Float64(start[i])) * m.rtol
+        norm(f) = sqrt(sum(i -> abs2(Float64(f(i)) / scale(i)), 1:(field.n)) / field.n)
+        field_at(t) = native(field, field.f, m.ahead, m.point, m.point, field.parameters, t)
+        h = first_step(norm, field_at, start, slope, t, direction, longest, control, m.point, m.ahead)
         progress.calls += 2
         hold!(crew, w, swept.places, view(swept.values, :, i))
         fill_lane!(crew.u, w, start)
@@ -616,11 +482,10 @@ end
 
 "Have the next step of lane w be of length h, or to the end."
 function set_step!(m::March, w, h)
-    place, t = m.lanes[w], m.crew.t[w]
-    h = max(min(h, place.limit), m.control.shortest)
-    rest = abs(place.end_time - t)
-    place.last = !(h + 100 * eps() * max(abs(t), abs(place.end_time)) < rest)
-    m.crew.dt[w] = place.last ? place.end_time - t : place.direction * h
+    place = m.lanes[w]
+    m.crew.dt[w], place.last = within_limits(
+        h, m.crew.t[w], place.end_time, place.direction, place.limit, m.control
+    )
     return nothing
 end
 
@@ -628,7 +493,7 @@ end
 function step!(m::March{T}, f, method) where {T}
     (; crew, lanes, control, moved, progress, n) = (; m.crew, m.lanes, m.control, m.moved, m.progress, m.field.n)
     attempt!(crew, f, method)
-    store!(m.errors, errors(crew, method, T(control.rtol), T(control.atol)))
+    store!(m.errors, errors(crew, method, T(m.rtol), T(m.atol)))
     powers!(m.powers, m.roots, m.errors, control.beta1, control.beta2)
     accepted = 0
     for w in 1:WIDTH
@@ -666,50 +531,11 @@ function go_on!(crew::Crew, method::Embedded, mask)
 end
 go_on!(crew, method::Rosenbrock, mask) = nothing
 
-"Whether a step of length h with this error is accepted."
-is_accepted(err, h, c::Control) = err <= 1 || (c.shortest > 0 && h <= c.shortest && isfinite(err))
-
 function store!(to::Vector{Float64}, x::Pack)
     for w in 1:WIDTH
         to[w] = x[w]
     end
     return nothing
-end
-
-"""
-The powers of errors that the control of steps asks for, to a millionth, without branches; of an error that is not finite
-they mean nothing.
-"""
-function powers!(powers, roots, errors, beta1, beta2)
-    least = plain_log2(LEAST)
-    @inbounds @simd ivdep for w in 1:WIDTH
-        l = plain_log2(errors[w])
-        powers[w] = plain_exp2(beta1 * l)
-        roots[w] = plain_exp2(beta2 * ifelse(l > least, l, least))
-    end
-    return nothing
-end
-
-# Adding it puts an integer into the low bits of a number.
-const SHIFT = 0x1.8p52
-
-"log2(x) of a normal positive number: for a mantissa around 1 by the series of the area tangent. Of 0 it is -1023."
-@inline function plain_log2(x::Float64)
-    root = 0x3fe6a09e667f3bcd % Int64  # of the square root of 1/2
-    bits = reinterpret(Int64, x) - root
-    e = reinterpret(Float64, (bits >> 52) + reinterpret(Int64, SHIFT)) - SHIFT
-    m = reinterpret(Float64, (bits & 0x000fffffffffffff % Int64) + root)
-    s = (m - 1) / (m + 1)
-    return muladd(s, evalpoly(s * s, (2 / log(2), 2 / 3log(2), 2 / 5log(2), 2 / 7log(2))), e)
-end
-
-"2^x for |x| < 300, else that of the end."
-@inline function plain_exp2(x::Float64)
-    x = ifelse(x > 300.0, 300.0, ifelse(x < -300.0, -300.0, x))
-    shifted = x + SHIFT
-    r = (x - (shifted - SHIFT)) * log(2)
-    k = reinterpret(Int64, shifted) - reinterpret(Int64, SHIFT)
-    return evalpoly(r, (1.0, 1.0, 1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720)) * reinterpret(Float64, (k + 1023) << 52)
 end
 
 function note!(track::Track, m::March)
@@ -758,7 +584,7 @@ end
 "Choose the next step of lane w after one that was accepted or not, or have the next system begin."
 function settle!(m::March, w, ok)
     (; crew, control, progress, naccept, nreject) = m
-    place, h, power = m.lanes[w], abs(m.crew.dt[w]), m.powers[w]
+    place, h = m.lanes[w], abs(m.crew.dt[w])
     place.steps += 1
     i = place.system
     if ok
@@ -771,12 +597,11 @@ function settle!(m::March, w, ok)
             all(j -> isfinite(crew.u[at_lane(j, w)]), 1:(crew.n)) || fail!(m, w, 4)
             return begin_next!(m, w)
         end
-        h /= clamp(power / (place.root * control.gamma), 1 / control.qmax, 1 / control.qmin)
-        place.root = m.roots[w]
     else
         progress.rejected += 1
-        h = isfinite(m.errors[w]) ? h / min(1 / control.qmin, power / control.gamma) : h * control.qmin
     end
+    h = next_length(h, ok, m.errors[w], m.powers[w], place.root, control)
+    ok && (place.root = m.roots[w])
     set_step!(m, w, h)
     cause = if place.steps >= control.max_steps
         1

@@ -116,17 +116,17 @@ function call_solve(field::Int64, alg::Int64, request::Ptr{Request}, outcome::Pt
     return answer(HELD[field]) do
         r = unsafe_load(request)
         prepare!(HELD[field])
-        s, o = solve(solved(HELD[field], r), HELD[alg], r)
+        s, o = solve(HELD[field], HELD[alg], r)
         unsafe_store!(outcome, o)
         hold(s)
     end
 end
 
-"The number of a [`Repeated`](@ref), which does not look at the memory of the request afterwards."
+"The number of what [`repeated`](@ref) makes, which does not look at the memory of the request afterwards."
 function call_repeated(field::Int64, alg::Int64, request::Ptr{Request})
     return answer() do
         r = unsafe_load(request)
-        hold(Repeated(solved(HELD[field], r), HELD[alg], r))
+        hold(repeated(HELD[field], HELD[alg], r))
     end
 end
 

@@ -225,6 +225,56 @@ function native(
     return nothing
 end
 
+"A compiled function of a field, by its address."
+struct Pointed{T}
+    f::Ptr{Cvoid}
+    field::Field{T, Vector{T}}
+end
+
+@inline function (x::Pointed{T})(out::Ptr{T}, v::Ptr{T}, u::Ptr{T}, t) where {T}
+    (; f, field) = x
+    @ccall $f(
+        out::Ptr{T}, v::Ptr{T}, u::Ptr{T}, pointer(field.parameters)::Ptr{T}, pointer(field.constants)::Ptr{T},
+        pointer(field.work)::Ptr{T}, t::Cdouble
+    )::Cvoid
+    return nothing
+end
+
+const Closure{T} = Core.OpaqueClosure{Tuple{Ptr{T}, Ptr{T}, Ptr{T}, Ptr{T}, Ptr{T}, Ptr{T}, Float64}, Nothing}
+
+"A compiled function of a field without the passage from C to Julia, which takes as long as a small function."
+struct Direct{T}
+    f::Closure{T}
+    field::Field{T, Vector{T}}
+end
+
+@inline function (x::Direct{T})(out::Ptr{T}, v::Ptr{T}, u::Ptr{T}, t) where {T}
+    (; f, field) = x
+    return f(out, v, u, pointer(field.parameters), pointer(field.constants), pointer(field.work), t)
+end
+
+"The closures of functions that `compile` made, by their addresses, once they were asked for."
+const CLOSURES = Dict{Ptr{Cvoid}, Any}()
+
+"A compiled function of a field as our own loops call it."
+function called(field::Field{T}, address::Ptr{Cvoid}) where {T}
+    haskey(COMPILED, address) || return Pointed{T}(address, field)
+    closure = get!(CLOSURES, address) do
+        f = COMPILED[address]
+        Core.eval(
+            Module(:Closure), quote
+                Base.Experimental.@opaque function (
+                        out::Ptr{$T}, v::Ptr{$T}, u::Ptr{$T}, p::Ptr{$T}, c::Ptr{$T}, w::Ptr{$T}, t::Float64
+                    )
+                    $f($(map(x -> :($Numbers($x)), (:out, :v, :u, :p, :c, :w))...), $T(t))
+                    return nothing
+                end
+            end
+        )
+    end
+    return Direct{T}(closure::Closure{T}, field)
+end
+
 "A compiled function as Julia's solvers take them, for one that is compiled for it."
 struct Inlined{T, F}
     f::F
@@ -240,6 +290,13 @@ function (x::Inlined{T})(du::Contiguous{T}, u::Contiguous{T}, p::Contiguous{T}, 
             Numbers(pointer(field.work)), T(t)
         )
     end
+    return nothing
+end
+
+@inline function (x::Inlined{T})(out::Ptr{T}, v::Ptr{T}, u::Ptr{T}, t) where {T}
+    (; f, field) = x
+    at(a::Vector) = Numbers(pointer(a))
+    f(Numbers(out), Numbers(v), Numbers(u), at(field.parameters), at(field.constants), at(field.work), T(t))
     return nothing
 end
 

@@ -65,6 +65,8 @@ What a solve is asked for. Layout as in C: the caller fills one in its own memor
   - `mass`: of `T`, the mass matrix in column-major order; empty for the identity.
   - `first_step`: 0 lets the solver choose; with `fixed` it is the step, and 0 steps from time to time.
   - `beta1`, `beta2`, `gamma`, `qmin`, `qmax`: of a `PIController`; with `beta1` 0 the control is the algorithm's own.
+  - `a`, `c`, `p`, `e`, `stages`, `fsal`, `order`: of an explicit method with error control, as [`Abreast`](@ref) has them:
+    a compiled field of which nothing is asked but states is solved by our own loop; empty where it is not to be.
   - `fixed`: no control of the step size. `dense`: keep what dense output and adjoints need. `keep`: keep the ends of the
     accepted steps. `full`: compile the solver for this very field, where that is a [`Source`](@ref) or
     [`inlined`](@ref).
@@ -79,6 +81,10 @@ struct Request
     stops::Lent
     jumps::Lent
     mass::Lent
+    a::Lent
+    c::Lent
+    p::Lent
+    e::Lent
     first_step::Float64
     min_step::Float64
     max_step::Float64
@@ -92,6 +98,9 @@ struct Request
     dense::Int64
     keep::Int64
     full::Int64
+    stages::Int64
+    fsal::Int64
+    order::Int64
 end
 
 "What an adjoint is asked for: `du0`, `dp` to write the gradients to, `g` the cotangents at `times`. As [`Request`](@ref)."

@@ -100,6 +100,61 @@ function sweep_linear(text)
     return out, alone
 end
 
+for T in (Float32, Float64)
+    @eval begin
+        function c_first(
+                out::Ptr{$T}, v::Ptr{$T}, u::Ptr{$T}, p::Ptr{$T}, c::Ptr{$T}, w::Ptr{$T}, t::Cdouble
+            )
+            unsafe_store!(out, -unsafe_load(v))
+            return nothing
+        end
+        function first_decays(::Type{$T}, n)
+            f = @cfunction(
+                c_first, Cvoid, (Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Cdouble)
+            )
+            return structure(CompiledFunctions; n, f, vjp = f)
+        end
+    end
+end
+
+# Heun's method: enough to compile for all.
+const HEUN = (;
+    a = [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.5, 0.5, 0.0], c = [0.0, 1.0, 1.0], p = [1.0, -0.5, 0.0, 0.5, 0.0, 0.0],
+    e = [-0.5, 0.5, 0.0],
+)
+
+"""
+Numbers of which the first decays, by our own loop, at the times 0, 1/2 and 1; and the gradient of the sum of that number
+there by the first of the start.
+"""
+function alone_linear(::Type{T}, n) where {T}
+    u0, times, out, both, g = ones(T, n), [0.0, 0.5, 1.0], zeros(T, 3n), zeros(T, n), zeros(T, 3n)
+    g[1:n:end] .= 1
+    rtol, atol, control = [1.0e-4], [1.0e-6], (; beta1 = 0.4, beta2 = 0.1, gamma = 0.9, qmin = 0.2, qmax = 10.0)
+    functions, outcome, replayed = [first_decays(T, n)], Vector{Outcome}(undef, 1), Vector{Replayed}(undef, 1)
+    GC.@preserve u0 times out both g rtol atol functions outcome replayed begin
+        request = [
+            structure(
+                Request; u0, times, out, rtol, atol, control..., max_step = Inf, max_steps = 1000, keep = 1, HEUN...,
+                stages = 2, order = 2
+            ),
+        ]
+        pulled = [structure(ReplayRequest; times)]
+        GC.@preserve request pulled begin
+            alg = call_algorithm(Cstring(pointer("Heun()")))
+            field = call_compiled_field(8 * sizeof(T), pointer(functions))
+            s = call_solve(field, alg, pointer(request), pointer(outcome))
+            repeated = call_repeated(field, alg, pointer(request))
+            kept = call_again(repeated, address(u0), address(out), pointer(outcome))
+            done = call_replay(kept, pointer(pulled), address(both), address(g), 1, pointer(replayed))
+            0 in (s, repeated, kept, done) && error(FAILURE[])
+            numbers = [alg, field, s, repeated, kept]
+            call_release(pointer(numbers), 5)
+        end
+    end
+    return out, both
+end
+
 # The same, for eight systems at once: minus the state, or minus `v` where that is another.
 function c_packed(
         out::Ptr{Float64}, v::Ptr{Float64}, u::Ptr{Float64}, p::Ptr{Float64}, c::Ptr{Float64}, w::Ptr{Float64},
@@ -138,13 +193,11 @@ function abreast_linear(; implicit = false)
         (Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64})
     )
     functions = [structure(CompiledFunctions; n = 1, f = scalar)]
-    a, c, p, e = [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.5, 0.5, 0.0], [0.0, 1.0, 1.0], zeros(3, 3), [-0.5, 0.5, 0.0]
-    p[:, 1:2] = [1.0 0.0; -0.5 0.5; 0.0 0.0]
+    (; a, c, p, e) = HEUN
     b, d, gammas = [1.0], [0.0], [1.0]
     if implicit
-        a, c, p, e = [0.0], [0.0], ones(1, 1), [1.0e-3]
+        a, c, p, e = [0.0], [0.0], ones(1), [1.0e-3]
     end
-    p = vec(p)
     naccept, nreject, codes = counts
     control = (; beta1 = 0.4, beta2 = 0.1, gamma = 0.9, qmin = 0.2, qmax = 10.0)
     arrays = (; u0, times, out, slopes, rtol, atol, g, du0, by_times, ends, a, c, p, e, b, d, gammas, naccept, nreject, codes)
@@ -228,6 +281,14 @@ const IMPLICIT = (
         end
         for text in ("DP5()", "Tsit5()")
             sweep_linear(text)
+        end
+        for T in (Float32, Float64), n in (1, 9)
+            alone_linear(T, n)
+        end
+        for T in (Float32, Float64), A in (Numbers{T}, PackNumbers{T})
+            precompile(run!, (Alone{T, Direct{T}, A}, Ptr{T}, Ptr{T}))
+            precompile(again!, (Alone{T, Direct{T}, A}, Int64, Int64))
+            precompile(back!, (Retaken{T, Direct{T}, Direct{T}, A}, Trail{T}, Vector{Float64}, Matrix{T}, Vector{T}))
         end
         abreast_linear()
         abreast_linear(; implicit = true)

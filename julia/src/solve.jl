@@ -7,7 +7,7 @@ caller's: the first state. The `steps` are there where they were to be kept.
 struct Solve{T, F}
     field::F
     sol::Any
-    steps::Union{Nothing, Steps}
+    steps::Union{Nothing, Steps, Trail{T}}
 end
 
 replay!(s::Solve, r::ReplayRequest; whole = false) = replay!(s.steps, s.field, r; whole)
@@ -130,6 +130,12 @@ Solve from `u0` at `times[1]` and write the states at all of `times` into `out`.
   - `request`: a [`Request`](@ref).
 """
 function solve(field::Union{Field{T}, Source{T}}, alg, r::Request) where {T}
+    if is_alone(field, r)
+        alone = Alone(field, r)
+        kept, outcome = again!(alone, r.u0.address, r.out.address)
+        return kept === nothing ? Solve{T, typeof(field)}(field, nothing, nothing) : kept, outcome
+    end
+    field = solved(field, r)
     times = copy(Vector{Float64}(r.times))
     V = vectors(field)
     u0 = borrow(V, r.u0)
@@ -144,7 +150,14 @@ function solve(field::Union{Field{T}, Source{T}}, alg, r::Request) where {T}
     return Solve{T, typeof(field)}(field, sol, outputs.steps), Outcome(sol, integrator, states, time, 1)
 end
 
-"A solve to be made again and again from other first states, with the integrator made once: it keeps no dense output."
+"""
+    repeated(field, alg, request)
+
+A solve to be made again and again from other first states, with what it needs made once: it keeps no dense output.
+"""
+repeated(field, alg, r::Request) = is_alone(field, r) ? Alone(field, r) : Repeated(solved(field, r), alg, r)
+
+"Such a solve by an integrator of SciML's."
 struct Repeated{T, F, O, I}
     field::F
     u0::Vector{T}
@@ -165,7 +178,13 @@ end
 Solve from the state at the address `u0`, and write the states at the output times to `out`. There is a `Solve` where
 steps are kept; its field is that of all such solves, and holds what it held at the last of them.
 """
-function again!(s::Repeated{T, F}, u0::Int64, out::Int64) where {T, F}
+function again!(s::Alone{T}, u0, out) where {T}
+    outcome = run!(s, Ptr{T}(pointer_to(u0)), Ptr{T}(pointer_to(out)))
+    s.keep || return nothing, outcome
+    return Solve{T, typeof(s.field)}(s.field, nothing, s.trail), outcome
+end
+
+function again!(s::Repeated{T, F}, u0, out) where {T, F}
     (; outputs, integrator) = s
     states = outputs.out
     unsafe_copyto!(pointer(s.u0), Ptr{T}(pointer_to(u0)), length(s.u0))

@@ -16,7 +16,8 @@ from torch import Tensor
 from .. import ends, forward
 from ..errors import BadOption, JuliaError, NonFiniteState, NotCompiled, NotConverged, SolveError, StepSizeTooSmall
 from ..gradients import Gradients, other_function, time_gradient
-from ..methods import ExplicitTableau, Method
+from ..methods import Method
+from ..methods.explicit import ExplicitTableau
 from ..parameters import by_tensor
 from ..problem import NO_OPTIONS, AdjointSettings, Field, ODEProblem, SolverOptions, like
 from ..solution import Stats
@@ -26,7 +27,7 @@ from .function import JuliaFunction
 from .memory import AdjointRequest, Outcome, ReplayRequest, Request
 from .packages import SECOND_ORDER as _SECOND
 from .rhs import RHS, Callbacks, Source
-from .sweep import Sweep, abreast, controlled
+from .sweep import Sweep, abreast, controlled, weights
 
 log = logging.getLogger("pyjlode")
 
@@ -381,7 +382,7 @@ def replay_request(p: ODEProblem) -> ReplayRequest:
     request.lend_numbers(times=p.times)
     assert isinstance(p.method.tableau, ExplicitTableau)
     request.stages = p.method.tableau.stages
-    request.lend(**_tableau(p.method.tableau))
+    request.lend(**{name: x for name, x in weights(p.method.tableau).items() if name in "acp"})
     return request
 
 
@@ -391,12 +392,6 @@ def unrecorded() -> contextlib.AbstractContextManager[Any]:
 
 
 _NOTHING = contextlib.nullcontext()
-
-
-@functools.cache
-def _tableau(tab: ExplicitTableau) -> dict[str, Tensor]:
-    """As `ReplayRequest` in julia/src/memory.jl has it."""
-    return {name: torch.tensor(x, dtype=torch.float64) for name, x in zip("acp", tab.whole())}
 
 
 def _adjoint_atol(settings: AdjointSettings, ys: Tensor) -> Tensor:
@@ -470,6 +465,11 @@ def _solve(
     request.lend_tolerances(p.rtol, p.atol)
     if p.mass is not None:
         request.lend(mass=p.mass.T.to("cpu").contiguous())
+    if p.method.kind == "adaptive" and isinstance(p.method.tableau, ExplicitTableau) and p.batch == 1:
+        # Of a compiled field of which only states are asked for, our own loop takes the steps that SciML's would.
+        tab = p.method.tableau
+        request.stages, request.fsal, request.order = tab.stages, tab.fsal, p.method.order
+        request.lend(**weights(tab))
     if p.batch > 1 and dense:
         raise BadOption(
             "the systems of a batch keep no dense output on the Julia engine: call solve(..., dense=False)."

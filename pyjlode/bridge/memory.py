@@ -81,8 +81,10 @@ class Request(Lender):
 
     _fields_ = (
         *((name, Lent) for name in ("u0", "out", "times", "offsets", "rtol", "atol", "stops", "jumps", "mass")),
+        *((name, Lent) for name in ("a", "c", "p", "e")),
         *((name, ctypes.c_double) for name in _STEPPING),
         *((name, ctypes.c_int64) for name in ("max_steps", "fixed", "dense", "keep", "full")),
+        *((name, ctypes.c_int64) for name in ("stages", "fsal", "order")),
     )
 
 

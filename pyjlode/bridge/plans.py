@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import arguments, numbers
 from ..capture.surroundings import surroundings
 from ..gradients import first_only, other_function
-from ..problem import Field, Prepared, like
+from ..problem import Field, Layout, Prepared, flat_field, like
 from ..solution import Solution, Stats
 from . import engine, runtime
 from .calls import Calls, Held
@@ -78,12 +78,16 @@ class Call:
         plans: of the program of its field.
         key: what it says besides the values of its tensors.
         field: which knows its program.
+        y0: the state: as it is, or flat where it is not one tensor.
+        layout: how it lies in y0; None where it is y0.
     """
 
-    def __init__(self, plans: dict[tuple[Any, ...], Plan], key: tuple[Any, ...], field: Field) -> None:
-        self.plans, self.key, self.field = plans, key, field
+    def __init__(
+        self, plans: dict[tuple[Any, ...], Plan], key: tuple[Any, ...], field: Field, y0: Tensor, layout: Layout | None
+    ) -> None:
+        self.plans, self.key, self.field, self.y0, self.layout = plans, key, field, y0, layout
 
-    def solved(self, h0: Tensor, t: Any, start: float) -> Solution | None:
+    def solved(self, t: Any, start: float) -> Solution | None:
         """The solution, where the call is like the last ones in all but its numbers. None also where the solve fails:
         made anew, it says why.
 
@@ -99,13 +103,13 @@ class Call:
             return None
         program, source = self.field.program
         tensors = program.read(source)
-        recorded = torch.is_grad_enabled()
-        out = h0.new_empty((len(times), *h0.shape))
+        recorded, y0 = torch.is_grad_enabled(), self.y0
+        out = y0.new_empty((len(times), *y0.shape))
         try:
             if recorded:  # as `torch.no_grad()`, which takes a microsecond
                 torch._C._set_grad_enabled(False)
             try:
-                held, outcome = runtime.within(repeated.solve, tensors, h0, out)
+                held, outcome = runtime.within(repeated.solve, tensors, y0, out)
             finally:
                 if recorded:
                     torch._C._set_grad_enabled(True)
@@ -131,16 +135,15 @@ class Call:
                 repeated.replay = engine.replay_request(like(plan.made.problem, times=times))
             replay = _Replay(quick, repeated, tensors, held, outcome, stats, out)
             of = source.tensors
-            out = _Replayed.apply(replay, h0, *[of[i] for i in plan.wrt])
+            out = _apply(replay, y0, *[of[i] for i in plan.wrt])
         stats.wall = time.perf_counter() - start
-        return Solution(t, out, stats)
+        return Solution(t, out if self.layout is None else self.layout.unflatten(out), stats)
 
     def _quick(self, made: Prepared, wrt: tuple[int, ...]) -> Quick | None:
         """What later calls need of one, if they need not make a problem."""
         p, (program, source) = made.problem, self.field.program
         pulls = made.needed and made.gradient == "discrete"
         plain = p.batch == 1 and p.rows is None and p.split is None and not p.options.progress
-        plain = plain and p.layout is not None and p.layout.bare
         if not plain or (made.needed and (not pulls or p.t.requires_grad)) or source.counters or program.trace.adds:
             return None
         places = program.trace.slots[: program.trace.trained]
@@ -161,7 +164,7 @@ class Call:
             rtol + engine.apart_by_rounding(p.y0.dtype),
         )
 
-    def made(self, h0: Tensor, t: Any) -> Prepared | None:
+    def made(self, t: Any) -> Prepared | None:
         """What would be made of the call, if that is known.
 
         At uses whose count is a power of two it is not: then it is made anew, with a call of f, and what is compiled is
@@ -187,7 +190,8 @@ class Call:
         p = like(
             plan.made.problem,
             f=self.field,
-            y0=arguments.finite(h0 if h0.ndim == 1 else h0.reshape(-1)),
+            y0=arguments.finite(self.y0.reshape(-1)),
+            layout=self.layout or plan.made.problem.layout,
             t=t,
             times=values,
             params=tuple([held[i] for i in plan.wrt]),
@@ -285,6 +289,9 @@ class _Replayed(torch.autograd.Function):
         return None, *numbers.for_each(ctx.replay, g, True)
 
 
+# As `_Replayed.apply`, without its looking for transforms of `torch.func`, of which there are none here.
+_apply: Callable[..., Tensor] = super(torch.autograd.Function, _Replayed).apply
+
 unflatten: Callable[[Tensor, list[Tensor]], list[Any]] = torch._C._nn.unflatten_dense_tensors
 
 
@@ -301,20 +308,24 @@ def call(f: Any, h0: Any, t: Any, how: tuple[Any, ...]) -> Call | None:
     Args:
         how: to solve: the `Solver`, and whatever else decides.
     """
-    if type(h0) not in _TENSORS or h0.dtype not in _STATES or h0.device.type != "cpu":
+    if torch.is_autocast_enabled("cpu") or surroundings() or _has_callbacks(f):
         return None
-    if not h0.is_contiguous() or h0.is_neg() or torch.is_autocast_enabled("cpu"):
-        return None
-    if surroundings() or _has_callbacks(f):
-        return None
-    known = _known()
-    of = Field(f, h0.shape, (f, h0.shape))
-    program = known(of, h0)
+    y0, layout = h0, None
+    if type(h0) in _TENSORS:
+        if h0.dtype not in _STATES or h0.device.type != "cpu" or not h0.is_contiguous() or h0.is_neg():
+            return None
+        of = Field(f, h0.shape, (f, h0.shape))
+    else:
+        layout = how[0].layout_of(h0)
+        if type(layout) is not Layout or layout.bare or layout.device.type != "cpu" or any(layout.complex):
+            return None
+        of, y0 = flat_field(f, layout, False), layout.flatten(h0)
+    program = _known()(of, y0)
     if program is None:
         return None
     grad = torch.is_grad_enabled()
-    by = grad and h0.requires_grad, grad and isinstance(t, Tensor) and t.requires_grad
-    return Call(program.plans, (grad, *by, *how), of)
+    by = grad and y0.requires_grad, grad and isinstance(t, Tensor) and t.requires_grad
+    return Call(program.plans, (grad, *by, *how), of, y0, layout)
 
 
 _CALLBACKS = frozenset(

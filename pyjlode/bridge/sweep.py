@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import NotCompiled
-from ..methods import ExplicitTableau, Method, hairer
+from ..methods import Method, hairer
+from ..methods.explicit import ExplicitTableau
 from ..methods.stiff import RosenbrockTableau
 from ..parameters import by_tensor
 from ..problem import Field, Layout, ODEProblem, SolverOptions
@@ -210,7 +211,7 @@ class Sweep:
         if p.own_times is not None:
             request.lend(times=torch.from_numpy(np.ascontiguousarray(p.own_times)))
         ends = torch.zeros(count, 2, dtype=torch.float64)
-        systems.lend(**lent, **_weights(tab), naccept=naccept, nreject=nreject, codes=codes, ends=ends)
+        systems.lend(**lent, **weights(tab), naccept=naccept, nreject=nreject, codes=codes, ends=ends)
         held, outcome = calls.abreast(compiled.field, request, systems)
         self.compiled = compiled
         self.pulling = compiled.program.packed(calls, "pull") if request.keep else 0
@@ -325,14 +326,13 @@ _STIFF = 20
 
 
 @functools.cache
-def _weights(tab: ExplicitTableau | RosenbrockTableau) -> dict[str, Tensor]:
+def weights(tab: ExplicitTableau | RosenbrockTableau) -> dict[str, Tensor]:
     """As `Abreast` in julia/src/abreast.jl has them."""
     arrays: dict[str, np.ndarray]
     if isinstance(tab, RosenbrockTableau):
         arrays = {"a": tab.A, "b": tab.m, "c": tab.alpha, "d": tab.C, "e": tab.E, "p": tab.P, "gammas": tab.gammas}
     else:
-        assert tab.E is not None
-        arrays = dict(zip("acp", tab.whole())) | {"e": tab.E}
+        arrays = dict(zip("acp", tab.whole())) | ({} if tab.E is None else {"e": tab.E})
     return {name: torch.tensor(x, dtype=torch.float64).contiguous() for name, x in arrays.items()}
 
 

@@ -1,6 +1,5 @@
 """The table of methods, and the coefficients of those that have a tableau: data, with their sources."""
 
-from .explicit import ExplicitTableau as ExplicitTableau
 from .table import ALIASES as ALIASES
 from .table import DEFAULT as DEFAULT
 from .table import ELSEWHERE as ELSEWHERE

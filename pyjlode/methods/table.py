@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal
 
 from .. import errors
-from . import explicit as tb
-from . import second as so
-from . import stiff as st
-from .explicit import ExplicitTableau
-from .second import SecondTableau
+
+if TYPE_CHECKING:  # the numbers of a method are read when it is first used
+    from . import explicit as tb
+    from . import stiff as st
+    from .second import SecondTableau
+
+    Tableau = (
+        tb.ExplicitTableau
+        | tb.ImplicitTableau
+        | st.RosenbrockTableau
+        | st.EsdirkTableau
+        | st.RadauTableau
+        | st.NDFTableau
+        | SecondTableau
+    )
 
 Kind = Literal["adaptive", "fixed", "implicit", "stiff", "auto", "adams", "second", "scipy", "julia"]
-Tableau = (
-    ExplicitTableau
-    | tb.ImplicitTableau
-    | st.RosenbrockTableau
-    | st.EsdirkTableau
-    | st.RadauTableau
-    | st.NDFTableau
-    | SecondTableau
-)
-
-
 @dataclass(frozen=True)
 class Method:
     """One row of the table.
@@ -37,7 +38,8 @@ class Method:
             `auto` (switches between an adaptive and a stiff one), `adams` (linear multistep, fixed steps), `second`
             (for systems of second order, fixed steps), `scipy` (`scipy.integrate.solve_ivp`) or `julia` (one that only
             Julia has).
-        tableau: coefficients of the native engine; None where a method has none.
+        coefficients: where its tableau is, as "explicit.DOPRI5"; "" where it has none.
+        error_order: order of the embedded solution that a step is compared with; 0 for none.
         pi: (beta1, beta2) of the step-size controller, see `native/controller.py`; unused by fixed steps, `radau5` and
             `bdf`.
         mass: whether it solves M h' = f with a singular M.
@@ -49,10 +51,20 @@ class Method:
     order: int
     kind: Kind
     about: str
-    tableau: Tableau | None = field(default=None, repr=False)
+    coefficients: str = field(default="", repr=False)
+    error_order: int = field(default=0, repr=False)
     pi: tuple[float, float] = field(default=(0.0, 0.0), repr=False)
     mass: bool = False
     julia: str | None = None
+
+    @cached_property
+    def tableau(self) -> Tableau | None:
+        """Coefficients of the native engine; None where a method has none."""
+        if not self.coefficients:
+            return None
+        module, _, name = self.coefficients.partition(".")
+        found: Tableau = getattr(import_module(f".{module}", __package__), name)
+        return found
 
     @property
     def adaptive(self) -> bool:
@@ -71,26 +83,26 @@ class Method:
     @property
     def alone(self) -> bool:
         """True where a step follows from its start alone, and from nothing of earlier steps."""
-        return self.kind in ("adaptive", "fixed", "implicit", "second") or isinstance(
-            self.tableau, st.RosenbrockTableau
-        )
+        return self.kind in ("adaptive", "fixed", "implicit", "second") or self.name in ("rodas5p", "rosenbrock23")
 
     @property
     def imex(self) -> bool:
         """True where the parts of a field that is split are solved in two ways."""
-        return isinstance(self.tableau, st.EsdirkTableau) and self.tableau.explicit is not None
+        return self.name == "kencarp4"
 
     @property
     def reversible(self) -> bool:
         """True where a step can be undone by the same operations in reverse."""
-        return isinstance(self.tableau, so.SymplecticTableau)
+        return self.kind == "second" and self.name != "nystrom4"
 
     @property
     def start_order(self) -> int:
         """Order of the local error that the first step is chosen for."""
-        if isinstance(self.tableau, st.NDFTableau):
+        if self.name == "bdf":
             return 2
-        return 5 if self.tableau is None else getattr(self.tableau, "error_order", self.order) + 1
+        if not self.coefficients:
+            return 5
+        return (self.error_order if self.kind in ("adaptive", "fixed", "stiff") else self.order) + 1
 
 
 def hairer(k: int) -> tuple[float, float]:
@@ -104,66 +116,73 @@ def _pi42(k: int) -> tuple[float, float]:
 
 
 def _adaptive(
-    name: str, tableau: ExplicitTableau, pi: tuple[float, float], about: str, julia: str | None = None
+    name: str,
+    tableau: str,
+    orders: tuple[int, int],
+    pi: tuple[float, float],
+    about: str,
+    julia: str | None = None,
 ) -> Method:
-    return Method(name, tableau.order, "adaptive", about, tableau, pi, julia=julia)
+    return Method(name, orders[0], "adaptive", about, f"explicit.{tableau}", orders[1], pi, julia=julia)
 
 
-def _fixed(name: str, tableau: ExplicitTableau, about: str, julia: str | None = None) -> Method:
-    return Method(name, tableau.order, "fixed", about, tableau, julia=julia)
+def _fixed(name: str, tableau: str, order: int, about: str, julia: str | None = None) -> Method:
+    return Method(name, order, "fixed", about, f"explicit.{tableau}", julia=julia)
 
 
-def _implicit(name: str, tableau: tb.ImplicitTableau, about: str, julia: str | None = None) -> Method:
-    return Method(name, tableau.order, "implicit", about, tableau, julia=julia)
+def _implicit(name: str, tableau: str, order: int, about: str, julia: str | None = None) -> Method:
+    return Method(name, order, "implicit", about, f"explicit.{tableau}", julia=julia)
 
 
-def _second(tableau: SecondTableau, about: str, julia: str | None = None) -> Method:
-    return Method(tableau.name, tableau.order, "second", about, tableau, julia=julia)
+def _second(name: str, order: int, about: str) -> Method:
+    return Method(name, order, "second", about, f"second.{name.upper()}")
 
 
 def _stiff(
     name: str,
-    tableau: st.RosenbrockTableau | st.EsdirkTableau | st.RadauTableau | st.NDFTableau,
+    tableau: str,
+    orders: tuple[int, int],
     about: str,
     julia: str | None = None,
+    *,
+    mass: bool = False,
 ) -> Method:
-    pi = (0.0, 0.0) if isinstance(tableau, st.NDFTableau) else hairer(tableau.error_order + 1)
-    mass = tableau in (st.RODAS5P, st.RADAU5, st.NDF)
-    return Method(name, tableau.order, "stiff", about, tableau, pi, mass, julia)
+    pi = hairer(orders[1] + 1) if orders[1] else (0.0, 0.0)
+    return Method(name, orders[0], "stiff", about, f"stiff.{tableau}", orders[1], pi, mass, julia)
 
 
 _ROWS = [
-    _adaptive("dopri5", tb.DOPRI5, hairer(5), "Dormand & Prince 5(4), the default", "DP5()"),
-    _adaptive("tsit5", tb.TSIT5, hairer(5), "Tsitouras 5(4)", "Tsit5()"),
-    _adaptive("dopri8", tb.DOPRI8, _pi42(8), "Dormand & Prince 8(5,3) as in Hairer's DOP853", "DP8()"),
-    _adaptive("bosh3", tb.BOSH3, hairer(3), "Bogacki & Shampine 3(2)", "BS3()"),
-    _adaptive("fehlberg2", tb.FEHLBERG2, hairer(2), "Fehlberg 2(1)"),
-    _adaptive("adaptive_heun", tb.ADAPTIVE_HEUN, hairer(2), "Heun 2(1)"),
-    _adaptive("vern7", tb.VERN7, _pi42(7), "Verner's efficient 7(6)", "Vern7()"),
-    _adaptive("vern9", tb.VERN9, _pi42(9), "Verner's efficient 9(8)", "Vern9()"),
-    _fixed("euler", tb.EULER, "Euler", "Euler()"),
-    _fixed("midpoint", tb.MIDPOINT, "explicit midpoint", "Midpoint()"),
-    _fixed("heun2", tb.HEUN2, "Heun, order 2 (explicit trapezoid)", "Heun()"),
-    _fixed("heun3", tb.HEUN3, "Heun, order 3"),
-    _fixed("rk4", tb.RK4, "Kutta's 3/8 rule"),
+    _adaptive("dopri5", "DOPRI5", (5, 4), hairer(5), "Dormand & Prince 5(4), the default", "DP5()"),
+    _adaptive("tsit5", "TSIT5", (5, 4), hairer(5), "Tsitouras 5(4)", "Tsit5()"),
+    _adaptive("dopri8", "DOPRI8", (8, 7), _pi42(8), "Dormand & Prince 8(5,3) as in Hairer's DOP853", "DP8()"),
+    _adaptive("bosh3", "BOSH3", (3, 2), hairer(3), "Bogacki & Shampine 3(2)", "BS3()"),
+    _adaptive("fehlberg2", "FEHLBERG2", (2, 1), hairer(2), "Fehlberg 2(1)"),
+    _adaptive("adaptive_heun", "ADAPTIVE_HEUN", (2, 1), hairer(2), "Heun 2(1)"),
+    _adaptive("vern7", "VERN7", (7, 6), _pi42(7), "Verner's efficient 7(6)", "Vern7()"),
+    _adaptive("vern9", "VERN9", (9, 8), _pi42(9), "Verner's efficient 9(8)", "Vern9()"),
+    _fixed("euler", "EULER", 1, "Euler", "Euler()"),
+    _fixed("midpoint", "MIDPOINT", 2, "explicit midpoint", "Midpoint()"),
+    _fixed("heun2", "HEUN2", 2, "Heun, order 2 (explicit trapezoid)", "Heun()"),
+    _fixed("heun3", "HEUN3", 3, "Heun, order 3"),
+    _fixed("rk4", "RK4", 4, "Kutta's 3/8 rule"),
     Method("explicit_adams", 12, "adams", "Adams-Bashforth, order up to `max_order`"),
     Method("implicit_adams", 12, "adams", "Adams-Bashforth-Moulton, order up to `max_order`"),
-    _implicit("implicit_euler", tb.IMPLICIT_EULER, "implicit Euler", "ImplicitEuler()"),
-    _implicit("implicit_midpoint", tb.IMPLICIT_MIDPOINT, "implicit midpoint (symplectic)", "ImplicitMidpoint()"),
-    _implicit("trapezoid", tb.TRAPEZOID, "trapezoidal rule", "Trapezoid()"),
-    _implicit("radauIIA3", tb.RADAU_IIA3, "Radau IIA, 2 stages (L-stable)", "RadauIIA3()"),
-    _implicit("radauIIA5", tb.RADAU_IIA5, "Radau IIA, 3 stages (L-stable)", "RadauIIA5()"),
-    _implicit("gl4", tb.GAUSS_LEGENDRE4, "Gauss-Legendre, 2 stages (symplectic)"),
-    _implicit("gl6", tb.GAUSS_LEGENDRE6, "Gauss-Legendre, 3 stages (symplectic)"),
-    _implicit("sdirk2", tb.SDIRK2, "SDIRK, 2 stages (L-stable)"),
-    _implicit("trbdf2", tb.TRBDF2, "trapezoid then BDF2, one step (L-stable)"),
-    _stiff("rodas5p", st.RODAS5P, "Rosenbrock 5(4), Steinebach (L-stable)", "Rodas5P()"),
-    _stiff("rosenbrock23", st.ROSENBROCK23, "Rosenbrock 2(3), Shampine & Reichelt's ode23s", "Rosenbrock23()"),
-    _stiff("radau5", st.RADAU5, "Radau IIA, 3 stages, Hairer & Wanner's RADAU5 (L-stable)", "RadauIIA5()"),
-    _stiff("bdf", st.NDF, "numerical differentiation formulas of order 1 to 5", "FBDF()"),
-    _stiff("kvaerno5", st.KVAERNO5, "ESDIRK 5(4), Kværnø (L-stable)", "Kvaerno5()"),
-    _stiff("kencarp4", st.KENCARP4, "ESDIRK 4(3), Kennedy & Carpenter (L-stable)", "KenCarp4()"),
-    _stiff("trbdf2_adaptive", st.TRBDF2, "trapezoid then BDF2, with error control (L-stable)", "TRBDF2()"),
+    _implicit("implicit_euler", "IMPLICIT_EULER", 1, "implicit Euler", "ImplicitEuler()"),
+    _implicit("implicit_midpoint", "IMPLICIT_MIDPOINT", 2, "implicit midpoint (symplectic)", "ImplicitMidpoint()"),
+    _implicit("trapezoid", "TRAPEZOID", 2, "trapezoidal rule", "Trapezoid()"),
+    _implicit("radauIIA3", "RADAU_IIA3", 3, "Radau IIA, 2 stages (L-stable)", "RadauIIA3()"),
+    _implicit("radauIIA5", "RADAU_IIA5", 5, "Radau IIA, 3 stages (L-stable)", "RadauIIA5()"),
+    _implicit("gl4", "GAUSS_LEGENDRE4", 4, "Gauss-Legendre, 2 stages (symplectic)"),
+    _implicit("gl6", "GAUSS_LEGENDRE6", 6, "Gauss-Legendre, 3 stages (symplectic)"),
+    _implicit("sdirk2", "SDIRK2", 2, "SDIRK, 2 stages (L-stable)"),
+    _implicit("trbdf2", "TRBDF2", 2, "trapezoid then BDF2, one step (L-stable)"),
+    _stiff("rodas5p", "RODAS5P", (5, 4), "Rosenbrock 5(4), Steinebach (L-stable)", "Rodas5P()", mass=True),
+    _stiff("rosenbrock23", "ROSENBROCK23", (2, 2), "Rosenbrock 2(3), Shampine & Reichelt's ode23s", "Rosenbrock23()"),
+    _stiff("radau5", "RADAU5", (5, 3), "Radau IIA, 3 stages, Hairer & Wanner's RADAU5 (L-stable)", "RadauIIA5()", mass=True),
+    _stiff("bdf", "NDF", (5, 0), "numerical differentiation formulas of order 1 to 5", "FBDF()", mass=True),
+    _stiff("kvaerno5", "KVAERNO5", (5, 4), "ESDIRK 5(4), Kværnø (L-stable)", "Kvaerno5()"),
+    _stiff("kencarp4", "KENCARP4", (4, 3), "ESDIRK 4(3), Kennedy & Carpenter (L-stable)", "KenCarp4()"),
+    _stiff("trbdf2_adaptive", "TRBDF2", (2, 2), "trapezoid then BDF2, with error control (L-stable)", "TRBDF2()"),
     Method(
         "auto",
         5,
@@ -172,13 +191,13 @@ _ROWS = [
         pi=hairer(5),
         julia="DefaultODEAlgorithm()",
     ),
-    _second(so.SYMPLECTIC_EULER, "symplectic Euler: kick, drift"),
-    _second(so.VELOCITY_VERLET, "velocity Verlet, also called leapfrog (symplectic)"),
-    _second(so.YOSHIDA4, "Forest & Ruth, Yoshida (symplectic)"),
-    _second(so.MCATE4, "McLachlan & Atela, small errors (symplectic)"),
-    _second(so.KAHAN_LI6, "Kahan & Li, 9 stages (symplectic)"),
-    _second(so.SUZUKI8, "Suzuki & Umeno, 15 stages (symplectic)"),
-    _second(so.NYSTROM4, "Nyström, for q'' that depends on q' too"),
+    _second("symplectic_euler", 1, "symplectic Euler: kick, drift"),
+    _second("velocity_verlet", 2, "velocity Verlet, also called leapfrog (symplectic)"),
+    _second("yoshida4", 4, "Forest & Ruth, Yoshida (symplectic)"),
+    _second("mcate4", 4, "McLachlan & Atela, small errors (symplectic)"),
+    _second("kahan_li6", 6, "Kahan & Li, 9 stages (symplectic)"),
+    _second("suzuki8", 8, "Suzuki & Umeno, 15 stages (symplectic)"),
+    _second("nystrom4", 4, "Nyström, for q'' that depends on q' too"),
     Method("scipy_solver", 0, "scipy", "any method of `scipy.integrate.solve_ivp`, named by options['solver']"),
 ]
 
