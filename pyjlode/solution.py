@@ -85,7 +85,8 @@ class Stats(_Compared):
         nnewton: Newton iterations, of all stages together (adaptive implicit methods with iterations).
         switches: `(t, name)` where `method="auto"` went over to another method.
         wall: seconds for the forward solve.
-        nfe_backward: evaluations of f in backward passes through this solve so far (each with its product).
+        nfe_backward: evaluations of f in backward passes through this solve so far (each with its product; where the
+            Julia engine has kept the stages of a compiled f, those alone that are beside its products).
         wall_backward: seconds for these backward passes.
         compiled: "scalar" or "array", how f was compiled for the Julia engine; "steps" where the native engine's steps
             were compiled; "" where nothing was.

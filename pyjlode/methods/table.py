@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # the numbers of a method are read when it is first used
     )
 
 Kind = Literal["adaptive", "fixed", "implicit", "stiff", "auto", "adams", "second", "scipy", "julia"]
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the table.
@@ -178,7 +180,9 @@ _ROWS = [
     _implicit("trbdf2", "TRBDF2", 2, "trapezoid then BDF2, one step (L-stable)"),
     _stiff("rodas5p", "RODAS5P", (5, 4), "Rosenbrock 5(4), Steinebach (L-stable)", "Rodas5P()", mass=True),
     _stiff("rosenbrock23", "ROSENBROCK23", (2, 2), "Rosenbrock 2(3), Shampine & Reichelt's ode23s", "Rosenbrock23()"),
-    _stiff("radau5", "RADAU5", (5, 3), "Radau IIA, 3 stages, Hairer & Wanner's RADAU5 (L-stable)", "RadauIIA5()", mass=True),
+    _stiff(
+        "radau5", "RADAU5", (5, 3), "Radau IIA, 3 stages, Hairer & Wanner's RADAU5 (L-stable)", "RadauIIA5()", mass=True
+    ),
     _stiff("bdf", "NDF", (5, 0), "numerical differentiation formulas of order 1 to 5", "FBDF()", mass=True),
     _stiff("kvaerno5", "KVAERNO5", (5, 4), "ESDIRK 5(4), Kværnø (L-stable)", "Kvaerno5()"),
     _stiff("kencarp4", "KENCARP4", (4, 3), "ESDIRK 4(3), Kennedy & Carpenter (L-stable)", "KenCarp4()"),

@@ -379,7 +379,7 @@ class TestProductsOfRepeatedSolves:
             assert solution.stats.naccept > 0
             assert solution.stats.compiled
             solution.h.sum().backward()
-            assert solution.stats.nfe_backward >= 6 * solution.stats.naccept
+            assert solution.stats.nfe_backward >= solution.stats.naccept
             assert solution.stats.wall_backward > 0
 
 
