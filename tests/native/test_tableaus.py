@@ -10,8 +10,10 @@ from functools import cache
 import numpy as np
 import pytest
 
+from pyjlode.methods import METHODS, stiff
 from pyjlode.methods import explicit as tableaus
 from pyjlode.methods.explicit import ExplicitTableau, ImplicitTableau
+from pyjlode.methods.second import SymplecticTableau
 
 EXPLICIT = [tab for tab in vars(tableaus).values() if isinstance(tab, ExplicitTableau)]
 IMPLICIT = [tab for tab in vars(tableaus).values() if isinstance(tab, ImplicitTableau)]
@@ -266,3 +268,20 @@ def test_A_stable(tab):
 @each(L_STABLE)
 def test_L_stable(tab):
     assert abs(stability_function(tab, -1e9)) < 1e-7
+
+
+@pytest.mark.parametrize("row", METHODS.values(), ids=lambda row: row.name)
+def test_the_table_says_what_the_tableau_is(row):
+    """It names the tableau, which is read when first used, and repeats of it what is asked before."""
+    tab = row.tableau
+    assert (tab is None) == (not row.coefficients)
+    if tab is None:
+        return
+    assert (row.order, row.coefficients.partition(".")[0]) == (tab.order, type(tab).__module__.rpartition(".")[2])
+    if row.kind in ("adaptive", "fixed", "stiff"):
+        assert row.error_order == getattr(tab, "error_order", 0)
+    assert row.alone == (
+        row.kind not in ("adams", "stiff", "auto", "scipy") or isinstance(tab, stiff.RosenbrockTableau)
+    )
+    assert row.imex == (getattr(tab, "explicit", None) is not None)
+    assert row.reversible == isinstance(tab, SymplecticTableau)

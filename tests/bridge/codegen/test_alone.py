@@ -1,5 +1,5 @@
-"""The loop of our own for one compiled system takes the steps of SciML's solvers: a solve that is to keep dense output is
-theirs, and so is the reference."""
+"""The loop of our own for one compiled system takes the steps of SciML's solvers: a solve that is to keep dense output
+is theirs, and so is the reference."""
 
 import math
 
@@ -122,7 +122,7 @@ def test_float32():
 @pytest.mark.parametrize("system", [van_der_pol, three_bodies], ids=["numbers", "packs"])
 @pytest.mark.parametrize("method", EXPLICIT)
 def test_gradients_are_those_of_the_numbers_that_came_out(method, system):
-    """By stages that were kept, as by steps that the native engine takes again; outputs lie within steps and at ends."""
+    """By stages that were kept, and by the native engine; outputs lie within steps and at their ends."""
     h0, t = STARTS[system], torch.linspace(0.0, 2.0, 9, dtype=F64)
     weights = torch.randn(9, len(h0), dtype=F64, generator=torch.Generator().manual_seed(0))
     scale = torch.ones(len(h0), dtype=F64)
@@ -162,7 +162,7 @@ def test_failures_say_why():
     h0 = torch.tensor([1.0], dtype=F64)
     t = torch.tensor([0.0, 2.0], dtype=F64)
     for _ in range(6):
-        with pytest.raises(PyJLODEError, match="blows up|step"):
+        with pytest.raises(PyJLODEError, match="step"):
             solve(lambda t, h: h * h, h0, t, **JULIA, method="tsit5", dense=False)
         with pytest.raises(MaxStepsReached):
             solve(

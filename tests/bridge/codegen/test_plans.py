@@ -405,3 +405,27 @@ def test_weights_that_are_tied_after_f_was_compiled(adjoint):
     compare()
     net[2].weight = apart
     compare()
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dictionary"])
+def test_states_of_several_tensors(kind, repeats):
+    p = rates(0.5).requires_grad_()
+
+    def f(t, h):
+        x, v = h.values() if kind == "dictionary" else h
+        slopes = v * p, -x[:2] - 0.1 * v
+        slopes = torch.cat([slopes[0], slopes[0][:1]]), slopes[1]
+        return dict(zip("xv", slopes)) if kind == "dictionary" else slopes
+
+    def grads(**how):
+        x = torch.ones(3, dtype=F64, requires_grad=True)
+        v = torch.zeros(2, dtype=F64)
+        solution = solve(f, {"x": x, "v": v} if kind == "dictionary" else (x, v), T, adjoint=True, dense=False, **how)
+        leaves = list(solution.h.values()) if kind == "dictionary" else solution.h
+        assert [y.shape for y in leaves] == [(5, 3), (5, 2)]
+        return torch.autograd.grad(sum(y.square().sum() for y in leaves), (x, p))
+
+    want = grads(engine="torch", method="tsit5", rtol=1e-9, atol=1e-11)
+    for _ in range(CALLS):
+        torch.testing.assert_close(grads(**JULIA), want, rtol=1e-7, atol=1e-9)
+    assert repeats.count >= 4
