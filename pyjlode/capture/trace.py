@@ -296,10 +296,12 @@ def _trace(
     fake: with tensors that have no numbers, so that nothing can come of these.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     rng = torch.get_rng_state()
     try:
-        with warnings.catch_warnings():
+        # Attention as products of matrices and a softmax: fused, it is one operation, of which there are only kernels.
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore")
             if not fake:
                 return make_fx(f, decomposition_table=table)(*args)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from ..calls import Calls
 from . import array, scalar
 
 log = logging.getLogger("pyjlode")
+
+_Made = TypeVar("_Made")
 
 FUNCTIONS = ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "pull")
 # A sparse Jacobian wins from about this size, and below this part of non-zeros.
@@ -140,7 +142,7 @@ class Program:
         self.plans: dict[tuple[Any, ...], Any] = {}
         self.work = 0
         self.layers = array.Layers(sum(x.numel() for x in trace.tensors[trace.trained :]))
-        self._texts: dict[str, str] = {}
+        self._texts: dict[str, str | NotCompiled] = {}
         self._addresses: dict[str, int] = {}
         network = array.products(trace.f) >= _NETWORK
         self.mode = "array" if network or not self._is_short else "scalar"
@@ -158,9 +160,17 @@ class Program:
             NotCompiled: there is none for this function.
         """
         if name not in self._texts:
-            straight = self.mode == "scalar" or name == "sensitivities"  # of which there are no others
-            self._texts[name] = getattr(self, f"_{name}_text")() if straight else self._array_text(name)
-        return self._texts[name]
+            self._texts[name] = self._text(name)
+        found = self._texts[name]
+        if isinstance(found, NotCompiled):
+            raise NotCompiled(*found.args)
+        return found
+
+    def _text(self, name: str) -> str | NotCompiled:
+        """It, or why there is none: to find that out takes as long as to make it."""
+        straight = self.mode == "scalar" or name == "sensitivities"  # of which there are no others
+        with undisturbed():
+            return _or_why_not(lambda: getattr(self, f"_{name}_text")() if straight else self._array_text(name))
 
     def address(self, calls: Calls, name: str) -> int:
         """Of the function in machine code.
@@ -421,9 +431,14 @@ def _make(held: Held, root: Root, like: Tensor) -> Program | NotCompiled:
     seen = Seen(root.seen)  # points of another field, perhaps: that is compared there too
     if root.seen is not None and not root.seen.taken:
         seen, root.seen.taken = root.seen, True
+    with undisturbed():  # else what a handler of a signal's raises would be remembered as the reason
+        return _or_why_not(lambda: Program(Trace(held, like), seen))
+
+
+def _or_why_not(make: Callable[[], _Made]) -> _Made | NotCompiled:
+    """What is made, or why it cannot be made."""
     try:
-        with undisturbed():  # else what a handler of a signal's raises would be remembered as the reason
-            return Program(Trace(held, like), seen)
+        return make()
     except NotCompiled as error:
         return NotCompiled(*error.args)  # without the frames of the trace, which hold tensors
     except Exception as error:

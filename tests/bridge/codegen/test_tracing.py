@@ -293,6 +293,50 @@ def test_a_gradient_that_cannot_be_traced_stops_only_itself():
         program.text("vjp")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("inside", [
+    lambda q: nn.functional.scaled_dot_product_attention(q, q.flip(-2), q.cos()),
+    lambda q: nn.functional.scaled_dot_product_attention(q, q.flip(-2), q.cos(), is_causal=True),
+    lambda q: nn.functional.scaled_dot_product_attention(q, q, q, (torch.ones(5, 5).tril() > 0), scale=0.3),
+])  # fmt: skip
+def test_attention_has_a_product(inside, dtype):
+    """As PyTorch computes it, it is fused where it can be: of the kernels there is no Julia."""
+    h = torch.linspace(-1, 2, 60, dtype=dtype).reshape(1, 2, 5, 6)
+    f = lambda t, h: inside(h) - h  # noqa: E731
+    program, _ = program_of(Field(f, h.shape, (f, h.shape)), h.reshape(-1))
+    assert "pull" in program.text("pull")
+    leaf = h.clone().requires_grad_()
+    v = torch.cos(h)
+    (want,) = torch.autograd.grad(f(0.0, leaf), leaf, v)
+    got = program.trace.vjp.module(h[0, 0, 0, 0], h.reshape(-1), v.reshape(-1), *program.trace.tensors)[1]
+    torch.testing.assert_close(got.reshape(h.shape), want)
+
+
+def test_dropout_within_attention_is_refused():
+    q = torch.ones(1, 1, 4, 2)
+    f = lambda t, h: nn.functional.scaled_dot_product_attention(h, h, h, dropout_p=0.5)  # noqa: E731
+    with pytest.raises(NotCompiled, match="random"):
+        program_of(Field(f, q.shape, (f, q.shape)), q.reshape(-1))
+
+
+@pytest.mark.parametrize("error", [NotCompiled("there is no Julia for it"), IndexError("of the compiler")])
+def test_a_function_that_there_is_not_is_not_tried_again(error, monkeypatch):
+    program, _ = program_of(Field(f := lambda t, h: torch.sin(h) * 3, H.shape, (f, H.shape)), H)
+    tried = []
+
+    def fails(self):
+        tried.append(1)
+        raise error
+
+    monkeypatch.setattr(program, "_texts", {})
+    monkeypatch.setattr(Program, "_vjp_text", fails)
+    for _ in range(3):
+        with pytest.raises(NotCompiled, match=str(error)):
+            program.text("vjp")
+    assert len(tried) == 1
+    assert "sin(" in program.text("f")
+
+
 class Reading(torch.autograd.Function):
     """Reads what it holds on its way back."""
 
