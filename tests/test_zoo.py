@@ -152,6 +152,7 @@ IN_GRAPHS = [
     "attention",
     "partly_detached",
     "shared_and_unused",
+    "interpolated_data",
 ]
 NO_GRAPHS = [
     "keeps_its_last_result",
@@ -161,7 +162,6 @@ NO_GRAPHS = [
     "divergence",
     "complex_state",
     "sparse_matrix",
-    "interpolated_data",
 ]
 
 

@@ -337,6 +337,41 @@ def test_a_function_that_there_is_not_is_not_tried_again(error, monkeypatch):
     assert "sin(" in program.text("f")
 
 
+TABLE = torch.arange(24.0, dtype=torch.float64).reshape(4, 3, 2).sin()
+
+
+@pytest.mark.parametrize("pick", [
+    lambda x, i: x[i, 0],
+    lambda x, i: x[i, i - 3],
+    lambda x, i: x[:, i - 2][0],
+    lambda x, i: x[..., i - 2][1, 2, None],
+    lambda x, i: x[None, i][0, -1],
+    lambda x, i: x[1:, i - 1, :][0],
+    lambda x, i: x[i - 4][i - 1],
+])  # fmt: skip
+def test_numbers_that_are_computed_index(pick):
+    """`x[i]` with the place i of a time among others, as fields that are driven by data are written."""
+    edges = torch.tensor([0.2, 0.6], dtype=torch.float64)
+    f = lambda t, h: h * pick(TABLE, torch.searchsorted(edges, t) + 1)  # noqa: E731
+    made, _ = trace(f)
+    for t in (0.1, 0.3, 0.7):
+        t = torch.tensor(t, dtype=torch.float64)
+        assert torch.equal(made.f.module(t, H, *made.tensors), f(t, H))
+
+
+@pytest.mark.parametrize("write", [lambda x: x.add_(1.0), lambda x: x[0].mul_(2.0), lambda x: x.view(2).zero_()])
+def test_what_is_written_into_a_picked_part_is_refused(write):
+    """It would be written into x."""
+
+    def f(t, h):
+        x = h.repeat(2, 1)
+        write(x[torch.searchsorted(H.sort()[0], t)])
+        return x[0]
+
+    with pytest.raises(NotCompiled, match=r"writes into what it indexes|numbers of a tensor"):
+        trace(f)
+
+
 class Reading(torch.autograd.Function):
     """Reads what it holds on its way back."""
 
