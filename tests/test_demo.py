@@ -114,19 +114,25 @@ def test_panels_have_titles_labels_and_legends(outcome):
         assert legend.y0 >= ax.get_window_extent().y1 - 1
 
 
-def test_the_seed_decides_the_numbers_and_leaves_the_users_alone(outcome, tmp_path):
+@pytest.fixture
+def briefly(monkeypatch):
+    """A training of a few iterations."""
+    train = demo.train
+    monkeypatch.setattr(demo, "train", lambda *data, iterations: train(*data, iterations=25))
+
+
+def test_the_seed_decides_the_numbers_and_leaves_the_users_alone(tmp_path, briefly):
     before = torch.get_rng_state()
-    again = demo.run(tmp_path / "again.png", quick=True)
-    other = demo.run(tmp_path / "other.png", quick=True, seed=1)
+    one, again, other = (demo.run(tmp_path / "demo.svg", quick=True, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
-    assert again.history.loss == outcome[0].history.loss
-    assert torch.equal(again.forecast, outcome[0].forecast)
-    assert other.history.loss != again.history.loss
+    assert again.history.loss == one.history.loss
+    assert torch.equal(again.forecast, one.forecast)
+    assert other.history.loss != one.history.loss
 
 
 @pytest.mark.parametrize(("method", "adjoint"), [("rk4", "backsolve"), ("tsit5", False)])
-def test_other_solvers_and_gradients(method, adjoint, tmp_path, capsys):
+def test_other_solvers_and_gradients(method, adjoint, tmp_path, capsys, briefly):
     result = demo.run(tmp_path / "demo.png", quick=True, method=method, adjoint=adjoint)
     assert f"solver      {method}, adjoint={adjoint}" in capsys.readouterr().out
-    assert result.history.loss[-1] < 0.5 * result.history.loss[0]
+    assert min(result.history.loss) < 0.7 * result.history.loss[0]
     assert (sum(result.history.nfe_backward) > 0) == (adjoint == "backsolve")

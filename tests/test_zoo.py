@@ -178,7 +178,7 @@ def test_steps_are_not_compiled_wrong(kind):
         gradient_of(kind, compile=True)
 
 
-@settings(max_examples=60)
+@settings(max_examples=2 * settings().max_examples)
 @given(
     st.sampled_from(sorted(ZOO)),
     st.sampled_from(sorted(GENERAL)),
