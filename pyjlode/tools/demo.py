@@ -104,8 +104,8 @@ class Result:
         ready: time until two gradients were made, s: where Julia is set up, that starts it, and the field is compiled.
         amplitude: shape (2,), half the range of the training years.
         fit: shape (2,), root mean square error of the forecasts from and of training years.
-        errors: who forecasts -> shape (AHEAD, 2), root mean square errors one to AHEAD years ahead, over all forecasts of
-            the years held back: "neural ODE"; "linear model", of the year after from the year before, in logarithms, by
+        errors: who forecasts -> shape (AHEAD, 2), root mean square errors one to AHEAD years ahead, over all forecasts
+            of the years held back: "neural ODE"; "linear model", of the year after from the year before, in logarithms, by
             least squares; "last cycle", what was counted ten years earlier; "last year", what was counted last.
     """
 
