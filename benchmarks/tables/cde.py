@@ -79,9 +79,9 @@ def at_last(h: Tensor, last: Tensor) -> Tensor:
 class ControlledODE(nn.Module):
     """The neural CDE: h moves as the data do."""
 
-    def __init__(self, channels: int, classes: int, hidden: int = 32, width: int = 64) -> None:
+    def __init__(self, channels: int, classes: int, hidden: int = 32, width: int = 56) -> None:
         super().__init__()
-        field = Matrix(hidden, 1 + channels, width)
+        field = Matrix(hidden, 1 + channels, width, depth=2)
         self.cde = NeuralCDE(channels, hidden, classes, g=field, return_trajectory=True, adjoint=False, **FIXED)
 
     def forward(self, x: Tensor, last: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def run(name: str, dropped: str, args: argparse.Namespace) -> Numbers:
     (trained, validated, tested), classes = series(int(dropped) / 100, args.seed)
     torch.manual_seed(args.seed)
     model = MODELS[name](trained.x.shape[2], classes)
-    epochs, size = (2 if args.quick else 60), 32
+    epochs, size = (2 if args.quick else 30), 32
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     best, lowest = copy.deepcopy(model), torch.inf

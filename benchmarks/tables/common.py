@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -20,9 +21,14 @@ sys.path.append(str(ROOT / "examples"))
 
 from shared import fit, table  # noqa: E402  # of the examples: training with checkpoints, and rows under a head
 
-__all__ = ["ROOT", "Runs", "arguments", "fit", "pm", "table"]
+__all__ = ["ROOT", "Numbers", "Runs", "arguments", "example", "fit", "pm", "table"]
 
 Numbers = dict[str, float]
+
+
+def example(name: str) -> Any:
+    """One of the examples, as a module."""
+    return importlib.import_module(name)
 
 
 def arguments(doc: str | None, name: str, argv: Sequence[str] | None) -> argparse.Namespace:
