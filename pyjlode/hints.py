@@ -93,6 +93,7 @@ class KeywordOptions(TypedDict, total=False):
     allow_unstable: bool
     specialize: Literal["auto", "full"]
     progress: bool
+    estimates: bool
 
 
 class Options(KeywordOptions, total=False):

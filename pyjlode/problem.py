@@ -407,6 +407,9 @@ class SolverOptions:
         specialize: "full" compiles Julia's solver for this very f, if that is a `julia_function`, or is compiled and
             the method explicit: it takes seconds once, and then solves are faster.
         progress: show a bar on standard error while the forward solve runs.
+        estimates: add up the solver's estimates of the local error and of the stiffness in `Stats`, as functions of all
+            that the solve depends on, for a loss that makes fields cheap to solve. For the explicit adaptive methods
+            on the native engine, with `adjoint=False` where gradients are wanted. See `docs/regularize.md`.
         solver: name of the `scipy.integrate.solve_ivp` method.
     """
 
@@ -432,6 +435,7 @@ class SolverOptions:
     allow_unstable: bool = False
     specialize: str = "auto"
     progress: bool = False
+    estimates: bool = False
     solver: str = "LSODA"
     batch_t: str = "auto"
     on_failure: str = "raise"

@@ -54,6 +54,8 @@ def solved(solver: Solver, e: Equation, *, dense: bool) -> Solution:
             "events are of the whole state, and options['batch_dims'] makes systems of it with steps of their own. "
             "Leave batch_dims out; or use event_fn, which ends each system at its own event."
         )
+    if solver._forward.options.get("estimates"):
+        raise BadOption("options['estimates'] are of one solve, and events make several: leave one of them out.")
     chain = Chain(solver, e, dense)
     p = chain.made.problem
     device = p.y0.device.type

@@ -91,6 +91,9 @@ class Stats(_Compared):
             were compiled; "" where nothing was.
         not_compiled: why the Julia engine called f back; what of a compiled solve on the native engine is not compiled.
         systems: the same for each system of a batch, where each had steps of its own; else None.
+        error_estimate: 0-d, with `options={"estimates": True}`, else None: the sum over the accepted steps of the
+            estimated local error (its root mean square) times the length of the step. Differentiable.
+        stiffness_estimate: 0-d, the same for the estimate of the largest |eigenvalue| of df/dh. Differentiable.
     """
 
     engine: str
@@ -110,6 +113,12 @@ class Stats(_Compared):
     compiled: str = ""
     not_compiled: str = ""
     systems: SystemStats | None = None
+    error_estimate: Tensor | None = None
+    stiffness_estimate: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """To copy and to pickle: without graphs, which cannot be."""
+        return {name: x.detach() if isinstance(x, Tensor) else x for name, x in vars(self).items()}
 
 
 @dataclass
