@@ -101,13 +101,16 @@ def allowed(method, problem, dtype, backward):
     # Roundings may be of one sign: a few in each of some hundred steps.
     error += 4 * max(steps(method), 100) * torch.finfo(dtype).eps
     size = float(problem.exact(problem.times(50)).abs().max())
-    return error * size * amplification(problem, backward)
+    # A reversible method undoes in its second state what it does in the first: that grows as errors do backward.
+    both = [backward, not backward] if method.kind == "reversible" else [backward]
+    return error * size * max(amplification(problem, direction) for direction in both)
 
 
 @each(FIRST_ORDER)
 @each_problem(PROBLEMS)
 @PRECISIONS
 @DIRECTIONS
+@pytest.mark.filterwarnings("ignore:reversible_midpoint")  # says that Bernoulli's equation forgets too fast for it
 def test_closed_form(method, problem, dtype, backward):
     """The solution is the exact one within what order, tolerance and precision allow for."""
     t = grid(method, problem, backward)

@@ -18,7 +18,7 @@ GRADIENTS = [False, "discrete", "interpolating", "quadrature", "gauss", "forward
 
 
 def options_of(method):
-    return {"step_size": 0.05} if METHODS[method].kind in ("fixed", "implicit", "adams") else None
+    return {"step_size": 0.05} if METHODS[method].kind in ("fixed", "implicit", "adams", "reversible") else None
 
 
 def gradient(method, adjoint, moving=False):
