@@ -46,6 +46,7 @@ _BY_KIND: dict[str, set[str]] = {
     "implicit": {"step_size", "grid_constructor", "interp", "perturb", "max_iters"},
     "adams": {"step_size", "grid_constructor", "interp", "perturb", "max_iters", "max_order"},
     "second": {"step_size", "grid_constructor", "interp", "perturb"},
+    "reversible": {"step_size", "grid_constructor", "interp", "perturb"},
     "stiff": _CONTROLLED | {"max_iters", "max_order", "consistent", "allow_unstable"},
     "scipy": {"solver", "first_step", "min_step", "max_step"},
 }
@@ -329,7 +330,10 @@ def options_said(given: Any, method: Method) -> tuple[dict[str, Any], str]:
     read: dict[str, Any] = {name: given[name] for name in given if name not in unused and name != "dtype"}
     read = {name: value for name, value in read.items() if value is not None}
 
-    if method.kind == "second":  # straight lines between the points of the grid would cost them their order
+    if method.kind in (
+        "second",
+        "reversible",
+    ):  # straight lines between the points of the grid would cost them their order
         read.setdefault("interp", "cubic")
 
     for name in ("first_step", "step_size", "max_step", "ifactor", "safety"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import arguments, engines, first, gradients, jumps, methods, mistakes, numbers, progress, transforms
+from . import arguments, engines, first, gradients, implicit, jumps, methods, mistakes, numbers, progress, transforms
 from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, SolveError
 from .methods import Method
 from .notices import log_once, warn
@@ -292,7 +292,10 @@ class Solver:
             gradient = chosen.recommended(p, asked=True)
         first.keep(p, f0, gradient)
         if p.mass is not None:
+            given = p.y0
             p.y0 = engines.choice.consistent(p)
+            if isinstance(e.f, implicit.Slopes):
+                e.f.look_at_start(p, given)
             p.f0 = p.f0 if p.options.consistent == "check" else None
         if not p.transformed and self._has_backward(gradient):
             p.adjoint = self._adjoint(e, p, reading)
@@ -337,7 +340,7 @@ class Solver:
             layout=layout,
             batch=batch,
             rows=rows,
-            mass=arguments.mass_matrix(_mass(e, t, layout, batch), row, layout, batch),
+            mass=arguments.mass_matrix(e.mass_matrix, row, layout, batch),
             second_order=isinstance(e.f, SecondOrder),
             split=_parts(e.f, row, layout, autocast),
             jac=arguments.jacobian(e.jac, row, layout, batch),
@@ -430,17 +433,6 @@ class Solver:
 
 _BACKWARD = ("adjoint_rtol", "adjoint_atol", "adjoint_method", "adjoint_options")
 Solver.__init__ = mistakes.front(arguments.KEYWORDS)(Solver.__init__)  # type: ignore[method-assign]
-
-
-def _mass(e: Equation, t: Tensor, layout: Layout, batch: int) -> Any:
-    """The mass matrix as the user gave it, or as an implicit field has it."""
-    if not isinstance(e.f, Implicit):
-        return e.mass_matrix
-    if e.mass_matrix is not None:
-        raise BadOption("mass_matrix: an Implicit field has one of its own.")
-    if not layout.bare or batch > 1:
-        raise BadOption("an Implicit field is for a state that is one real tensor, and not for batch_dims.")
-    return e.f.mass(t[0].detach().to(e.h0), e.h0)
 
 
 def _parts(f: Any, row: Method, layout: Layout, autocast: bool) -> tuple[Field, Field] | None:
@@ -577,6 +569,13 @@ def solved(how: Solver | Mapping[str, Any], e: Equation, *, dense: bool) -> Solu
     """
     start = time.perf_counter()
     solver = how if isinstance(how, Solver) else kept(how)
+    if isinstance(e.f, Implicit):
+        return implicit.solved(solver, e, lambda solver, e: _solved(solver, e, dense, start))
+    return _solved(solver, e, dense, start)
+
+
+def _solved(solver: Solver, e: Equation, dense: bool, start: float) -> Solution:
+    """Solve an equation; `start` is when that was asked for."""
     if e.events is not None:
         from . import segments  # few solves have events
 

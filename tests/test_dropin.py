@@ -25,7 +25,7 @@ from pyjlode import errors, odeint, odeint_adjoint, odeint_dense, odeint_event, 
 F64 = torch.float64
 H0 = torch.tensor([1.0, 0.5], dtype=F64)
 T = torch.linspace(0, 1, 5, dtype=F64)
-FIXED = [name for name, row in pyjlode.METHODS.items() if row.kind in ("fixed", "implicit", "adams")]
+FIXED = [name for name, row in pyjlode.METHODS.items() if row.kind in ("fixed", "implicit", "adams", "reversible")]
 SYSTEMS = [name for name, row in pyjlode.METHODS.items() if row.kind in ("adaptive", "stiff", "auto")]
 NATIVE = [name for name, row in pyjlode.METHODS.items() if row.kind not in ("scipy", "second")]
 A = torch.tensor([[-0.1, 2.0], [-2.0, -0.1]], dtype=F64)

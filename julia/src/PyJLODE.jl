@@ -8,7 +8,7 @@ module PyJLODE
 
 using CommonSolve: init, solve!
 using DiffEqBase: DEVerbosity
-using LinearAlgebra: BLAS, I
+using LinearAlgebra: BLAS, I, SymTridiagonal, UniformScaling, eigen, svd
 using OrdinaryDiffEqCore: OrdinaryDiffEqCore, PIController, default_controller, isadaptive
 using PrecompileTools: @compile_workload, @setup_workload
 using SciMLBase: CallbackSet, ContinuousCallback, DiscreteCallback, FullSpecialize, NoInit, ODEFunction, ODEProblem,
@@ -23,6 +23,7 @@ include("compiled.jl")
 include("algorithms.jl")
 include("replay.jl")
 include("solve.jl")
+include("dae.jl")
 include("packs.jl")
 include("abreast.jl")
 include("calls.jl")

@@ -175,7 +175,9 @@ end
 function call_adjoint(s::Int64, name::Cstring, alg::Int64, request::Ptr{AdjointRequest}, outcome::Ptr{Outcome})
     return answer(HELD[s].field) do
         prepare!(HELD[s].field)
-        unsafe_store!(outcome, adjoint!(HELD[s], unsafe_string(name), HELD[alg], unsafe_load(request)))
+        given = HELD[s], HELD[alg], unsafe_load(request)
+        o = of_mass(HELD[s]) ? mass_adjoint!(given...) : adjoint!(HELD[s], unsafe_string(name), HELD[alg], unsafe_load(request))
+        unsafe_store!(outcome, o)
         Int64(1)
     end
 end

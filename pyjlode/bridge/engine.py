@@ -7,6 +7,7 @@ import functools
 import logging
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -154,9 +155,8 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
         return f"on_failure='nan' is known to methods that sweeps solve abreast there, and not to {p.method.name!r}"
     if p.batch > 1 and (obstacle := _cannot_sweep(p, gradient)):
         return f"options['batch_dims'] solves systems one by one there, and that {obstacle}"
-    if p.mass is not None and gradient is not None:
-        # SciMLSensitivity's "gauss" is off by half where parameters are in algebraic equations.
-        return "with a mass_matrix it solves, and does not differentiate"
+    if p.mass is not None and gradient is not None and (obstacle := _cannot_differentiate_masses(p, gradient)):
+        return f"with a mass_matrix {obstacle}"
     for solve in _solves(p):
         changed = {name for name, value in vars(solve.options).items() if value != getattr(NO_OPTIONS, name)}
         changed -= {"on_failure"} if p.batch > 1 else set()
@@ -208,6 +208,16 @@ def _cannot_adjoin(p: ODEProblem, gradient: str) -> str | None:
             f"adjoint={gradient!r} has the parameters' part in its error norm there, so no 'seminorm'; 'gauss' and "
             "'quadrature' do not solve for them"
         )
+    return None
+
+
+def _cannot_differentiate_masses(p: ODEProblem, gradient: str) -> str | None:
+    if gradient != "gauss":
+        return f"its adjoint is 'gauss' there, and not {gradient!r}"
+    if isinstance(p.f.f, JuliaFunction):
+        return "a julia_function is not differentiated there"
+    if places.of(p.y0).kind != places.HOST:
+        return f"it is not differentiated on {p.y0.device} there"
     return None
 
 
@@ -309,16 +319,21 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     times = p.times if record.event_t is None else [p.times[0], record.event_t]
     settings = p.adjoint
     a, theta = torch.zeros_like(p.y0), p.y0.new_zeros(rhs.params.size)
+    by_mass, slopes = _room(p, len(times))
+    theta = torch.cat([theta, by_mass])
     o = settings.options
     request = AdjointRequest(first_step=o.first_step or 0.0, **_stepping(settings.method, o))
     # The adjoint is linear in its cotangents: solved with the largest of them 1, it does not depend on their unit.
     scale = float(g.abs().max())
     scale = scale if 0.0 < scale < math.inf else 1.0
     request.lend(du0=a, dp=theta, g=(g / scale).contiguous())
+    if slopes is not None:
+        request.lend(slopes=slopes)
     request.lend_numbers(times=times, stops=o.step_t, jumps=o.jump_t)
     request.lend_tolerances(settings.rtol, _adjoint_atol(settings, record.ys))
     with torch.no_grad(), runtime.julia() as calls:
-        runtime.sensitivity()
+        if p.mass is None:  # the adjoint of such systems is PyJLODE.jl's own
+            runtime.sensitivity()
         rhs.here(calls)
         outcome = _call(
             rhs,
@@ -334,7 +349,27 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
         backward = like(p, method=settings.method, options=o, times=times[::-1], event_fn=None)
         raise _failure(outcome, backward, f"the backward solve of adjoint={memory.gradient!r}: ")
     a, theta = a * scale, theta * scale
-    return Gradients(a + g[0], time_gradient(p, record, g, a, p.f), rhs.parameter_gradients(theta))
+    of_params = rhs.parameter_gradients(theta[: rhs.params.size])
+    if by_mass.numel():
+        assert p.mass is not None
+        of_mass = theta[rhs.params.size :].view_as(p.mass).T
+        of_params = [of_mass if x is p.mass else of_x for x, of_x in zip(p.params, of_params)]
+    slope = p.f if slopes is None else _at_outputs(p, times, slopes)
+    return Gradients(a + g[0], time_gradient(p, record, g, a, slope), of_params)
+
+
+def _at_outputs(p: ODEProblem, times: list[float], slopes: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Slopes at these times, (T, n), as a function of the time and of the state there."""
+    known = {float(p.time(t)): slope for t, slope in zip(times, slopes)}
+    return lambda t, y: known[float(t)]
+
+
+def _room(p: ODEProblem, points: int) -> tuple[Tensor, Tensor | None]:
+    """For the gradient by the mass matrix, (n²,), where that is wanted; and for the slopes at the outputs, (T, n),
+    where those of a solution are not f."""
+    if p.mass is None:
+        return p.y0.new_zeros(0), None
+    return p.y0.new_zeros(p.mass.numel() if p.mass.requires_grad else 0), p.y0.new_zeros(points, p.y0.numel())
 
 
 def _replay(memory: Memory, g: Tensor) -> Gradients:

@@ -90,7 +90,7 @@ class AdjointRequest(Lender):
     """What an adjoint is asked for; `AdjointRequest` in julia/src/memory.jl."""
 
     _fields_ = (
-        *((name, Lent) for name in ("du0", "dp", "g", "times", "rtol", "atol", "stops", "jumps")),
+        *((name, Lent) for name in ("du0", "dp", "g", "times", "rtol", "atol", "stops", "jumps", "slopes")),
         *((name, ctypes.c_double) for name in _STEPPING),
         ("max_steps", ctypes.c_int64),
     )

@@ -13,7 +13,7 @@ from . import stiff as st
 from .explicit import ExplicitTableau
 from .second import SecondTableau
 
-Kind = Literal["adaptive", "fixed", "implicit", "stiff", "auto", "adams", "second", "scipy", "julia"]
+Kind = Literal["adaptive", "fixed", "implicit", "stiff", "auto", "adams", "second", "reversible", "scipy", "julia"]
 Tableau = (
     ExplicitTableau
     | tb.ImplicitTableau
@@ -35,7 +35,8 @@ class Method:
         kind: `adaptive` (explicit Runge-Kutta with error control), `fixed` (explicit Runge-Kutta), `implicit`
             (Runge-Kutta whose stages need a nonlinear solve, fixed steps), `stiff` (implicit, with error control),
             `auto` (switches between an adaptive and a stiff one), `adams` (linear multistep, fixed steps), `second`
-            (for systems of second order, fixed steps), `scipy` (`scipy.integrate.solve_ivp`) or `julia` (one that only
+            (for systems of second order, fixed steps), `reversible` (explicit Runge-Kutta made reversible, fixed
+            steps), `scipy` (`scipy.integrate.solve_ivp`) or `julia` (one that only
             Julia has).
         tableau: coefficients of the native engine; None where a method has none.
         pi: (beta1, beta2) of the step-size controller, see `native/controller.py`; unused by fixed steps, `radau5` and
@@ -83,7 +84,7 @@ class Method:
     @property
     def reversible(self) -> bool:
         """True where a step can be undone by the same operations in reverse."""
-        return isinstance(self.tableau, so.SymplecticTableau)
+        return self.kind == "reversible" or isinstance(self.tableau, so.SymplecticTableau)
 
     @property
     def start_order(self) -> int:
@@ -111,6 +112,10 @@ def _adaptive(
 
 def _fixed(name: str, tableau: ExplicitTableau, about: str, julia: str | None = None) -> Method:
     return Method(name, tableau.order, "fixed", about, tableau, julia=julia)
+
+
+def _reversible(name: str, tableau: ExplicitTableau, about: str) -> Method:
+    return Method(name, tableau.order, "reversible", f"{about}, made reversible (McCallum & Foster)", tableau)
 
 
 def _implicit(name: str, tableau: tb.ImplicitTableau, about: str, julia: str | None = None) -> Method:
@@ -146,6 +151,9 @@ _ROWS = [
     _fixed("heun2", tb.HEUN2, "Heun, order 2 (explicit trapezoid)", "Heun()"),
     _fixed("heun3", tb.HEUN3, "Heun, order 3"),
     _fixed("rk4", tb.RK4, "Kutta's 3/8 rule"),
+    _reversible("reversible_midpoint", tb.MIDPOINT, "explicit midpoint"),
+    _reversible("reversible_rk4", tb.RK4, "Kutta's 3/8 rule"),
+    _reversible("reversible_dopri5", tb.DOPRI5, "Dormand & Prince 5"),
     Method("explicit_adams", 12, "adams", "Adams-Bashforth, order up to `max_order`"),
     Method("implicit_adams", 12, "adams", "Adams-Bashforth-Moulton, order up to `max_order`"),
     _implicit("implicit_euler", tb.IMPLICIT_EULER, "implicit Euler", "ImplicitEuler()"),
@@ -163,6 +171,7 @@ _ROWS = [
     _stiff("bdf", st.NDF, "numerical differentiation formulas of order 1 to 5", "FBDF()"),
     _stiff("kvaerno5", st.KVAERNO5, "ESDIRK 5(4), Kværnø (L-stable)", "Kvaerno5()"),
     _stiff("kencarp4", st.KENCARP4, "ESDIRK 4(3), Kennedy & Carpenter (L-stable)", "KenCarp4()"),
+    _stiff("kencarp5", st.KENCARP5, "ESDIRK 5(4), Kennedy & Carpenter (L-stable)", "KenCarp5()"),
     _stiff("trbdf2_adaptive", st.TRBDF2, "trapezoid then BDF2, with error control (L-stable)", "TRBDF2()"),
     Method(
         "auto",

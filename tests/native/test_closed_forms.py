@@ -30,6 +30,7 @@ WITHIN = {
     "rosenbrock23": 100.0,
     "trbdf2_adaptive": 100.0,  # its estimate is damped, and a low order takes many steps
     "kencarp4": 30.0,
+    "kencarp5": 60.0,  # where f is linear its estimate is of order 6
     "kvaerno5": 12.0,
 }
 
@@ -106,10 +107,13 @@ def allowed(method, problem, dtype, backward):
     # Roundings may be of one sign: a few in each of some hundred steps.
     error += 4 * max(steps(method), 100) * torch.finfo(dtype).eps
     size = float(problem.exact(problem.times(50)).abs().max())
-    return error * size * amplification(problem, backward)
+    # A reversible method undoes in its second state what it does in the first: that grows as errors do backward.
+    both = [backward, not backward] if method.kind == "reversible" else [backward]
+    return error * size * max(amplification(problem, direction) for direction in both)
 
 
 @met(method=FIRST_ORDER, problem=PROBLEMS, dtype=DTYPES, backward=[False, True])
+@pytest.mark.filterwarnings("ignore:reversible_midpoint")  # says that Bernoulli's equation forgets too fast for it
 def test_closed_form(method, problem, dtype, backward):
     """The solution is the exact one within what order, tolerance and precision allow for."""
     t = grid(method, problem, backward)

@@ -19,7 +19,8 @@ GRADIENTS = [False, "discrete", "interpolating", "quadrature", "gauss", "forward
 
 def options_of(method):
     more = {"max_iters": 50} if method == "implicit_adams" else {}
-    return {"step_size": 0.25, **more} if METHODS[method].kind in ("fixed", "implicit", "adams") else None
+    fixed = METHODS[method].kind in ("fixed", "implicit", "adams", "reversible")
+    return {"step_size": 0.25, **more} if fixed else None
 
 
 def gradient(method, adjoint, moving=False):

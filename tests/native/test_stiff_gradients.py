@@ -94,6 +94,7 @@ TOLERANCES = {
     "rosenbrock23": (2e-7, 1.5e-8),
     "trbdf2_adaptive": (3e-9, 1e-7),
     "kencarp4": (1e-8, 2e-9),
+    "kencarp5": (2e-10, 2e-10),
     "kvaerno5": (2e-10, 2e-10),
     "rodas5p": (1e-7, 1e-7),
     "radau5": (3e-7, 3e-7),

@@ -46,14 +46,14 @@ def test_tight_tolerance_on_a_cycle_that_multiplies_errors():
     assert sp.OREGONATOR.error(end(sp.OREGONATOR, "bdf", 1e-9).h[-1], 1e-9) < 30
 
 
-@pytest.mark.parametrize("method", ["kencarp4", "kvaerno5", "trbdf2_adaptive"])
+@pytest.mark.parametrize("method", ["kencarp4", "kencarp5", "kvaerno5", "trbdf2_adaptive"])
 def test_no_jacobian_of_a_transient_is_kept(method):
     """After the jump steps grow by nine orders of size; with its Jacobian Newton's iteration would look converged."""
     problem = sp.VAN_DER_POL_STIFFER
     assert problem.error(end(problem, method, 1e-4).h[-1], 1e-4) < 30
 
 
-@pytest.mark.parametrize("method", ["rodas5p", "radau5", "bdf", "kvaerno5", "kencarp4"])
+@pytest.mark.parametrize("method", ["rodas5p", "radau5", "bdf", "kvaerno5", "kencarp4", "kencarp5"])
 def test_stiff_oscillation(method):
     """An error estimate damped in the stiff components misses what they add to the error."""
     # h = (cos t, 0) + e with e' = A e + (sin t, 0), whose smooth solution is Re((i - A)^-1 (-i, 0) exp(i t)).
