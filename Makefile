@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-quick test-slow dist lint format docs julia bench clean
+.PHONY: demo test test-quick test-slow dist lint format docs links julia bench clean
 
 demo: .venv/plot
 	$(BIN)/pyjlode demo
@@ -10,7 +10,7 @@ demo: .venv/plot
 # Half of the tests for each of two processes; the one that is done first takes over from the other.
 TWO := -n 2 --dist worksteal
 
-# Some twelve minutes on two cores; the slow ones are left out.
+# Some six minutes on two cores; the slow ones are left out.
 test: .venv/dev
 	$(BIN)/python -m pytest $(TWO) -m "not slow"
 
@@ -46,6 +46,10 @@ format: .venv/dev
 # The site, in site/. A warning (a link that leads nowhere, a name that does not exist) is an error.
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Asks every external link (the internet). Without --ask the program lists them.
+links:
+	$(PYTHON) .ci/links.py --ask
 
 # The Julia engine: some minutes, about 5 GB, and the internet.
 julia: .venv/dev

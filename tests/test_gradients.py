@@ -23,14 +23,11 @@ from pyjlode.errors import BadOption, GradientUnavailable
 
 F64 = torch.float64
 CONTINUOUS = ["backsolve", "interpolating", "quadrature", "gauss"]
-ADJOINTS = [True, *GENERAL]
+# True is "discrete": `test_adjoint_true_is_the_recommended_one`.
+ADJOINTS = [True, *(name for name in GENERAL if name != "discrete")]
 NAMES = [False, *ADJOINTS]
-EXACT = [
-    False,
-    True,
-    "discrete",
-    "checkpointed",
-]  # the derivative of the numbers that came out, not of the solution they stand for
+# The derivative of the numbers that came out, not of the solution they stand for.
+EXACT = [False, True, "checkpointed"]
 
 
 def label(value: object) -> str | None:
@@ -271,8 +268,10 @@ def test_gradient_through_output_between_the_grid_points(method, adjoint, interp
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_adjoint_true_is_the_recommended_one():
-    a, b = (gradient_of("mlp", SPARSE, adjoint=adjoint) for adjoint in (True, "discrete"))
+@pytest.mark.parametrize("method", SETTINGS)
+def test_adjoint_true_is_the_recommended_one(method):
+    t, kwargs, _ = SETTINGS[method]
+    a, b = (gradient_of("mlp", t, method=method, adjoint=adjoint, **kwargs) for adjoint in (True, "discrete"))
     assert all(torch.equal(x, y) for x, y in zip(a, b))
 
 

@@ -84,7 +84,7 @@ class TestEveryMethod:
 
     def test_tangents(self, method):
         def f(p, h0, t):
-            return loss(p, h0, t, method, rtol=LOOSE)
+            return loss(p, h0, t, method, rtol=LOOSE if method == "rosenbrock23" else 1e-6)
 
         direction = (PS[1], H0S[1], torch.tensor([0.1, -0.2, 0.3], dtype=F64))
         expected = sum((g * d).sum() for g, d in zip(autograd(f, P, H0, T), direction))
@@ -305,7 +305,7 @@ def test_dense_output(method):
 
 
 @pytest.mark.parametrize(
-    ("method", "dtype"), zip(["dopri5", "rk4", "rodas5p", "kvaerno5"], [torch.float32, F64, torch.float32, F64])
+    ("method", "dtype"), [*zip(["dopri5", "rk4", "rodas5p", "kvaerno5"], [torch.float32, F64, torch.float32, F64])]
 )
 def test_tuples_and_complex_states(method, dtype):
     def f(p, x, z):
@@ -583,7 +583,7 @@ def test_whole_graph_is_refused_with_torchs_message():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("method", "adjoint"),
-    zip(["dopri5", "gl4", "rodas5p", "radau5", "bdf", "kvaerno5"], [False, True, "gauss", True, False, "gauss"]),
+    [*zip(["dopri5", "gl4", "rodas5p", "radau5", "bdf", "kvaerno5"], [False, True, "gauss", True, False, "gauss"])],
 )
 def test_compiled_f(method, adjoint):
     net = Net()

@@ -55,7 +55,7 @@ def test_a_loss_of_normalised_populations(adjoint, method):
         torch.testing.assert_close(gradient, expected, rtol=0, atol=(3e-2 if adjoint == "backsolve" else 2e-4) * size)
 
 
-@pytest.mark.parametrize(("adjoint", "factor"), zip(CONTINUOUS, [1e-9, 1e9, -1e-30, 1e-9]))
+@pytest.mark.parametrize(("adjoint", "factor"), [*zip(CONTINUOUS, [1e-9, 1e9, -1e-30, 1e-9])])
 def test_the_gradient_of_a_scaled_loss_is_the_scaled_gradient(adjoint, factor):
     for one, other in zip(seir_gradient(adjoint), seir_gradient(adjoint, factor=factor)):
         torch.testing.assert_close(other / factor, one, rtol=1e-8, atol=1e-12 * float(one.abs().max()))
