@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import arguments, engines, first, gradients, jumps, methods, mistakes, numbers, progress, transforms
-from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, SolveError
+from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, NotCompiled, SolveError
 from .methods import Method
 from .notices import log_once, warn
 from .problem import (
@@ -637,7 +637,7 @@ def _run(solver: Solver, e: Equation, made: Prepared, dense: bool) -> _Ran:
 
     try:
         record, steps = run(made)
-    except SolveError as error:
+    except (SolveError, NotCompiled) as error:
         reason = engines.choice.second(solver.engine, made, error)
         if reason is None:
             raise

@@ -25,6 +25,7 @@ include("replay.jl")
 include("solve.jl")
 include("packs.jl")
 include("abreast.jl")
+include("walks.jl")
 include("calls.jl")
 include("precompile.jl")
 

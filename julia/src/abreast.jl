@@ -50,6 +50,8 @@ What the gradient of a sweep is asked for. As [`ReplayRequest`](@ref), for each 
     system has of its own, 0 of the constants among them; these are 0 in `dp`.
   - `g`: (n, count, times). `dt`: (times, count), by the times; empty where these are not asked for, and else `states` are
     those that the sweep gave, (n, count, times). `pull`: both products of eight systems, as [`compile_packed`](@ref) makes it.
+  - `bend`: of a [`Rosenbrock`](@ref) method alone. Such a function too: of `v`, n^2 numbers M in column-major order and then
+    n numbers r, it gives the derivatives of Σ M[i, j] ∂f[i]/∂u[j] + Σ r[i] ∂f[i]/∂t by the state and the parameters.
 """
 struct PullRequest
     du0::Lent
@@ -59,6 +61,7 @@ struct PullRequest
     dt::Lent
     states::Lent
     pull::Ptr{Cvoid}
+    bend::Ptr{Cvoid}
 end
 
 const CAUSES = (ReturnCode.MaxIters, ReturnCode.Unstable, ReturnCode.DtLessThanMin, ReturnCode.DtNaN)
@@ -353,6 +356,25 @@ function solve_factorised!(x::PackNumbers{T}, A, swapped, n) where {T}
         for i in 1:(j - 1)
             x[i] = x[i] - A[at(i, j)] * x[j]
         end
+    end
+    return nothing
+end
+
+"The same with the transposed matrix."
+function solve_transposed!(x::PackNumbers{T}, A, swapped, n) where {T}
+    at(i, j) = i + (j - 1) * n
+    for j in 1:n
+        for i in 1:(j - 1)
+            x[j] = x[j] - A[at(i, j)] * x[i]
+        end
+        x[j] = x[j] * A[at(j, j)]
+    end
+    for j in n:-1:1, i in (j + 1):n
+        x[j] = x[j] - A[at(i, j)] * x[i]
+    end
+    for j in n:-1:1, i in n:-1:(j + 1)
+        larger = swapped[at(i, j)] == one(T)
+        x[i], x[j] = ifelse(larger, x[j], x[i]), ifelse(larger, x[i], x[j])
     end
     return nothing
 end
@@ -834,234 +856,4 @@ function outcome_of(m::March{T}) where {T}
         finite = all(isfinite, slope)
     end
     return done(cause, t, dt, i, finite)
-end
-
-"""
-    pull!(swept, request) -> calls of the field
-
-The gradient of a loss of the states at the output times: each accepted step is taken again, the last one first, in the
-same lanes as it was. `request` is a [`PullRequest`](@ref).
-"""
-function pull!(swept::Swept{T, Embedded{T}}, r::PullRequest) where {T}
-    n, count = swept.field.n, size(swept.values, 2)
-    du0 = fill!(reshape(Vector{T}(r.du0), n, count), zero(T))
-    g = reshape(Vector{T}(r.g), n, count, :)
-    dv = fill!(reshape(Vector{T}(r.dv), length(swept.places), count), zero(T))
-    dp = fill!(Vector{T}(r.dp), zero(T))
-    work(i) = (back = Back(swept, swept.tracks[i], du0, dv, g); walk!(back, swept.tracks[i], r.pull); back)
-    parts = if length(swept.parts) == 1
-        [work(1)]
-    else
-        fetch.([Threads.@spawn work(i) for i in eachindex(swept.parts)])
-    end
-    for back in parts, i in eachindex(dp)
-        dp[i] += sum(w -> back.theta[at_lane(i, w)], 1:WIDTH)
-    end
-    r.dt.length == 0 || by_times!(swept, r, du0, g)
-    return sum(back -> back.calls, parts; init = 0)
-end
-
-"The gradient by the times: a state moves with its time as the field says, and against that of the start."
-function by_times!(swept::Swept{T}, r::PullRequest, du0, g) where {T}
-    (; field, times) = swept
-    n, count = size(du0)
-    states = reshape(Vector{T}(r.states), n, count, size(times, 1))
-    by = reshape(Vector{Float64}(r.dt), size(times, 1), count)
-    slope, u = zeros(T, n), zeros(T, n)
-    along(bar) = all(iszero, bar) ? 0.0 : sum(j -> Float64(bar[j]) * slope[j], 1:n)
-    for i in 1:count
-        for (place, value) in zip(swept.places, view(swept.values, :, i))
-            set_held!(field, place, value)
-        end
-        for (k, t) in enumerate(times_of(swept, i))
-            copyto!(u, view(states, :, i, k))
-            native(field, field.f, slope, u, u, field.parameters, t)
-            by[k, i] = k == 1 ? -along(view(du0, :, i)) : along(view(g, :, i, k))
-        end
-    end
-    return nothing
-end
-
-"What one thread's part of a pull works with; `a` and `theta` are the cotangents so far."
-mutable struct Back{T}
-    const swept::Swept{T, Embedded{T}}
-    const crew::Crew{T}
-    const points::Vector{T}
-    const bars::Vector{T}
-    const by_both::Vector{T}
-    const by_start::Vector{T}
-    const a::Vector{T}
-    const theta::Vector{T}
-    const system::Vector{Int}
-    const output::Vector{Int}
-    const after::Vector{Float64}  # the end of the step
-    const busy::Vector{T}
-    const trained::Vector{Int}  # of the places those that are parameters
-    const du0::Matrix{T}
-    const dv::Matrix{T}
-    const g::Array{T, 3}
-    calls::Int
-end
-
-function Back(swept::Swept{T, Embedded{T}}, track, du0, dv, g) where {T}
-    n, m, all = swept.field.n, length(swept.field.parameters), rows(swept.method)
-    room(k) = zeros(T, WIDTH * k)
-    trained = findall(<=(m), swept.places)
-    return Back{T}(
-        swept, Crew(swept.field, all), room(n * all), room(n * all), room(n + m), room(n), room(n), room(m), zeros(Int, WIDTH),
-        zeros(Int, WIDTH), zeros(WIDTH), zeros(T, WIDTH), trained, du0, dv, g, 0
-    )
-end
-
-function walk!(b::Back{T}, track::Track{T}, pull) where {T}
-    (; crew, swept) = b
-    size = WIDTH * crew.n
-    GC.@preserve b track swept for j in track.blocks:-1:1
-        copyto!(crew.u, 1, track.states, (j - 1) * size + 1, size)
-        copyto!(crew.t, 1, track.times, (j - 1) * WIDTH + 1, WIDTH)
-        for w in 1:WIDTH
-            i = track.systems[(j - 1) * WIDTH + w]
-            b.busy[w] = i != 0
-            crew.dt[w] = i == 0 ? 0.0 : track.steps[(j - 1) * WIDTH + w]
-            i == 0 || i == b.system[w] || take_up!(b, w, i)
-        end
-        inside = ends!(b)
-        step_again!(b, inside)
-        pull_step!(b, pull, inside)
-    end
-    foreach(w -> put_down!(b, w), 1:WIDTH)
-    return nothing
-end
-
-"Lane w is from now on at the end of system i, whose last step is that of the lane."
-function take_up!(b::Back, w, i)
-    put_down!(b, w)
-    (; crew, swept) = b
-    times = times_of(swept, i)
-    b.system[w], b.output[w] = i, length(times)
-    hold!(crew, w, swept.places, view(swept.values, :, i))
-    # A system that failed has no states beyond its last step.
-    reached, direction = crew.t[w] + crew.dt[w], sign(crew.dt[w])
-    gap = 200 * eps(max(abs(reached), abs(times[end])))
-    b.after[w] = abs(times[end] - reached) <= gap ? times[end] : reached
-    while b.output[w] > 1 && direction * times[b.output[w]] > direction * b.after[w]
-        b.output[w] -= 1
-    end
-    return nothing
-end
-
-"Lane w has come to the start of its system: its cotangents are the system's."
-function put_down!(b::Back{T}, w) where {T}
-    i = b.system[w]
-    i == 0 && return nothing
-    n = b.crew.n
-    for j in 1:n
-        b.du0[j, i] = b.a[at_lane(j, w)]
-        b.a[at_lane(j, w)] = zero(T)
-    end
-    for j in b.trained
-        at = at_lane(b.swept.places[j], w)
-        b.dv[j, i] = b.theta[at]
-        b.theta[at] = zero(T)
-    end
-    b.system[w] = 0
-    return nothing
-end
-
-"Add the cotangents of outputs at the ends of the steps, and put those within into `bars`; whether there are such."
-function ends!(b::Back{T}) where {T}
-    (; crew, swept, bars, by_start, a, g) = b
-    n, inside = crew.n, false
-    fill!(bars, zero(T))
-    fill!(by_start, zero(T))
-    for w in 1:WIDTH
-        b.busy[w] == 1 || continue
-        i = b.system[w]
-        times, direction = times_of(swept, i), sign(crew.dt[w])
-        while b.output[w] > 1 && times[b.output[w]] == b.after[w]
-            for j in 1:n
-                a[at_lane(j, w)] += g[j, i, b.output[w]]
-            end
-            b.output[w] -= 1
-        end
-        while b.output[w] > 1 && direction * times[b.output[w]] > direction * crew.t[w]
-            inside = true
-            part = (times[b.output[w]] - crew.t[w]) / crew.dt[w]
-            for l in 1:rows(swept.method)
-                weight = T(crew.dt[w] * part * evalpoly(part, view(swept.method.tab.p, :, l)))
-                for j in 1:n
-                    bars[at_lane((l - 1) * n + j, w)] += weight * g[j, i, b.output[w]]
-                end
-            end
-            for j in 1:n
-                by_start[at_lane(j, w)] += g[j, i, b.output[w]]
-            end
-            b.output[w] -= 1
-        end
-        b.after[w] = crew.t[w]
-    end
-    return inside
-end
-
-"Take the steps again: points and slopes of the stages, and where `dense` of those of dense output."
-function step_again!(b::Back{T}, dense) where {T}
-    (; crew, swept, points) = b
-    (; n, u, k) = crew
-    m = swept.method
-    un, kn, at, dt = numbers(u), numbers(k), numbers(points), steps_of(crew)
-    for l in 1:(dense ? rows(m) : m.tab.s)
-        to = at + (l - 1) * n
-        if isempty(m.a.from[l])
-            for i in 1:n
-                to[i] = un[i]
-            end
-        else
-            combine!(to, un, kn, m.a.from[l], m.a.by[l], n, dt)
-        end
-        set_time!(crew, m.tab.c[l])
-        packed(swept.f, crew, (kn + (l - 1) * n).address, to.address, to.address)
-        b.calls += count(==(1), b.busy)
-    end
-    return nothing
-end
-
-"Pull the cotangents of the ends of the steps, and of what is within, back to their starts."
-function pull_step!(b::Back{T}, pull, dense) where {T}
-    (; crew, swept) = b
-    n, method = crew.n, swept.method
-    (; s, c) = method.tab
-    m = length(b.theta) ÷ WIDTH
-    bars, points, both, dt = numbers(b.bars), numbers(b.points), numbers(b.by_both), steps_of(crew)
-    a, theta, start = numbers(b.a), numbers(b.theta), numbers(b.by_start)
-    busy = numbers(b.busy)[1] == one(T)
-    # y1 = y + dt Σ b k, and of dense output there may be more behind y1.
-    for l in (dense ? rows(method) : s + 1):-1:1
-        if l == s + 1 && !dense
-            for i in 1:n
-                both[i] = a[i]
-            end
-        else
-            set_time!(crew, c[l])
-            packed(pull, crew, both.address, (bars + (l - 1) * n).address, (points + (l - 1) * n).address)
-            for i in 1:m
-                theta[i] = theta[i] + ifelse(busy, both[n + i], zero(T))
-            end
-            l == s + 1 && for i in 1:n
-                both[i] = both[i] + a[i]
-            end
-        end
-        from, by = method.a.from[l], method.a.by[l]
-        for i in 1:n
-            start[i] = start[i] + both[i]
-            part = dt * both[i]
-            for j in eachindex(from)
-                at = (from[j] - 1) * n + i
-                bars[at] = muladd(part, @inbounds(by[j]), bars[at])
-            end
-        end
-    end
-    for i in 1:n
-        a[i] = ifelse(busy, start[i], a[i])
-    end
-    return nothing
 end

@@ -169,7 +169,10 @@ class Abreast(Lender):
 class PullRequest(Lender):
     """What the gradient of such a sweep is asked for; `PullRequest` in julia/src/abreast.jl."""
 
-    _fields_ = (*((name, Lent) for name in ("du0", "dp", "dv", "g", "dt", "states")), ("pull", ctypes.c_void_p))
+    _fields_ = (
+        *((name, Lent) for name in ("du0", "dp", "dv", "g", "dt", "states")),
+        *((name, ctypes.c_void_p) for name in ("pull", "bend")),
+    )
 
 
 class Views(dict[int, Tensor]):

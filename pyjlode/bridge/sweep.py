@@ -56,6 +56,7 @@ class Sweep:
 
     Attributes:
         first: the problem of the first of them.
+        failed: (B,) those that failed, and ends: (B,) where, once they were solved abreast.
 
     Raises:
         NotCompiled: f cannot be captured.
@@ -65,11 +66,11 @@ class Sweep:
         from ..capture.held import held_by  # half the cost of importing this package
 
         assert p.layout is not None
-        self.p = p
+        self.p, self.differentiated = p, differentiated
         shape, dims = p.layout.shapes[0], p.options.batch_dims
         batch, one = shape[:dims], (slice(0, 1),) * dims
         source = held_by(p.f, p.y0.dtype)
-        self.known = (source.key, shape, dims, p.y0.dtype)
+        self.known = _known(p, source)
         self.tensors = source.tensors
         self.held = [x.detach() for x in source.tensors]
         may_vary = [i for i, x in enumerate(source.tensors) if x.shape[:dims] == batch]
@@ -97,6 +98,8 @@ class Sweep:
             f0=None if p.f0 is None else p.f0[:size],
             layout=Layout(y0),
             batch=1,
+            rows=None,
+            compile=True,
             params=tuple(parts.get(id(x), x) for x in p.params),
             reached=frozenset(id(parts[i]) if i in parts else i for i in p.reached),
         )
@@ -159,8 +162,8 @@ class Sweep:
         else:
             if request.keep or p.options.on_failure != "raise" or p.own_times is not None:
                 raise NotCompiled(
-                    "f is compiled as loops over arrays, and a sweep has gradients, on_failure and times of their own "
-                    "where f is compiled number by number: where it is few operations. Use engine='torch'"
+                    "f is compiled as loops over arrays, and a sweep has gradients, dense output, on_failure and times of "
+                    "their own where f is compiled number by number: where it is few operations. Use engine='torch'"
                 )
             systems = Systems(count=p.batch)
             systems.lend(**lent)
@@ -213,8 +216,10 @@ class Sweep:
         systems.lend(**lent, **_weights(tab), naccept=naccept, nreject=nreject, codes=codes, ends=ends)
         held, outcome = calls.abreast(compiled.field, request, systems)
         self.compiled = compiled
-        self.pulling = compiled.program.packed(calls, "pull") if request.keep else 0
+        names = ("pull", "bend") if isinstance(tab, RosenbrockTableau) else ("pull",)
+        self.pulling = {name: program.packed(calls, name) for name in names} if self.differentiated else {}
         self.places = lent["places"]
+        self.naccept, self.failed, self.ends = naccept, codes > 0, ends[:, 0]
         if whole or _succeeded(outcome):
             self._account(stats, naccept, nreject, codes, ends)
         return held, outcome
@@ -249,7 +254,7 @@ class Sweep:
         a = torch.empty_like(p.y0, memory_format=torch.contiguous_format)
         theta = p.y0.new_empty(sum(x.numel() for x in trained))
         own = p.y0.new_empty(count, len(self.places))
-        request = PullRequest(pull=self.pulling)
+        request = PullRequest(**self.pulling)
         request.lend(du0=a, dp=theta, dv=own, g=g)
         by_t = None
         if p.t.requires_grad:
@@ -271,6 +276,19 @@ class Sweep:
         if by_t is not None:
             by_t = by_t.sum(0) if p.own_times is None else by_t.view(p.t.shape)
         return a, by_t, by_tensor(of, grads, p.params), nf
+
+    def interpolate(self, calls: Calls, held: Held, times: Tensor) -> Tensor:
+        """States (M, n) at times (M,) of all systems, or (B, M), from the dense output of their steps: NaN where a
+        system had failed."""
+        p, rows = self.p, times.detach().to("cpu", torch.float64).contiguous()
+        out = p.y0.detach().repeat(rows.shape[-1], 1)  # where a system makes no steps
+        if rows.numel():
+            calls.interpolate_all(held, rows, out)
+        if bool(self.failed.any()):
+            sign = p.direction
+            lost = self.failed & (sign * rows.expand(p.batch, -1).T > sign * self.ends)  # (M, B)
+            out.view(len(out), p.batch, -1)[lost] = math.nan
+        return out
 
     def _prove(self, compiled: Any) -> None:
         """Compare some of the systems, each by itself, with f for all of them, away from the start."""
@@ -301,6 +319,65 @@ class Sweep:
             differ = (slopes - p.f0.detach()).abs().view(shape).amax(1)
             worst = int(differ.nan_to_num(math.inf).argmax())
             raise _not_independent(worst, error) from error
+
+
+def uncompiled(p: ODEProblem, gradient: str | None) -> str:
+    """Why the systems of `p` would not be compiled, as far as that is known before they are solved; empty where they
+    would be. A field that is met for the first time is not: it may be solved but once.
+    """
+    from ..capture.held import held_by, root_of  # half the cost of importing this package
+    from ..capture.surroundings import surroundings
+
+    try:
+        if why := surroundings():
+            return why
+        root = root_of(p.f, p.y0.dtype)
+        assert root is not None
+        if not root.met:
+            root.met = True
+            return "f is solved for the first time; the next solve compiles it"
+        known = (*_known(p, held_by(p.f, p.y0.dtype, patient=False)), p.method.name, gradient)
+    except NotCompiled as error:
+        return str(error)
+    if known not in _refused:
+        if len(_refused) >= _KEPT:
+            _refused.clear()
+        _refused[known] = _refusal(p, gradient)
+    return _refused[known]
+
+
+def _refusal(p: ODEProblem, gradient: str | None) -> str:
+    from .codegen.program import program_of
+
+    nfe = p.f.nfe
+    try:
+        first = Sweep(p, differentiated=gradient is not None).first
+        program, _ = program_of(first.f, first.y0)
+        if program.mode != "scalar":
+            return "f is more than a few operations, which are compiled as loops over arrays"
+        implicit = isinstance(p.method.tableau, RosenbrockTableau)
+        for name in (*(("jac", "tgrad") if implicit else ()), *(("pull",) if gradient else ())):
+            program.text(name)
+        if implicit and gradient:
+            program.text("bend")
+    except NotCompiled as error:
+        return str(error)
+    finally:
+        p.f.nfe = nfe
+    return ""
+
+
+def refuse(p: ODEProblem, gradient: str | None, why: str) -> None:
+    """Have systems like those of `p` not be compiled again, unless that is asked for."""
+    from ..capture.held import held_by
+
+    _refused[*_known(p, held_by(p.f, p.y0.dtype)), p.method.name, gradient] = why
+
+
+def _known(p: ODEProblem, source: Any) -> tuple[Any, ...]:
+    """What systems that do the same have in common."""
+    assert p.layout is not None
+    return source.key, p.layout.shapes[0], p.options.batch_dims, p.y0.dtype
 
 
 def controlled(method: Method, o: SolverOptions) -> dict[str, float]:
@@ -361,8 +438,10 @@ def _random() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-# Of fields and batches, which of the tensors that they hold lie in parts, by their places.
+# Of fields and batches, which of the tensors that they hold lie in parts, by their places; and, with methods, why they
+# are not compiled, or nothing.
 _apart: dict[tuple[Any, ...], frozenset[int]] = {}
+_refused: dict[tuple[Any, ...], str] = {}
 _KEPT = 64
 # Systems of a batch that are compared one by one.
 _PROVEN = 16

@@ -25,7 +25,7 @@ log = logging.getLogger("pyjlode")
 
 _Made = TypeVar("_Made")
 
-FUNCTIONS = ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "pull")
+FUNCTIONS = ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "pull", "bend")
 # A sparse Jacobian wins from about this size, and below this part of non-zeros.
 _SPARSE_SIZE, _SPARSE_PART = 24, 0.3
 # Products of numbers, in products of matrices, from which on loops are faster than straight-line code, and compiled in
@@ -215,6 +215,11 @@ class Program:
         return scalar.evaluate(graph, self.trace.examples(graph), self.trace.trained, 4 * scalar.LIMIT)
 
     @functools.cached_property
+    def _bend(self) -> scalar.Functions:
+        graph = self.trace.bend
+        return scalar.evaluate(graph, self.trace.examples(graph), self.trace.trained, 16 * scalar.LIMIT)
+
+    @functools.cached_property
     def _rows_of_columns(self) -> list[dict[int, int]]:
         """For each column of the Jacobian: row -> expression, 1-based rows; structural zeros are not there."""
         code, outputs = self._vjp
@@ -238,7 +243,7 @@ class Program:
         self, name: str, out: str, places: Sequence[int], at: Sequence[int], code: scalar.Code, zeros: int
     ) -> str:
         """Source of a function that stores expressions at indices of its output, after `zeros` zeros there."""
-        v = "v" if name in array.PRODUCTS else "_"
+        v = "v" if name in array.PRODUCTS or name == "bend" else "_"
         lines = [f"function {name}({out}, {v}, u, p, c, w, t)"]
         if zeros:
             lines += [f"    for i in 1:{zeros}", f"        {out}[i] = {code.literal(0.0)}", "    end"]
@@ -297,6 +302,12 @@ class Program:
         places = [i for x in outputs[1:] if x is not None for i in x.reshape(-1).tolist()]
         return self._function("pull", "out", places, range(1, len(places) + 1), code, 0)
 
+    def _bend_text(self) -> str:
+        """The derivatives of a sum of second products, by the state and then by the parameters: see `Trace.bend`."""
+        code, outputs = self._bend
+        places = [i for x in outputs if x is not None for i in x.reshape(-1).tolist()]
+        return self._function("bend", "out", places, range(1, len(places) + 1), code, 0)
+
     def _sensitivities_text(self) -> str:
         n, width = self.n, self.n + self.parameters
         if n * n * width > 4 * scalar.LIMIT or not self._is_short:
@@ -322,6 +333,8 @@ class Program:
 
     def _array_text(self, name: str) -> str:
         trace = self.trace
+        if name == "bend":
+            raise NotCompiled("the products of its second derivatives are those of too many numbers")
         graph = trace.f if name == "f" else trace.jvp if name in ("jvp", "tgrad") else trace.vjp
         thetas = list(range(2, 2 + trace.trained))
         outputs = {"f": [0], "jvp": [0], "vjp_p": thetas, "pull": [1, *thetas]}.get(name, [1])
