@@ -524,6 +524,7 @@ class ODEProblem:
         norm: of the error over tolerance, on a flat vector.
         rtol, atol: floats or tensors of shape (n,).
         event_fn: `(t: 0-d, y: (n,)) -> Tensor`; the solve ends where the first of its elements crosses zero.
+        event_source: the user's event function.
         onward: a solve with `event_fn` ends at the last of `times` where no event ends it before, and gives the states
             at those that it passes.
         directions: of each element of `event_fn`: +1 where only rising through zero counts, -1 falling, 0 both. None:
@@ -571,6 +572,7 @@ class ODEProblem:
     norm: Norm = rms_norm
     f0: Tensor | None = None
     event_fn: Callable[[Tensor, Tensor], Tensor] | None = None
+    event_source: Callable[[Any, Any], Tensor] | None = None
     onward: bool = False
     directions: tuple[int, ...] | None = None
     signs: tuple[float, ...] | None = None

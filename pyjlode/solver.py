@@ -333,6 +333,7 @@ class Solver:
             atol=reading.atol,
             options=options,
             norm=reading.norm,
+            event_source=event_fn,
             event_fn=event_fn and (lambda t, y: arguments.event_value(event_fn(t, layout.unflatten(y)))),
             layout=layout,
             batch=batch,
@@ -603,7 +604,7 @@ def solved(how: Solver | Mapping[str, Any], e: Equation, *, dense: bool) -> Solu
     assert p.layout is not None
     ys, ts = record.ys, p.t if e.t is own_t else own_t
     if event_t is not None:
-        starts = p.t[..., 0] if p.rows is None else p.t[..., 0].expand(event_t.shape)
+        starts = p.t[..., 0].expand(event_t.shape)
         ys, ts = torch.stack([ys[0], ran.event_y]), torch.stack([starts, event_t], -1)
     stats.nfe = p.f.nfe + (p.split[0].nfe if p.split else 0)
     stats.wall = time.perf_counter() - start

@@ -10,6 +10,12 @@ The `count` systems of such a sweep, and the method, a [`Tableau`](@ref) with it
     two estimates the first is damped by the second. `fsal`: whether they need the slope at the end of the step.
   - `b`, `d`, `gammas`, `gamma`, `jac`, `tgrad`: of a [`Rosenbrock`](@ref) method alone; the last two are functions as `f`
     is. `a`, `c`, `e` and `p` are then of its stages.
+  - `event`: event functions of eight systems, `margins` numbers, as `f` is; null for none. Each system then ends where the
+    first of them crosses zero, in `direction` from its first time. `event_numbers`: what they hold, of which the first
+    `event_parameters` are parameters; `event_places`, `event_values`: of that, as `places` and `values`; `event_work`:
+    numbers that they need room for. `event_times`: of Float64, for the times of the events, which stay as they are where
+    there is none. `event_slopes`: for the slopes of the states there; `event_margins`, (margins, 2, count): for the values
+    of the functions at the starts and at the events.
   - `order`: of the method. `own`: whether `times` has times for each system, one system after the other.
   - `go_on`: a system that fails is NaN from there on, and the others go on.
   - `naccept`, `nreject`: of Int64, room for the steps of each. `codes`: of Int64, for 0 where a system came to its end, or
@@ -41,6 +47,17 @@ struct Abreast
     gamma::Float64
     jac::Ptr{Cvoid}
     tgrad::Ptr{Cvoid}
+    event::Ptr{Cvoid}
+    margins::Int64
+    event_parameters::Int64
+    event_work::Int64
+    direction::Int64
+    event_numbers::Lent
+    event_places::Lent
+    event_values::Lent
+    event_times::Lent
+    event_slopes::Lent
+    event_margins::Lent
 end
 
 """
@@ -64,7 +81,10 @@ struct PullRequest
     bend::Ptr{Cvoid}
 end
 
-const CAUSES = (ReturnCode.MaxIters, ReturnCode.Unstable, ReturnCode.DtLessThanMin, ReturnCode.DtNaN)
+# Of the last two the state, or an event function, is NaN.
+const CAUSES = (
+    ReturnCode.MaxIters, ReturnCode.Unstable, ReturnCode.DtLessThanMin, ReturnCode.DtNaN, ReturnCode.DtNaN,
+)
 
 "The weights of an explicit method, without the zeros: of stage l those of the stages `from[l]`."
 struct Weights{T}
@@ -142,7 +162,7 @@ end
 rows(m::Rosenbrock) = m.s
 filled(m::Rosenbrock) = m.s
 calls(m::Rosenbrock) = (m.s, false)
-unit(m::Rosenbrock, dt) = one(dt)
+unit(m::Rosenbrock, dt) = one(eltype(dt))
 polynomial(m::Rosenbrock, l) = view(m.p, :, l)
 polynomial(m::Embedded, l) = view(m.tab.p, :, l)
 finish!(crew, f, m::Rosenbrock) = nothing
@@ -502,13 +522,15 @@ end
 
 function abreast(field::Field{T}, r::Request, s::Abreast, method) where {T}
     times = s.own == 0 ? reshape(Vector{Float64}(r.times), :, 1) : reshape(Vector{Float64}(r.times), :, s.count)
+    # Where a system ends is then found out.
+    times = s.event == C_NULL ? copy(times) : repeat(times[1:1, :], 2, s.own == 0 ? s.count : 1)
     states = reshape(Vector{T}(r.out), field.n, s.count, size(times, 1))
     states[:, :, 1] = Vector{T}(r.u0)
     parts = collect(Iterators.partition(1:(s.count), cld(s.count, Threads.nthreads())))
     places = copy(Vector{Int64}(s.places))
     values = copy(reshape(Vector{T}(s.values), length(places), s.count))
     tracks = [Track{T}() for _ in parts]
-    swept = Swept{T, typeof(method)}(copy(field), method, s.f, copy(times), places, values, tracks, parts)
+    swept = Swept{T, typeof(method)}(copy(field), method, s.f, times, places, values, tracks, parts)
     own = [copy(field) for _ in parts]
     work(i) = march(parts[i], own[i], r, s, swept, states, r.keep == 0 ? nothing : tracks[i])
     if length(parts) == 1
@@ -518,6 +540,44 @@ function abreast(field::Field{T}, r::Request, s::Abreast, method) where {T}
         outcome = reduce(together, fetch.(tasks))
     end
     return swept, outcome
+end
+
+"""
+The event functions of the systems in a [`Crew`](@ref), with one of their own that has what they hold; `signs` are those
+that they had first, (margins, lanes), and `met` is 1 for the lanes that met their event in the step, -1 where they are NaN.
+"""
+struct Watch{T}
+    f::Ptr{Cvoid}
+    crew::Crew{T}
+    places::Vector{Int64}
+    values::Matrix{T}
+    direction::Float64
+    out::Vector{T}
+    point::Vector{T}
+    signs::Matrix{Float64}
+    met::Vector{Int}
+    before::Vector{Float64}  # how far in the step the functions are known to have these signs
+    good::Vector{Float64}  # by how much, or NaN
+    times::Vector{Float64}
+    slopes::Matrix{T}
+    margins::Array{T, 3}
+end
+
+function Watch{T}(s::Abreast, n) where {T}
+    all = Vector{T}(s.event_numbers)
+    room(m) = zeros(T, WIDTH * m)
+    hold(x) = repeat(x; inner = WIDTH)
+    crew = Crew{T}(
+        n, 0, T[], T[], T[], hold(all[1:(s.event_parameters)]), hold(all[(s.event_parameters + 1):end]),
+        room(max(s.event_work, 1)), room(1), zeros(WIDTH), zeros(WIDTH)
+    )
+    places = copy(Vector{Int64}(s.event_places))
+    return Watch{T}(
+        s.event, crew, places, copy(reshape(Vector{T}(s.event_values), length(places), s.count)), s.direction,
+        room(s.margins), room(n), zeros(s.margins, WIDTH), zeros(Int, WIDTH), zeros(WIDTH), zeros(WIDTH),
+        Vector{Float64}(s.event_times), reshape(Vector{T}(s.event_slopes), n, s.count),
+        reshape(Vector{T}(s.event_margins), s.margins, 2, s.count)
+    )
 end
 
 mutable struct Progress
@@ -570,6 +630,7 @@ struct March{T, M}
     failure::Vector{T}  # the state of the first that failed
     go_on::Bool
     max_step::Float64
+    watch::Union{Nothing, Watch{T}}
 end
 
 times_of(swept::Swept, i) = view(swept.times, :, size(swept.times, 2) == 1 ? 1 : i)
@@ -587,7 +648,8 @@ function march(part, own::Field{T}, r::Request, s::Abreast, swept::Swept{T, M}, 
         reshape(Vector{T}(s.slopes), own.n, count), Vector{Int64}(s.naccept), Vector{Int64}(s.nreject),
         Vector{Int64}(s.codes), reshape(Vector{Float64}(s.ends), 2, count), track, Progress(first(part), 0, 0, 0, 0, 0),
         zeros(T, WIDTH), zeros(WIDTH), zeros(WIDTH), zeros(WIDTH), zeros(T, own.n), zeros(T, own.n),
-        zeros(T, WIDTH * own.n), zeros(T, own.n), s.go_on != 0, r.max_step
+        zeros(T, WIDTH * own.n), zeros(T, own.n), s.go_on != 0, r.max_step,
+        s.event == C_NULL ? nothing : Watch{T}(s, own.n)
     )
     GC.@preserve march own foreach(w -> begin_next!(march, w), 1:WIDTH)
     while march.progress.running > 0
@@ -607,7 +669,7 @@ function begin_next!(m::March{T}, w) where {T}
             set_held!(field, at, value)
         end
         times = times_of(swept, i)
-        t, t_end = times[1], times[end]
+        t, t_end = times[1], m.watch === nothing ? times[end] : m.watch.direction * Inf
         start, slope = view(states, :, i, 1), view(slopes, :, i)
         copyto!(m.point, start)
         native(field, field.f, slope, m.point, m.point, field.parameters, t)
@@ -630,6 +692,7 @@ function begin_next!(m::March{T}, w) where {T}
         place.steps = place.accepted = 0
         progress.running += 1
         set_step!(m, w, h)
+        m.watch === nothing || begin_watch!(m.watch, crew, w, i)
         return nothing
     end
     place.system, crew.dt[w] = 0, 0.0
@@ -641,7 +704,7 @@ function set_step!(m::March, w, h)
     place, t = m.lanes[w], m.crew.t[w]
     h = max(min(h, place.limit), m.control.shortest)
     rest = abs(place.end_time - t)
-    place.last = !(h + 100 * eps() * max(abs(t), abs(place.end_time)) < rest)
+    place.last = isfinite(rest) && !(h + 100 * eps() * max(abs(t), abs(place.end_time)) < rest)
     m.crew.dt[w] = place.last ? place.end_time - t : place.direction * h
     return nothing
 end
@@ -663,7 +726,7 @@ function step!(m::March{T}, f, method) where {T}
     if accepted > 0
         for_end && finish!(crew, f, method)
         m.track === nothing || note!(m.track, m)
-        write_outputs!(m, f, method)
+        m.watch === nothing ? write_outputs!(m, f, method) : look!(m, f, method)
         # Go on from the ends of the steps.
         mask = numbers(moved)[1] == one(T)
         u, y = numbers(crew.u), numbers(crew.y)
@@ -778,14 +841,20 @@ function write_outputs!(m::March{T}, f, method) where {T}
 end
 
 "Choose the next step of lane w after one that was accepted or not, or have the next system begin."
-function settle!(m::March, w, ok)
-    (; crew, control, progress, naccept, nreject) = m
+function settle!(m::March{T}, w, ok) where {T}
+    (; crew, control, progress, naccept, nreject, states) = m
     place, h, power = m.lanes[w], abs(m.crew.dt[w]), m.powers[w]
     place.steps += 1
     i = place.system
     if ok
         place.accepted += 1
         progress.accepted += 1
+        if m.watch !== nothing && m.watch.met[w] != 0
+            naccept[i], nreject[i] = place.accepted, place.steps - place.accepted
+            progress.running -= 1
+            m.watch.met[w] > 0 || fail!(m, w, 5)
+            return begin_next!(m, w)
+        end
         crew.t[w] = place.last ? place.end_time : crew.t[w] + crew.dt[w]
         if place.last
             naccept[i], nreject[i] = place.accepted, place.steps - place.accepted
@@ -800,7 +869,7 @@ function settle!(m::March, w, ok)
         h = isfinite(m.errors[w]) ? h / min(1 / control.qmin, power / control.gamma) : h * control.qmin
     end
     set_step!(m, w, h)
-    cause = if place.steps >= control.max_steps
+    cause = if place.steps >= control.max_steps || !isfinite(crew.t[w] + crew.dt[w])
         1
     elseif !ok && abs(crew.dt[w]) <= eps(abs(crew.t[w]))
         2
@@ -809,7 +878,8 @@ function settle!(m::March, w, ok)
     end
     naccept[i], nreject[i] = place.accepted, place.steps - place.accepted
     progress.running -= 1
-    fail!(m, w, cause)
+    # To have no event is not to fail.
+    m.watch === nothing || cause != 1 ? fail!(m, w, cause) : fill!(view(states, :, i, 2), T(NaN))
     return begin_next!(m, w)
 end
 

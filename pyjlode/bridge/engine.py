@@ -59,6 +59,8 @@ class Record:
         passed: how many of the output times lie before the event, the start among them.
         fired, sizes: as the native engine's record has them.
         last: nothing here: the steps are Julia's.
+        event_times, event_slopes: of a sweep, (B,) float64 times of the events, NaN where there is none, and (B, d)
+            dy/dt there.
     """
 
     ys: Tensor
@@ -68,6 +70,8 @@ class Record:
     fired: tuple[int, ...] = ()
     sizes: tuple[float, ...] = ()
     last: None = None
+    event_times: Any = None
+    event_slopes: Tensor | None = None
 
 
 @dataclass
@@ -170,6 +174,8 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
         return f"on_failure='nan' is known to methods that sweeps solve abreast there, and not to {p.method.name!r}"
     if p.batch > 1 and (obstacle := _cannot_sweep(p, gradient)):
         return f"options['batch_dims'] solves systems one by one there, and that {obstacle}"
+    if p.batch == 1 and p.options.batch_dims and p.event_fn is not None:
+        return "a batch of one system with an event_fn is not solved as a batch there"
     if p.mass is not None and gradient is not None:
         # SciMLSensitivity's "gauss" is off by half where parameters are in algebraic equations.
         return "with a mass_matrix it solves, and does not differentiate"
@@ -234,7 +240,7 @@ def _cannot_replay(p: ODEProblem) -> str | None:
         return f"with {p.method.name!r}, which is not an explicit Runge-Kutta method of both engines"
     if isinstance(p.f.f, JuliaFunction):
         return "for a julia_function"
-    if p.event_fn is not None:
+    if p.event_fn is not None and p.batch == 1:
         return "through an event"
     if p.options.jump_t:
         return "through jump_t"
@@ -251,8 +257,10 @@ def _cannot_sweep(p: ODEProblem, gradient: str | None) -> str | None:
             "has gradients by adjoint=True for explicit methods with error control and for Rosenbrock methods there: not "
             f"by {gradient!r} with {p.method.name!r}"
         )
-    if p.event_fn is not None or p.mass is not None or p.options.jump_t or p.options.step_t:
-        return "takes no event_fn, mass_matrix, step_t or jump_t"
+    if p.event_fn is not None and (not abreast(p) or (p.swept or p.rows) is None):
+        return f"takes no event_fn with {p.method.name!r}"
+    if p.mass is not None or p.options.jump_t or p.options.step_t:
+        return "takes no mass_matrix, step_t or jump_t"
     if isinstance(p.rtol, Tensor) or isinstance(p.atol, Tensor):
         return "takes one rtol and one atol for all"
     if p.layout is None or not p.layout.bare:
@@ -530,7 +538,9 @@ def _solve(
     if dense and solution and p.batch == 1:
         output = DenseOutput(rhs, solution)
     record = Record(out, output, None if math.isnan(event_t) else event_t)
-    if p.event_fn is not None and record.event_t is None:
+    if p.batch > 1 and p.event_fn is not None:
+        record.event_times, record.event_slopes = systems.event_times, systems.event_slopes
+    elif p.event_fn is not None and record.event_t is None:
         raise ends.no_event(p, outcome.t, outcome.dt)
     return record, rhs, solution
 

@@ -162,7 +162,10 @@ class Abreast(Lender):
         *((name, ctypes.c_int64) for name in ("stages", "fsal", "order", "own", "go_on")),
         *((name, Lent) for name in ("naccept", "nreject", "codes", "ends", "b", "d", "gammas")),
         ("gamma", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("jac", "tgrad")),
+        *((name, ctypes.c_void_p) for name in ("jac", "tgrad", "event")),
+        *((name, ctypes.c_int64) for name in ("margins", "event_parameters", "event_work", "direction")),
+        *((name, Lent) for name in ("event_numbers", "event_places", "event_values")),
+        *((name, Lent) for name in ("event_times", "event_slopes", "event_margins")),
     )
 
 

@@ -18,7 +18,7 @@ from ..errors import NotCompiled
 from ..methods import ExplicitTableau, Method, hairer
 from ..methods.stiff import RosenbrockTableau
 from ..parameters import by_tensor
-from ..problem import Field, Layout, ODEProblem, SolverOptions
+from ..problem import Field, Layout, ODEProblem, SolverOptions, like
 from ..solution import Stats, SystemStats
 from .calls import Calls, Held
 from .memory import Abreast, Outcome, PullRequest, Request, Systems
@@ -99,6 +99,9 @@ class Sweep:
             layout=Layout(y0),
             batch=1,
             rows=None,
+            swept=None,
+            event_fn=None,
+            event_source=None,
             compile=True,
             params=tuple(parts.get(id(x), x) for x in p.params),
             reached=frozenset(id(parts[i]) if i in parts else i for i in p.reached),
@@ -155,7 +158,7 @@ class Sweep:
             self._prove(compiled)
             _apart[self.known] = self.apart
         slopes = torch.empty_like(p.y0.detach(), memory_format=torch.contiguous_format)
-        lent = {"slopes": slopes, **self._own_numbers(compiled)}
+        lent = {"slopes": slopes, **self._own_numbers(compiled.program)}
         held = None
         if abreast(p) and compiled.program.mode == "scalar":
             held, outcome = self._abreast(calls, compiled, request, lent, stats)
@@ -173,11 +176,11 @@ class Sweep:
             self._compare(compiled, slopes)
         return held, outcome
 
-    def _own_numbers(self, compiled: Any) -> dict[str, Tensor]:
+    def _own_numbers(self, program: Any) -> dict[str, Tensor]:
         """What each system has of its own: the places among all that the field holds, and the numbers there."""
         p, dtype = self.p, self.p.y0.dtype
         places, values, start = [torch.empty(0, dtype=torch.int64)], [], 1
-        for slot in compiled.program.trace.slots:
+        for slot in program.trace.slots:
             x = self.held[slot]
             size = x.numel() // p.batch if self.varying[slot] else x.numel()
             if self.varying[slot]:
@@ -213,6 +216,7 @@ class Sweep:
         if p.own_times is not None:
             request.lend(times=torch.from_numpy(np.ascontiguousarray(p.own_times)))
         ends = torch.zeros(count, 2, dtype=torch.float64)
+        watched = self._watch(calls, systems) if p.event_fn is not None else None
         systems.lend(**lent, **_weights(tab), naccept=naccept, nreject=nreject, codes=codes, ends=ends)
         held, outcome = calls.abreast(compiled.field, request, systems)
         self.compiled = compiled
@@ -220,9 +224,52 @@ class Sweep:
         self.pulling = {name: program.packed(calls, name) for name in names} if self.differentiated else {}
         self.places = lent["places"]
         self.naccept, self.failed, self.ends = naccept, codes > 0, ends[:, 0]
+        if watched is not None and (whole or _succeeded(outcome)):
+            self.event_times = watched["event_times"].numpy()
+            self.event_slopes = watched["event_slopes"]
+            self._compare_events(watched["event_margins"], request.tensors["out"])
         if whole or _succeeded(outcome):
             self._account(stats, naccept, nreject, codes, ends)
         return held, outcome
+
+    def _watch(self, calls: Calls, systems: Abreast) -> dict[str, Tensor]:
+        """Have the systems end at their events: what Julia then writes to."""
+        p, dtype = self.p, self.p.y0.dtype
+        watching = Sweep(_of_events(p))
+        program = _event_program(watching)
+        slots = program.trace.slots
+        parts = [
+            (x.reshape(p.batch, -1)[0] if watching.varying[i] else x).reshape(-1).to("cpu", dtype)
+            for i, x in ((i, watching.held[i]) for i in slots)
+        ]
+        systems.event, systems.margins = program.packed(calls, "f"), program.outputs
+        systems.event_parameters, systems.event_work = program.parameters, program.work
+        systems.direction = int(p.direction)
+        own = {f"event_{name}": x for name, x in watching._own_numbers(program).items()}
+        watched = {
+            "event_times": torch.full((p.batch,), math.nan, dtype=torch.float64),
+            "event_slopes": torch.zeros(p.batch, p.y0.numel() // p.batch, dtype=dtype),
+            "event_margins": torch.full((p.batch, 2, program.outputs), math.nan, dtype=dtype),
+        }
+        systems.lend(event_numbers=torch.cat([*parts, torch.zeros(1, dtype=dtype)]), **own, **watched)
+        return watched
+
+    def _compare_events(self, got: Tensor, out: Tensor) -> None:
+        """The event functions at the starts and at the events with PyTorch's.
+
+        Raises:
+            NotCompiled: they differ.
+        """
+        p = self.p
+        assert p.event_fn is not None
+        assert p.swept is not None
+        for i, times in enumerate((p.swept.starts, self.event_times)):
+            with torch.no_grad():
+                want = p.event_fn(p.moments(times), out[i]).reshape(p.batch, -1)
+            known = ~got[:, i].isnan().any(1) & ~torch.from_numpy(np.isnan(times))
+            near = math.sqrt(torch.finfo(want.dtype).eps) * (1 + got.abs().nan_to_num().amax(1))
+            if want.shape != got[:, i].shape or bool(((got[:, i] - want).abs() > near)[known].any()):
+                raise NotCompiled("what was compiled of event_fn differs from PyTorch")
 
     def _account(self, stats: Stats, naccept: Tensor, nreject: Tensor, codes: Tensor, ends: Tensor) -> None:
         p, tab = self.p, self.p.method.tableau
@@ -274,6 +321,8 @@ class Sweep:
             of.append(x)
             grads.append(grad)
         if by_t is not None:
+            if p.event_fn is not None:  # the second time says where to go
+                by_t[:, 1] = 0.0
             by_t = by_t.sum(0) if p.own_times is None else by_t.view(p.t.shape)
         return a, by_t, by_tensor(of, grads, p.params), nf
 
@@ -321,6 +370,33 @@ class Sweep:
             raise _not_independent(worst, error) from error
 
 
+def _of_events(p: ODEProblem) -> ODEProblem:
+    """A problem whose field is the event function, for it to be compiled as a field is: of each system its values, and
+    the first of them again as often as the state has more numbers."""
+    assert p.layout is not None
+    event_fn, shape, dims = p.event_source, p.layout.shapes[0], p.options.batch_dims
+    assert event_fn is not None
+    size = math.prod(shape[dims:])
+
+    def padded(t: Tensor, h: Tensor) -> Tensor:
+        count = math.prod(h.shape[:dims])
+        value = event_fn(t, h).to(h.dtype).reshape(count, -1)
+        if value.shape[1] > size:
+            raise NotCompiled("there are more event functions than numbers in the state")
+        return torch.cat([value, value[:, :1].expand(count, size - value.shape[1])], 1).reshape(h.shape)
+
+    return like(p, f=Field(padded, shape, (event_fn, shape)), f0=None, event_fn=None, params=(), reached=frozenset())
+
+
+def _event_program(watching: Sweep) -> Any:
+    from .codegen.program import program_of
+
+    program, _ = program_of(watching.first.f, watching.first.y0)
+    if program.mode != "scalar":
+        raise NotCompiled("event_fn is more than a few operations")
+    return program
+
+
 def uncompiled(p: ODEProblem, gradient: str | None) -> str:
     """Why the systems of `p` would not be compiled, as far as that is known before they are solved; empty where they
     would be. A field that is met for the first time is not: it may be solved but once.
@@ -337,6 +413,9 @@ def uncompiled(p: ODEProblem, gradient: str | None) -> str:
             root.met = True
             return "f is solved for the first time; the next solve compiles it"
         known = (*_known(p, held_by(p.f, p.y0.dtype, patient=False)), p.method.name, gradient)
+        if p.event_source is not None:
+            of = _of_events(p)
+            known = (*known, *_known(of, held_by(of.f, p.y0.dtype, patient=False)))
     except NotCompiled as error:
         return str(error)
     if known not in _refused:
@@ -360,6 +439,8 @@ def _refusal(p: ODEProblem, gradient: str | None) -> str:
             program.text(name)
         if implicit and gradient:
             program.text("bend")
+        if p.event_source is not None:
+            _event_program(Sweep(_of_events(p)))
     except NotCompiled as error:
         return str(error)
     finally:
@@ -371,7 +452,11 @@ def refuse(p: ODEProblem, gradient: str | None, why: str) -> None:
     """Have systems like those of `p` not be compiled again, unless that is asked for."""
     from ..capture.held import held_by
 
-    _refused[*_known(p, held_by(p.f, p.y0.dtype)), p.method.name, gradient] = why
+    known = (*_known(p, held_by(p.f, p.y0.dtype)), p.method.name, gradient)
+    if p.event_source is not None:
+        of = _of_events(p)
+        known = (*known, *_known(of, held_by(of.f, p.y0.dtype)))
+    _refused[known] = why
 
 
 def _known(p: ODEProblem, source: Any) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from ..gradients import Engine
 from ..native import engine as native
 from ..notices import warn
 from ..parameters import Held
-from ..problem import Callbacks, Equation, ODEProblem, Prepared, flat_field
+from ..problem import Callbacks, Equation, ODEProblem, Prepared, flat_field, like
 
 ENGINES = ("auto", "torch", "julia")
 ALIASES = {"native": "torch"}  # what the documentation calls it
@@ -118,6 +118,8 @@ def apart(
     assert p.rows is not None
     assert p.layout is not None
     if engine is not native:  # a sweep solves them one by one
+        if event_fn is not None and p.batch > 1:
+            p.event_fn = native.event_of_systems(like(p), event_fn)
         p.swept, p.rows = p.rows, None
         return f, ""
     asked = "t with a row for each system" if p.rows.own else "event_fn with an event for each" if event_fn else ""

@@ -195,6 +195,12 @@ class Program:
             _packed[key] = calls.compile_packed(*key)
         return _packed[key]
 
+    @property
+    def outputs(self) -> int:
+        """How many numbers f gives, where the mode is "scalar": as many as the state has, or an event function's."""
+        (out, *_) = self._f.outputs
+        return 0 if out is None else len(out)
+
     @functools.cached_property
     def _is_short(self) -> bool:
         """Whether f is few enough operations to be straight-line code."""
@@ -253,7 +259,7 @@ class Program:
     def _f_text(self) -> str:
         code, (out, *_) = self._f
         assert out is not None
-        return self._function("f", "du", out.tolist(), range(1, self.n + 1), code, 0)
+        return self._function("f", "du", out.tolist(), range(1, len(out) + 1), code, 0)
 
     def _jac_text(self) -> str:
         code, places, at = self._vjp.code, [], []
