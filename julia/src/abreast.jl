@@ -175,17 +175,71 @@ Base.copy(m::Rosenbrock{T}) where {T} = Rosenbrock{T}(
 Base.copy(m::Embedded) = m
 
 """
-The steps that were accepted, in blocks of eight lanes: at each block the states (n of each lane) and the times that they
-begin at, their lengths, and the systems that made them; 0 for a lane without.
+Some of the steps that were accepted, in blocks of eight lanes: at each block the states (n of each lane) and the times that
+they begin at, their lengths, and the systems that made them; 0 for a lane without.
 """
-mutable struct Track{T}
-    const states::Vector{T}
-    const times::Vector{Float64}
-    const steps::Vector{Float64}
-    const systems::Vector{Int64}
-    blocks::Int  # that are written; there is room for more
+struct Chunk{T}
+    states::Vector{T}
+    times::Vector{Float64}
+    steps::Vector{Float64}
+    systems::Vector{Int32}
 end
-Track{T}() where {T} = Track{T}(T[], Float64[], Float64[], Int64[], 0)
+
+"Blocks in a chunk."
+const CHUNK = 512
+
+function Chunk{T}(n) where {T}
+    lanes = CHUNK * WIDTH
+    room(S, m) = Vector{S}(undef, m * lanes)
+    return Chunk{T}(room(T, n), room(Float64, 1), room(Float64, 1), room(Int32, 1))
+end
+
+"Steps in as many chunks as they need; `blocks` are written."
+mutable struct Track{T}
+    const n::Int
+    const chunks::Vector{Chunk{T}}
+    blocks::Int
+end
+Track{T}(n) where {T} = Track{T}(n, Chunk{T}[], 0)
+
+"The chunk that block j lies in, and how many blocks lie there before it."
+@inline function place_of(track::Track, j)
+    c, before = divrem(j - 1, CHUNK)
+    return @inbounds(track.chunks[c + 1]), before
+end
+
+# Chunks for the next sweep, by the numbers of their systems. Fresh memory takes longer to come by than to fill.
+const SPARE = Dict{Tuple{DataType, Int}, Vector{Any}}()
+const SPARE_LOCK = Threads.SpinLock()
+const SPARE_BYTES = Ref(0)
+const MOST_SPARE = 2^27
+
+bytes(c::Chunk) = sizeof(c.states) + sizeof(c.times) + sizeof(c.steps) + sizeof(c.systems)
+
+"A chunk, an old one if there is one."
+function take_chunk(::Type{T}, n) where {T}
+    @lock SPARE_LOCK begin
+        spare = get(SPARE, (T, n), nothing)
+        if spare !== nothing && !isempty(spare)
+            old = pop!(spare)::Chunk{T}
+            SPARE_BYTES[] -= bytes(old)
+            return old
+        end
+    end
+    return Chunk{T}(n)
+end
+
+"Nobody needs these steps any more."
+recycle!(x) = nothing
+function recycle!(track::Track{T}) where {T}
+    @lock SPARE_LOCK for chunk in track.chunks
+        SPARE_BYTES[] + bytes(chunk) > MOST_SPARE && break
+        SPARE_BYTES[] += bytes(chunk)
+        push!(get!(Vector{Any}, SPARE, (T, track.n)), chunk)
+    end
+    empty!(track.chunks)
+    return nothing
+end
 
 "Room for what eight systems hold, compute and are at."
 struct Crew{T}
@@ -507,6 +561,8 @@ struct Swept{T, M}
     parts::Vector{UnitRange{Int}}
 end
 
+recycle!(swept::Swept) = foreach(recycle!, swept.tracks)
+
 """
     abreast(field::Field{T}, request, sweep) -> Swept{T}, Outcome
 
@@ -529,7 +585,7 @@ function abreast(field::Field{T}, r::Request, s::Abreast, method) where {T}
     parts = collect(Iterators.partition(1:(s.count), cld(s.count, Threads.nthreads())))
     places = copy(Vector{Int64}(s.places))
     values = copy(reshape(Vector{T}(s.values), length(places), s.count))
-    tracks = [Track{T}() for _ in parts]
+    tracks = [Track{T}(field.n) for _ in parts]
     swept = Swept{T, typeof(method)}(copy(field), method, s.f, times, places, values, tracks, parts)
     own = [copy(field) for _ in parts]
     work(i) = march(parts[i], own[i], r, s, swept, states, r.keep == 0 ? nothing : tracks[i])
@@ -797,20 +853,18 @@ end
     return evalpoly(r, (1.0, 1.0, 1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720)) * reinterpret(Float64, (k + 1023) << 52)
 end
 
-function note!(track::Track, m::March)
+function note!(track::Track{T}, m::March{T}) where {T}
     (; crew, moved, lanes) = m
-    size, j = WIDTH * crew.n, track.blocks
-    if (j + 1) * WIDTH > length(track.times)
-        room = max(2j, 256)
-        resize!(track.states, room * size)
-        foreach(x -> resize!(x, room * WIDTH), (track.times, track.steps, track.systems))
-    end
-    copyto!(track.states, j * size + 1, crew.u, 1, size)
+    size = WIDTH * crew.n
+    track.blocks += 1
+    track.blocks > CHUNK * length(track.chunks) && push!(track.chunks, take_chunk(T, crew.n))
+    chunk, before = place_of(track, track.blocks)
+    copyto!(chunk.states, before * size + 1, crew.u, 1, size)
     for w in 1:WIDTH
-        track.times[j * WIDTH + w], track.steps[j * WIDTH + w] = crew.t[w], crew.dt[w]
-        track.systems[j * WIDTH + w] = moved[w] == 1 ? lanes[w].system : 0
+        at = before * WIDTH + w
+        chunk.times[at], chunk.steps[at] = crew.t[w], crew.dt[w]
+        chunk.systems[at] = moved[w] == 1 ? lanes[w].system : 0
     end
-    track.blocks = j + 1
     return nothing
 end
 

@@ -221,7 +221,7 @@ end
 
 function call_release(numbers::Ptr{Int64}, count::Int64)
     for i in 1:count
-        delete!(HELD, unsafe_load(numbers, i))
+        recycle!(pop!(HELD, unsafe_load(numbers, i), nothing))
     end
     return Int64(1)
 end

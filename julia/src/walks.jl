@@ -23,13 +23,14 @@ end
 "Have the lanes be at the starts of the steps in block j, and `begin_with(w, i)` where lane w has a system i new to it."
 function load!(begin_with, r::Rerun, j)
     (; crew, track) = r
+    chunk, before = place_of(track, j)
     size = WIDTH * crew.n
-    copyto!(crew.u, 1, track.states, (j - 1) * size + 1, size)
-    copyto!(crew.t, 1, track.times, (j - 1) * WIDTH + 1, WIDTH)
+    copyto!(crew.u, 1, chunk.states, before * size + 1, size)
+    copyto!(crew.t, 1, chunk.times, before * WIDTH + 1, WIDTH)
     for w in 1:WIDTH
-        i = track.systems[at_lane(j, w)]
+        i = Int(chunk.systems[before * WIDTH + w])
         r.busy[w] = i != 0
-        crew.dt[w] = i == 0 ? 0.0 : track.steps[at_lane(j, w)]
+        crew.dt[w] = i == 0 ? 0.0 : chunk.steps[before * WIDTH + w]
         (i == 0 || i == r.system[w]) && continue
         begin_with(w, i)
         r.system[w] = i
@@ -355,20 +356,24 @@ end
 
 "The block and lane of the step in which each time of each system lies: (block, lane, system, number of the time), sorted."
 function asked_of(track::Track, part, times)
-    steps = [Int[] for _ in part]  # of each system its places in the track, in their order
-    for at in 1:(track.blocks * WIDTH)
-        i = track.systems[at]
-        i == 0 || push!(steps[i - first(part) + 1], at)
+    steps = [Tuple{Float64, Int, Int}[] for _ in part]  # of each system, in their order: start, block and lane
+    backward = false
+    for j in 1:(track.blocks)
+        chunk, before = place_of(track, j)
+        for w in 1:WIDTH
+            i = Int(chunk.systems[before * WIDTH + w])
+            i == 0 && continue
+            backward = chunk.steps[before * WIDTH + w] < 0
+            push!(steps[i - first(part) + 1], (chunk.times[before * WIDTH + w], j, w))
+        end
     end
     asked = NTuple{4, Int}[]
-    for (i, own) in zip(part, steps)
+    for (i, own) in zip(part, steps), k in axes(times, 1)
         isempty(own) && continue
-        direction = sign(track.steps[own[1]])
-        starts = direction .* view(track.times, own)
-        for k in axes(times, 1)
-            at = own[max(searchsortedlast(starts, direction * times[k, size(times, 2) == 1 ? 1 : i]), 1)]
-            push!(asked, (cld(at, WIDTH), mod1(at, WIDTH), i, k))
-        end
+        time = times[k, size(times, 2) == 1 ? 1 : i]
+        at = searchsortedlast(own, (time, 0, 0); by = first, rev = backward)
+        _, j, w = own[max(at, 1)]
+        push!(asked, (j, w, i, k))
     end
     return sort!(asked)
 end

@@ -254,8 +254,8 @@ def _cannot_sweep(p: ODEProblem, gradient: str | None) -> str | None:
         return "needs compile=True"
     if gradient is not None and (gradient != "discrete" or not abreast(p)):
         return (
-            "has gradients by adjoint=True for explicit methods with error control and for Rosenbrock methods there: not "
-            f"by {gradient!r} with {p.method.name!r}"
+            "has gradients by adjoint=True for explicit methods with error control and for Rosenbrock methods there: "
+            f"not by {gradient!r} with {p.method.name!r}"
         )
     if p.event_fn is not None and (not abreast(p) or (p.swept or p.rows) is None):
         return f"takes no event_fn with {p.method.name!r}"

@@ -299,10 +299,10 @@ class Compiled(Holding, Callbacks):
         if "bend" in names:
             generator = torch.Generator().manual_seed(n)
             m = torch.randn(n * n + n, generator=generator, dtype=torch.float64).to(u)
-            want = _bent(p, time, u, m, [x for x in self.trained if x.requires_grad])
+            bent_u, *bent_theta = _bent(p, time, u, m, [x for x in self.trained if x.requires_grad])
             both = got("bend", n + self.params.size, m)
-            self.compare("bend", both[:n], want[0], u)
-            self.compare("bend", both[n:], self.params.flatten_leaves(want[1:]), u)
+            self.compare("bend", both[:n], bent_u, u)
+            self.compare("bend", both[n:], self.params.flatten_leaves(bent_theta), u)
         if "jac" in names:
             J = jacobian(p, time, u)
             pattern = self.program.pattern

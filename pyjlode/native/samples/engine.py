@@ -13,8 +13,8 @@ from ...methods.stiff import RosenbrockTableau
 from ...problem import ODEProblem
 from ...solution import Stats
 from . import events, replay
-from .explicit import Explicit
 from .events import moved
+from .explicit import Explicit
 from .field import fitted, fitted_event
 from .loop import Search, SystemsRecord
 from .rosenbrock import Rosenbrock
