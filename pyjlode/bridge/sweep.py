@@ -165,8 +165,8 @@ class Sweep:
         else:
             if request.keep or p.options.on_failure != "raise" or p.own_times is not None or p.event_fn is not None:
                 raise NotCompiled(
-                    "f is compiled as loops over arrays, and a sweep has gradients, dense output, events and "
-                    "on_failure and times of its own where f is compiled number by number: where it is few operations. Use "
+                    "f is compiled as loops over arrays, and a sweep has gradients, events, dense output, on_failure "
+                    "and times of their own where f is compiled number by number: where it is few operations. Use "
                     "engine='torch'"
                 )
             systems = Systems(count=p.batch)
