@@ -79,8 +79,8 @@ def ensemble(
     """Solve many independent systems, cut into batches that any executor shares out.
 
     Each batch is solved with `options={"batch_dims": 1}`: every system has steps of its own. Where Julia is set up and
-    can compile `f` each is a sweep. A system that fails is reported by its index, and the others are not disturbed. There are no gradients: to
-    train over many machines, use torch's `DistributedDataParallel`, see `docs/ensembles.md`.
+    can compile `f` each is a sweep. A system that fails is reported by its index, and the others are not disturbed.
+    There are no gradients: to train over many machines, use torch's `DistributedDataParallel`, see `docs/ensembles.md`.
 
     Args:
         f: `f(t, h)`, or `f(t, h, params)` where there are `params`, for a batch of systems: `h` has the shape

@@ -506,6 +506,25 @@ function dense!(column, crew::Crew{T}, m, w, part) where {T}
     return nothing
 end
 
+"The slope of that."
+function slope!(column, crew::Crew{T}, m, w, part) where {T}
+    (; n, k, dt) = crew
+    fill!(column, zero(T))
+    for l in 1:rows(m)
+        p = polynomial(m, l)
+        rate = 0.0
+        for q in length(p):-1:1
+            rate = muladd(rate, part, q * p[q])
+        end
+        weight = T(unit(m, dt[w]) / dt[w] * rate)
+        iszero(weight) && continue
+        for i in 1:n
+            @inbounds column[i] = muladd(weight, k[at_lane((l - 1) * n + i, w)], column[i])
+        end
+    end
+    return nothing
+end
+
 "How step sizes are chosen: as by a `PIController` of OrdinaryDiffEq's."
 struct Control
     rtol::Float64

@@ -95,21 +95,30 @@ function pull!(swept::Swept{T}, r::PullRequest) where {T}
     return sum(back -> back.calls, parts; init = 0)
 end
 
-"The gradient by the times: a state moves with its time as the field says, and against that of the start."
-function by_times!(swept::Swept{T}, r::PullRequest, du0, g) where {T}
+"""
+The gradient by the times: a state moves with its time as the field says, and against that of the start. Of a stiff system
+the field makes much of an error of the state; there it is the slope of the dense output.
+"""
+function by_times!(swept::Swept{T, M}, r::PullRequest, du0, g) where {T, M}
     (; field, times) = swept
     n, count = size(du0)
     states = reshape(Vector{T}(r.states), n, count, size(times, 1))
     by = reshape(Vector{Float64}(r.dt), size(times, 1), count)
     slope, u = zeros(T, n), zeros(T, n)
+    slopes = zeros(T, M <: Rosenbrock ? size(states) : (0, 0, 0))
+    M <: Rosenbrock && interpolate!(swept, times, slopes; of = slope!)
     along(bar) = all(iszero, bar) ? 0.0 : sum(j -> Float64(bar[j]) * slope[j], 1:n)
     for i in 1:count
         for (place, value) in zip(swept.places, view(swept.values, :, i))
             set_held!(field, place, value)
         end
         for (k, t) in enumerate(times_of(swept, i))
-            copyto!(u, view(states, :, i, k))
-            native(field, field.f, slope, u, u, field.parameters, t)
+            if k > 1 && M <: Rosenbrock
+                copyto!(slope, view(slopes, :, i, k))
+            else
+                copyto!(u, view(states, :, i, k))
+                native(field, field.f, slope, u, u, field.parameters, t)
+            end
             by[k, i] = k == 1 ? -along(view(du0, :, i)) : along(view(g, :, i, k))
         end
     end
@@ -338,7 +347,7 @@ end
 The states of all systems at other times, (times, 1 or count), from the dense output, to `out`, (n, count, times). Beyond
 its first and last steps a system is continued as these are; of one that made no steps nothing is written.
 """
-function interpolate!(swept::Swept{T}, times::Matrix{Float64}, out::Array{T, 3}) where {T}
+function interpolate!(swept::Swept{T}, times::Matrix{Float64}, out::Array{T, 3}; of::F = dense!) where {T, F}
     for (part, track) in zip(swept.parts, swept.tracks)
         again = Rerun(swept, track)
         asked = asked_of(track, part, times)
@@ -347,7 +356,7 @@ function interpolate!(swept::Swept{T}, times::Matrix{Float64}, out::Array{T, 3})
             step_again!(again, true)
             for (_, w, i, k) in same
                 theta = (times[k, size(times, 2) == 1 ? 1 : i] - again.crew.t[w]) / again.crew.dt[w]
-                dense!(view(out, :, i, k), again.crew, again.method, w, theta)
+                of(view(out, :, i, k), again.crew, again.method, w, theta)
             end
         end
     end

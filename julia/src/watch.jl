@@ -139,12 +139,6 @@ function keep!(m::March{T}, w::Watch{T}, method, v, part) where {T}
     end
     w.times[i] = swept.times[2, i] = crew.t[v] + part * crew.dt[v]
     states[:, i, 2] = m.point
-    for j in 1:(crew.n)
-        w.slopes[j, i] = sum(1:rows(method)) do l
-            p = polynomial(method, l)
-            rate = evalpoly(part, ntuple(q -> q * p[q], length(p)))
-            T(unit(method, crew.dt[v]) * rate / crew.dt[v]) * crew.k[at_lane((l - 1) * crew.n + j, v)]
-        end
-    end
+    slope!(view(w.slopes, :, i), crew, method, v, part)
     return nothing
 end

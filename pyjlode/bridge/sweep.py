@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..errors import NotCompiled
+from ..errors import NonFiniteState, NotCompiled
 from ..methods import ExplicitTableau, Method, hairer
 from ..methods.stiff import RosenbrockTableau
 from ..parameters import by_tensor
@@ -225,6 +225,13 @@ class Sweep:
         self.pulling = {name: program.packed(calls, name) for name in names} if self.differentiated else {}
         self.places = lent["places"]
         self.naccept, self.failed, self.ends = naccept, codes > 0, ends[:, 0]
+        if not whole and outcome.code != b"Success" and int(codes[outcome.system - 1]) == _NAN_EVENT:
+            t = float(ends[outcome.system - 1, 0])
+            raise NonFiniteState(
+                f"system {outcome.system - 1} of the batch: event_fn returned NaN in the step from t={t:.6g}.",
+                t=t,
+                dt=0.0,
+            )
         if watched is not None and (whole or _succeeded(outcome)):
             self.event_times = watched["event_times"].numpy()
             self.event_slopes = watched["event_slopes"]
@@ -503,12 +510,14 @@ def _succeeded(outcome: Outcome) -> bool:
     return outcome.code == b"Success" and bool(outcome.finite)
 
 
+_NAN_EVENT = 5
 # Why a system failed, as `CAUSES` in julia/src/abreast.jl.
 _CAUSES = {
     1: "it took max_num_steps steps",
     2: "no step succeeds, f or the solution blows up",
     3: "steps are shorter than min_step",
     4: "the state is NaN or infinite",
+    _NAN_EVENT: "event_fn is NaN",
 }
 
 
