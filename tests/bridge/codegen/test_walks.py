@@ -249,7 +249,7 @@ def test_those_without_an_event_and_those_that_fail():
             got = solve(pole, torch.ones(5, 1, dtype=F64), [0.0, 1.0], **how, **{**SWEEP, "options": options})
         assert got.event_t.isnan()[~grows].all()
     assert torch.equal(got.stats.systems.failed, grows)
-    with pytest.raises(NonFiniteState, match="system 1 of the batch"):
+    with torch.no_grad(), pytest.raises(NonFiniteState, match="system 1 of the batch: event_fn"):
         solve(pole, torch.ones(5, 1, dtype=F64), [0.0, 1.0], **how, **SWEEP)
 
 
@@ -274,7 +274,8 @@ def engines(f, h0, t, times=3, **how):
     solutions = [solve(f, h0, t, **how) for _ in range(times)]
     for solution in solutions[1:]:
         assert torch.allclose(solution.h, solutions[0].h, rtol=1e-5, atol=1e-6, equal_nan=True)
-        assert solution.stats.systems.naccept.shape == h0.shape[:1]
+        systems = solution.stats.systems
+        assert systems is None or systems.naccept.shape == h0.shape[:1]
     return [s.stats.engine for s in solutions], solutions[-1].stats.reason
 
 
