@@ -311,7 +311,7 @@ def interpolant(
         event_t: where that ended, if an event ended it.
         blind: the result carries a gradient, and the dense output does not.
     """
-    if p.rows is not None:
+    if p.rows is not None or (p.swept is not None and p.batch > 1):
         return _of_systems(record, p, layout, event_t, blind)
     t0 = p.times[0]
     t1 = p.times[-1] if event_t is None else numbers.read(event_t)
@@ -345,7 +345,7 @@ def _of_systems(
     record: Any, p: ODEProblem, layout: Layout, event_t: Tensor | None, blind: bool
 ) -> Callable[[Tensor], Any]:
     """As `interpolant`, of systems with times of their own."""
-    rows = p.rows
+    rows = p.rows or p.swept
     assert rows is not None
     ends = rows.ends if event_t is None else event_t.detach().cpu().double().numpy().reshape(-1)
     low, high = np.fmin(rows.starts, ends)[:, None], np.fmax(rows.starts, ends)[:, None]
@@ -368,7 +368,8 @@ def _of_systems(
             )
         if blind and torch.is_grad_enabled():
             raise _blind()
-        ys = layout.unflatten(record.dense(times))
+        count = times.shape[-1]
+        ys = layout.unflatten(record.ys[:1].expand(count, -1) if record.dense is None else record.dense(times))
         return ys if t.ndim else pytree.tree_map(lambda x: x[0], ys)
 
     return interpolate

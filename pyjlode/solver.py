@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import arguments, engines, first, gradients, implicit, jumps, methods, mistakes, numbers, progress, transforms
-from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, SolveError
+from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, NotCompiled, SolveError
 from .methods import Method
 from .notices import log_once, warn
 from .problem import (
@@ -336,6 +336,7 @@ class Solver:
             atol=reading.atol,
             options=options,
             norm=reading.norm,
+            event_source=event_fn,
             event_fn=event_fn and (lambda t, y: arguments.event_value(event_fn(t, layout.unflatten(y)))),
             layout=layout,
             batch=batch,
@@ -602,7 +603,7 @@ def _solved(solver: Solver, e: Equation, dense: bool, start: float) -> Solution:
     assert p.layout is not None
     ys, ts = record.ys, p.t if e.t is own_t else own_t
     if event_t is not None:
-        starts = p.t[..., 0] if p.rows is None else p.t[..., 0].expand(event_t.shape)
+        starts = p.t[..., 0].expand(event_t.shape)
         ys, ts = torch.stack([ys[0], ran.event_y]), torch.stack([starts, event_t], -1)
     stats.nfe = p.f.nfe + (p.split[0].nfe if p.split else 0)
     stats.wall = time.perf_counter() - start
@@ -636,7 +637,7 @@ def _run(solver: Solver, e: Equation, made: Prepared, dense: bool) -> _Ran:
 
     try:
         record, steps = run(made)
-    except SolveError as error:
+    except (SolveError, NotCompiled) as error:
         reason = engines.choice.second(solver.engine, made, error)
         if reason is None:
             raise

@@ -26,6 +26,8 @@ include("solve.jl")
 include("dae.jl")
 include("packs.jl")
 include("abreast.jl")
+include("watch.jl")
+include("walks.jl")
 include("calls.jl")
 include("precompile.jl")
 

@@ -262,14 +262,42 @@ end
         @test alone == states[[1, 3]]
     end
 
-    @testset "systems abreast end where each would, and their gradient is the derivative" begin
-        states, by_start = PyJLODE.abreast_linear()
-        want = [fill(1.0, 10); fill(exp(-0.5), 10); fill(exp(-1.0), 10)]
-        @test states ≈ want rtol = 1.0e-4
+    @testset "systems abreast, $T, implicit=$implicit: ends, gradient, dense output and events" for T in (Float32, Float64),
+            implicit in (false, true)
+
+        near = implicit ? 0.1 : 1.0e-3  # the implicit method is of order 1
+        (; out, du0, inside) = PyJLODE.abreast_linear(T; implicit)
+        @test out ≈ [fill(1.0, 10); fill(exp(-0.5), 10); fill(exp(-1.0), 10)] rtol = near
         # The steps are linear in the start, so the gradient by it is the sum of the states themselves.
-        @test by_start ≈ states[11:20] .+ states[21:30] rtol = 1.0e-12
-        implicit, _ = PyJLODE.abreast_linear(; implicit = true)  # of order 1
-        @test implicit ≈ want rtol = 0.1
+        @test du0 ≈ out[11:20] .+ out[21:30] rtol = 1.0e3 * eps(T)
+        @test inside ≈ fill(exp(-0.25), 10) rtol = near
+        (; out, du0, event_times) = PyJLODE.abreast_linear(T; implicit, ends = true)
+        @test event_times ≈ fill(-log(0.7), 10) rtol = near
+        @test out[11:20] ≈ fill(0.7, 10) rtol = 10 * eps(T)
+        @test du0 ≈ out[11:20] rtol = 1.0e3 * eps(T)
+    end
+
+    @testset "the steps that a sweep kept are room for the next one's" begin
+        foreach(_ -> PyJLODE.abreast_linear(Float64), 1:2)
+        before = PyJLODE.SPARE_BYTES[]
+        @test before == sum(chunks -> sum(PyJLODE.bytes, chunks), values(PyJLODE.SPARE))
+        PyJLODE.abreast_linear(Float64)
+        @test PyJLODE.SPARE_BYTES[] == before
+    end
+
+    @testset "a system with the transposed matrix, each lane with its own exchange of rows, n = $n" for n in (1, 2, 5)
+        A = randn(n, n, PyJLODE.WIDTH)
+        x = randn(n, PyJLODE.WIDTH)
+        flat(x) = vec(permutedims(x, (ndims(x), 1:(ndims(x) - 1)...)))
+        a, swapped, y = flat(A), zeros(n * n * PyJLODE.WIDTH), flat(x)
+        GC.@preserve a swapped y begin
+            PyJLODE.factorise!(PyJLODE.numbers(a), PyJLODE.numbers(swapped), PyJLODE.Pack{Float64}(2.0), n)
+            PyJLODE.solve_transposed!(PyJLODE.numbers(y), PyJLODE.numbers(a), PyJLODE.numbers(swapped), n)
+        end
+        for w in 1:PyJLODE.WIDTH
+            W = 2.0 * (1:n .== (1:n)') - A[:, :, w]
+            @test y[w:(PyJLODE.WIDTH):end] ≈ W' \ x[:, w]
+        end
     end
 
     @testset "what eight systems compute is what each would, $T" for T in (Float32, Float64)

@@ -156,6 +156,13 @@ def crossing(p: ODEProblem, record: Any, gradient: str | None) -> tuple[Tensor, 
     return _own_steps().crossing(p, record, gradient)
 
 
+def crossing_of_sweep(p: ODEProblem, record: Any) -> tuple[Tensor, Tensor]:
+    """The same of the record of a sweep, whose gradient is that of the states at times that are held."""
+    assert p.swept is not None
+    t, y = _own_steps().moved(p, p.swept, record.event_times, record.ys[1], lambda: record.event_slopes, None)
+    return t.reshape(p.swept.shape), y
+
+
 def apart(p: ODEProblem) -> str | None:
     """Why the systems of `p` cannot each have steps of their own; None if they can."""
     return samples.cannot(p)

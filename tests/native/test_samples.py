@@ -110,6 +110,7 @@ def test_as_if_alone_over_batches_times_and_methods(data):
         torch.testing.assert_close(h.h[:n, i], each.h, rtol=1e-7, atol=1e-8)
         assert (h.h[n:, i] == h.h[n - 1, i]).all()
         assert int(h.stats.systems.naccept[i]) == each.stats.naccept
+        assert int(h.stats.systems.nreject[i]) == each.stats.nreject
 
 
 def test_steps_do_not_add_up():

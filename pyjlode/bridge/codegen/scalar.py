@@ -99,7 +99,7 @@ class _Evaluation:
             if name == "t":
                 yield Sym(torch.tensor(c.load("t", 1)))
             else:
-                array = {"h": "u", "v": "v"}[name]
+                array = {"h": "u", "v": "v", "m": "v"}[name]
                 yield Sym(torch.tensor([c.load(array, i + 1) for i in range(x.numel())], dtype=torch.int64))
         for start, stop, array in ((named, named + trained, "p"), (named + trained, len(self.args), "c")):
             offset = 1
