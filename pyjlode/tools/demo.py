@@ -105,8 +105,8 @@ class Result:
         amplitude: shape (2,), half the range of the training years.
         fit: shape (2,), root mean square error of the forecasts from and of training years.
         errors: who forecasts -> shape (AHEAD, 2), root mean square errors one to AHEAD years ahead, over all forecasts
-            of the years held back: "neural ODE"; "linear model", of a year's logarithms from those of the year before, by
-            least squares; "last cycle", what was counted ten years earlier; "last year", what was counted last.
+            of the years held back: "neural ODE"; "linear model", of a year's logarithms from those of the year before,
+            by least squares; "last cycle", what was counted ten years earlier; "last year", what was counted last.
     """
 
     model: Populations
