@@ -2,14 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-quick test-slow dist lint format docs julia bench clean
+.PHONY: demo test test-quick test-slow dist lint format docs links julia bench clean
 
 demo: .venv/plot
 	$(BIN)/pyjlode demo
 
-# Some twelve minutes on two cores; the slow ones are left out.
+# Half of the tests for each of two processes; the one that is done first takes over from the other.
+TWO := -n 2 --dist worksteal
+
+# Some six minutes on two cores; the slow ones are left out.
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest $(TWO) -m "not slow"
 
 QUICK := $(addprefix tests/,test_errors.py test_solver.py test_options.py test_types.py test_data.py test_plot.py) \
 	$(addprefix tests/native/,test_tableaus.py test_stiff_tableaus.py test_order.py) \
@@ -17,11 +20,12 @@ QUICK := $(addprefix tests/,test_errors.py test_solver.py test_options.py test_t
 
 # Under a minute: the front door, every method's order, the errors.
 test-quick: .venv/dev
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(QUICK)
+	$(BIN)/python -m pytest $(TWO) -m "not slow" $(QUICK)
 
-# What `make test` leaves out.
+# What `make test` leaves out: the slow ones, and more random examples of the laws in test_properties.py.
 test-slow: .venv/dev
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest $(TWO) -m slow
+	$(BIN)/python -m pytest $(TWO) --hypothesis-profile many tests/test_properties.py
 
 # What is published: built from the sdist, and checked.
 dist: .venv/dist
@@ -42,6 +46,10 @@ format: .venv/dev
 # The site, in site/. A warning (a link that leads nowhere, a name that does not exist) is an error.
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Asks every external link (the internet). Without --ask the program lists them.
+links:
+	$(PYTHON) .ci/links.py --ask
 
 # The Julia engine: some minutes, about 5 GB, and the internet.
 julia: .venv/dev

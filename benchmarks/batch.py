@@ -8,11 +8,11 @@ the end against a tight solve: of each system the largest relative one, and of t
 if it can be imported.
 
 Parts: "phases", 256 van der Pol oscillators, mu = 25, that start all over the plane; "spread", mu from 1 to 100, each
-over its period; "gradient", those of "phases" with a loss and its backward pass; "stiff", 256 Robertson systems with
-rate constants over a factor of 100; "latent", a training step of a latent ODE with 64 series of 50 irregular times, on
-times of their own and on the union of all; "sweep", 10,000 Lorenz systems with a parameter each and the gradient by it,
-and 10,000 Robertson systems, compiled for the Julia engine where that is set up, and by `jax.vmap` of diffrax where it
-can be imported: trajectories a second.
+over its period; "gradient", those of "phases" with a loss and its backward pass (all three also as sweeps, where Julia
+is set up); "stiff", 256 Robertson systems with rate constants over a factor of 100; "latent", a training step of a
+latent ODE with 64 series of 50 irregular times, on times of their own and on the union of all; "sweep", 10,000 Lorenz
+systems with a parameter each and the gradient by it, and 10,000 Robertson systems with theirs, compiled for the Julia
+engine where that is set up, and by `jax.vmap` of diffrax where it can be imported: trajectories a second.
 """
 
 from __future__ import annotations
@@ -83,6 +83,13 @@ def van_der_pol(mu: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     return f
 
 
+def has_julia() -> bool:
+    return not isinstance(runtime.find(), str)
+
+
+SWEEP: dict[str, Any] = {"engine": "julia", "compile": True, "options": OWN}
+
+
 def of(solution: Any) -> tuple[Any, ...]:
     stats = solution.stats
     most = stats.naccept if stats.systems is None else int(stats.systems.naccept.max())
@@ -115,6 +122,8 @@ def oscillators(title: str, mu: Tensor, h0: Tensor, t: Tensor, tol: float, round
         return of(solve(g, h0, union if t.ndim == 1 else (0.0, 1.0), **kwargs))
 
     runs: dict[str, Run] = {"steps of their own": own, "common steps": common}
+    if has_julia():
+        runs["a sweep, Julia"] = lambda: of(solve(f, h0, t, **{**kwargs, **SWEEP}))
     if torchode:
 
         def theirs() -> tuple[Any, ...]:
@@ -162,18 +171,20 @@ def gradient(rounds: int, quick: bool) -> None:
 
         return step
 
-    def ours(adjoint: bool, options: dict[str, Any]) -> Run:
+    def ours(**way: Any) -> Run:
         def make(h0: Tensor) -> tuple[Tensor, int, int]:
-            solution = solve(f, h0, t, adjoint=adjoint, options=options, **kwargs)
+            solution = solve(f, h0, t, **{**kwargs, **way})
             return solution.h, *of(solution)[1:]
 
         return run(make)
 
     runs = {
-        "their own, adjoint=True": ours(True, OWN),
-        "their own, adjoint=False": ours(False, OWN),
-        "common, adjoint=True": ours(True, {}),
+        "their own, adjoint=True": ours(adjoint=True, options=OWN),
+        "their own, adjoint=False": ours(adjoint=False, options=OWN),
+        "common, adjoint=True": ours(adjoint=True),
     }
+    if has_julia():
+        runs["a sweep, Julia, adjoint=True"] = ours(adjoint=True, **SWEEP)
     if torchode:
 
         def theirs(h0: Tensor) -> tuple[Tensor, int, int]:
@@ -308,8 +319,8 @@ def sweep(rounds: int, quick: bool) -> None:
         "native, steps of their own": {"engine": "torch", "options": OWN},
         "native, common steps": {"engine": "torch"},
     }
-    if runtime.find() and not isinstance(runtime.find(), str):
-        ways = {"sweep": {"engine": "julia", "compile": True, "options": OWN}, **ways}
+    if has_julia():
+        ways = {"sweep": SWEEP, **ways}
 
     def forward(way: dict[str, Any]) -> Run:
         def run() -> tuple[Any, ...]:
@@ -377,6 +388,24 @@ def sweep(rounds: int, quick: bool) -> None:
         runs["diffrax vmap Kvaerno5"] = lambda: (torch.tensor(jax.device_get(stiff_once(s0, sk))), 0)
         counts["diffrax vmap Kvaerno5"] = count // 50
     rates(f"{count} Robertson systems to t = 1e4, rtol 1e-6", counts, runs, rounds, want)
+
+    def stiff_gradient(part: slice, way: dict[str, Any]) -> Run:
+        def run() -> tuple[Any, ...]:
+            p = k[part].clone().requires_grad_()
+            solution = solve(robertson(p), start[part], t, method="rodas5p", adjoint=True, **kwargs, **way)
+            return torch.autograd.grad(solution.h[-1].sum(0)[0], p)[0][:, None], mean_steps(solution)
+
+        return run
+
+    p = k[some].clone().requires_grad_()
+    tight = {**kwargs, "rtol": 1e-9, "atol": 1e-13, "method": "radau5", "engine": "torch", "adjoint": True}
+    (want,) = torch.autograd.grad(solve(robertson(p), start[some], t, **tight).h[-1].sum(0)[0], p)
+    runs = {name: stiff_gradient(slice(None), way) for name, way in ways.items() if name == "sweep"}
+    runs["native, steps of their own"] = stiff_gradient(some, ways["native, steps of their own"])
+    counts = {name: count if name == "sweep" else count // 50 for name in runs}
+    rates(
+        "the same with the gradient of the sum of the first numbers by all rates", counts, runs, rounds, want[:, None]
+    )
 
 
 PARTS = {"phases": phases, "spread": spread, "gradient": gradient, "stiff": stiff, "latent": latent, "sweep": sweep}

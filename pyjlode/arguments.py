@@ -41,11 +41,12 @@ _COMMON = {"norm", "max_num_steps", "max_events", "dtype", "specialize", "progre
 _CONTROLLED = {"first_step", "safety", "ifactor", "dfactor", "min_step", "max_step", "step_t", "jump_t"}
 _CONTROLLED |= {"batch_dims", "batch_t", "on_failure"}
 _BY_KIND: dict[str, set[str]] = {
-    "adaptive": _CONTROLLED,
+    "adaptive": _CONTROLLED | {"estimates"},
     "fixed": {"step_size", "grid_constructor", "interp", "perturb"},
     "implicit": {"step_size", "grid_constructor", "interp", "perturb", "max_iters"},
     "adams": {"step_size", "grid_constructor", "interp", "perturb", "max_iters", "max_order"},
     "second": {"step_size", "grid_constructor", "interp", "perturb"},
+    "reversible": {"step_size", "grid_constructor", "interp", "perturb"},
     "stiff": _CONTROLLED | {"max_iters", "max_order", "consistent", "allow_unstable"},
     "scipy": {"solver", "first_step", "min_step", "max_step"},
 }
@@ -329,7 +330,10 @@ def options_said(given: Any, method: Method) -> tuple[dict[str, Any], str]:
     read: dict[str, Any] = {name: given[name] for name in given if name not in unused and name != "dtype"}
     read = {name: value for name, value in read.items() if value is not None}
 
-    if method.kind == "second":  # straight lines between the points of the grid would cost them their order
+    if method.kind in (
+        "second",
+        "reversible",
+    ):  # straight lines between the points of the grid would cost them their order
         read.setdefault("interp", "cubic")
 
     for name in ("first_step", "step_size", "max_step", "ifactor", "safety"):
@@ -360,8 +364,9 @@ def options_said(given: Any, method: Method) -> tuple[dict[str, Any], str]:
     for name in ("batch_t", "on_failure"):
         if name in read and "batch_dims" not in read:
             raise BadOption(f"options[{name!r}] is for systems in a batch, and needs options['batch_dims'].")
-    if not isinstance(read.get("progress", False), bool):
-        raise BadOption(f"options['progress'] must be True or False; got {read['progress']!r}.")
+    for name in ("progress", "estimates"):
+        if not isinstance(read.get(name, False), bool):
+            raise BadOption(f"options[{name!r}] must be True or False; got {read[name]!r}.")
     if read.get("interp", "linear") not in ("linear", "cubic"):
         raise BadOption(f"options['interp'] must be 'linear' or 'cubic'; got {read['interp']!r}.")
     if "step_size" in read and "grid_constructor" in read:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import pickle
 import types
@@ -21,10 +22,13 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from . import arguments, tasks
+from .engines.choice import ENGINE_VARIABLE
 from .errors import BadOption, BadShape, SolveError, WorkerDied
 from .notices import warn
 from .odeint import solve
 from .tasks import Span
+
+log = logging.getLogger("pyjlode")
 
 _CHUNK = 4096  # systems in one batch: more gain little, and are lost together where a worker dies
 _CHUNKS = 4  # for each worker, so that none has to wait long for the last
@@ -74,9 +78,9 @@ def ensemble(
 ) -> Ensemble:
     """Solve many independent systems, cut into batches that any executor shares out.
 
-    Each batch is solved with `options={"batch_dims": 1}`: every system has steps of its own (on the Julia engine it is
-    a sweep). A system that fails is reported by its index, and the others are not disturbed. There are no gradients: to
-    train over many machines, use torch's `DistributedDataParallel`, see `docs/ensembles.md`.
+    Each batch is solved with `options={"batch_dims": 1}`: every system has steps of its own. Where Julia is set up and
+    can compile `f` each is a sweep. A system that fails is reported by its index, and the others are not disturbed.
+    There are no gradients: to train over many machines, use torch's `DistributedDataParallel`, see `docs/ensembles.md`.
 
     Args:
         f: `f(t, h)`, or `f(t, h, params)` where there are `params`, for a batch of systems: `h` has the shape
@@ -292,7 +296,7 @@ class _Solve:
             how["args"] = (params, *how.get("args", ()))
         number = len(pytree.tree_leaves(h0)[0])
         try:
-            solution = solve(self.f, h0, t, dense=False, **how)
+            solution = _solution(self.f, h0, t, how)
         except SolveError as error:
             if number == 1:
                 return {"why": {0: f"{type(error).__name__}: {error}"}}
@@ -311,6 +315,20 @@ class _Solve:
     def part(self, h0: Any, params: Any, t: Tensor, systems: slice) -> dict[str, Any]:
         h0, params = pytree.tree_map_only(Tensor, lambda x: x[systems], (h0, params))
         return self.solved(h0, params, t[systems] if t.ndim == 2 else t)
+
+
+def _solution(f: Any, h0: Any, t: Tensor, how: dict[str, Any]) -> Any:
+    """As `solve`; but what "auto" means does not depend on which batch it is: a sweep at once where that can be."""
+    meant = how.get("engine", "auto"), os.environ.get(ENGINE_VARIABLE, "auto"), how.get("compile")
+    if meant == ("auto", "auto", None):
+        try:
+            return solve(f, h0, t, dense=False, **{**how, "engine": "julia", "compile": True})
+        except SolveError:
+            raise
+        except Exception as error:  # if it is the user's own it comes again
+            log.info("the systems are solved by the native engine: %s", error)
+        how = {**how, "engine": "torch"}
+    return solve(f, h0, t, dense=False, **how)
 
 
 _COUNTS = ("nfe", "naccept", "nreject")

@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 
 from . import arguments, mistakes, parameters
 from .errors import BadOption, BadShape
-from .gradients import REPLAYS
 from .notices import warn
 from .problem import ODEProblem, flat_field
 
@@ -91,15 +90,10 @@ def _include_mass(p: ODEProblem, gradient: str | None) -> None:
         BadOption: this gradient method does not differentiate by it.
     """
     assert p.mass is not None
-    if gradient not in (None, *REPLAYS):
+    if gradient == "forward":
         raise BadOption(
-            f"mass_matrix requires grad, and adjoint={gradient!r} does not differentiate by it. Use adjoint=True or "
-            "adjoint=False on the native engine, or detach it."
-        )
-    if p.options.consistent == "compute":
-        raise BadOption(
-            "mass_matrix requires grad, and the start that options={'consistent': 'compute'} finds is not "
-            "differentiated by it: pass a consistent h0, or detach the matrix."
+            "mass_matrix requires grad, and adjoint='forward' does not differentiate by it. Use adjoint=True or "
+            "'gauss', or detach it."
         )
     p.params = (*(x for x in p.params if x is not p.mass), p.mass)
 

@@ -21,7 +21,7 @@ from .solution import Stats, Steps
 GRADIENTS: dict[str, str] = {
     "discrete": "replays each accepted step backward: the exact gradient of the numbers that came out",
     "checkpointed": "as discrete, with the states of O(log steps) of the steps, the rest being computed again",
-    "reversible": "as discrete, without any states: undoes the steps of a symplectic method one by one",
+    "reversible": "as discrete, without any states: undoes the steps of a method that is reversible",
     "backsolve": "solves h backward beside the adjoint: O(1) memory in the number of steps",
     "interpolating": "solves the adjoint along the dense output of the forward solve",
     "quadrature": "solves the adjoint, then integrates over time for the parameters by adaptive quadrature",
@@ -103,8 +103,9 @@ def check(adjoint: Any, method: Method, allow_unstable: bool) -> None:
         )
     if adjoint == "reversible" and not method.reversible:
         raise BadOption(
-            f"adjoint='reversible' undoes the steps of a method, which the symplectic ones allow (such as 'yoshida4', "
-            f"for f=pyjlode.SecondOrder(a)) and {method.name} does not. Use adjoint='checkpointed' to save memory."
+            f"adjoint='reversible' undoes the steps of a method, which {method.name} does not allow. Use "
+            "'reversible_rk4', a symplectic method (such as 'yoshida4', for f=pyjlode.SecondOrder(a)), or "
+            "adjoint='checkpointed' to save memory."
         )
     if adjoint == "forward" and method.kind == "second":
         raise BadOption(

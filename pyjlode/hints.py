@@ -27,6 +27,9 @@ MethodName = Literal[
     "heun2",
     "heun3",
     "rk4",
+    "reversible_midpoint",
+    "reversible_rk4",
+    "reversible_dopri5",
     "explicit_adams",
     "implicit_adams",
     "fixed_adams",
@@ -45,6 +48,7 @@ MethodName = Literal[
     "bdf",
     "kvaerno5",
     "kencarp4",
+    "kencarp5",
     "trbdf2_adaptive",
     "auto",
     "symplectic_euler",
@@ -93,6 +97,7 @@ class KeywordOptions(TypedDict, total=False):
     allow_unstable: bool
     specialize: Literal["auto", "full"]
     progress: bool
+    estimates: bool
 
 
 class Options(KeywordOptions, total=False):

@@ -407,6 +407,9 @@ class SolverOptions:
         specialize: "full" compiles Julia's solver for this very f, if that is a `julia_function`, or is compiled and
             the method explicit: it takes seconds once, and then solves are faster.
         progress: show a bar on standard error while the forward solve runs.
+        estimates: add up the solver's estimates of the local error and of the stiffness in `Stats`, as functions of all
+            that the solve depends on, for a loss that makes fields cheap to solve. For the explicit adaptive methods
+            on the native engine, with `adjoint=False` where gradients are wanted. See `docs/regularize.md`.
         solver: name of the `scipy.integrate.solve_ivp` method.
     """
 
@@ -432,6 +435,7 @@ class SolverOptions:
     allow_unstable: bool = False
     specialize: str = "auto"
     progress: bool = False
+    estimates: bool = False
     solver: str = "LSODA"
     batch_t: str = "auto"
     on_failure: str = "raise"
@@ -524,6 +528,7 @@ class ODEProblem:
         norm: of the error over tolerance, on a flat vector.
         rtol, atol: floats or tensors of shape (n,).
         event_fn: `(t: 0-d, y: (n,)) -> Tensor`; the solve ends where the first of its elements crosses zero.
+        event_source: the user's event function.
         onward: a solve with `event_fn` ends at the last of `times` where no event ends it before, and gives the states
             at those that it passes.
         directions: of each element of `event_fn`: +1 where only rising through zero counts, -1 falling, 0 both. None:
@@ -545,7 +550,7 @@ class ODEProblem:
         batch: number B of independent systems, which lie in `y0` one after the other.
         rows: times of these systems, where each is solved with steps of its own; None where all share theirs. f is then
             given times of shape (B,), and `times` are the first and the last of all.
-        own_times: (B, T) float64, of systems that are solved one by one, where each has its own; `rows` is then None.
+        swept: as `rows`, of systems that are solved one by one, each at times that are 0-d; `rows` is then None.
         mass: (n / B, n / B), M of `M y' = f(t, y)`, the same for each system; None is the identity.
         blind_to_time: f is known to read t as a number.
         products: `v -> J v` and `v -> Jᵀ v` at a time t, `(t: 0-d, v: (n,)) -> (n,)`, for a large linear f.
@@ -571,6 +576,7 @@ class ODEProblem:
     norm: Norm = rms_norm
     f0: Tensor | None = None
     event_fn: Callable[[Tensor, Tensor], Tensor] | None = None
+    event_source: Callable[[Any, Any], Tensor] | None = None
     onward: bool = False
     directions: tuple[int, ...] | None = None
     signs: tuple[float, ...] | None = None
@@ -589,7 +595,7 @@ class ODEProblem:
     layout: Layout | None = None
     batch: int = 1
     rows: Rows | None = None
-    own_times: np.ndarray | None = None
+    swept: Rows | None = None
     mass: Tensor | None = None
     split: tuple[Field, Field] | None = None
     second_order: bool = False
@@ -602,6 +608,11 @@ class ODEProblem:
     transformed: bool = False
     compiled: Any = None
     repeats: dict[str, Any] | None = None
+
+    @property
+    def own_times(self) -> np.ndarray | None:
+        """(B, T) float64: of systems that are solved one by one, the times where each has its own."""
+        return self.swept.times if self.swept is not None and self.swept.own else None
 
     def asked(self, t: float, toward: float) -> Tensor:
         """`t`, an end of the solve or of a step, as f sees it: with `perturb` one rounding unit on the way `toward`

@@ -22,8 +22,9 @@ from torch import Tensor
 from . import numbers, progress
 from .engines import choice
 from .engines.crossing import crossing, leg, rate
-from .errors import BadOption, InconsistentStart, TooManyEvents
+from .errors import BadOption, InconsistentStart, SolveError, TooManyEvents
 from .jumps import Event, Events
+from .notices import log_once
 from .problem import Equation, Layout, ODEProblem, Prepared, like
 from .solution import Occurrence, Solution, Stats, Steps, interpolant
 from .solver import Solver
@@ -54,7 +55,25 @@ def solved(solver: Solver, e: Equation, *, dense: bool) -> Solution:
             "events are of the whole state, and options['batch_dims'] makes systems of it with steps of their own. "
             "Leave batch_dims out; or use event_fn, which ends each system at its own event."
         )
-    chain = Chain(solver, e, dense)
+    if solver._forward.options.get("estimates"):
+        raise BadOption("options['estimates'] are of one solve, and events make several: leave one of them out.")
+    chain = Chain(solver, e, dense, solver.engine)
+    try:
+        follow(chain)
+    except SolveError as error:
+        reason = None if isinstance(error, TooManyEvents) else choice.second(solver.engine, chain.made, error)
+        if reason is None:
+            raise
+        chain = Chain(solver, e, dense, "torch")
+        chain.stats.reason = reason
+        log_once(chain.stats.engine, reason, chain.stats.method, chain.made.gradient or "through the solver")
+        follow(chain)
+    chain.stats.wall = time.perf_counter() - start
+    return chain.solution()
+
+
+def follow(chain: Chain) -> None:
+    """Make the solves of a chain, as `f` is to be called in them."""
     p = chain.made.problem
     device = p.y0.device.type
     with contextlib.ExitStack() as within:
@@ -63,8 +82,6 @@ def solved(solver: Solver, e: Equation, *, dense: bool) -> Solution:
         if p.options.progress:
             within.enter_context(progress.shown(p))
         chain.run()
-    chain.stats.wall = time.perf_counter() - start
-    return chain.solution()
 
 
 class Point(NamedTuple):
@@ -95,9 +112,9 @@ class Part:
 class Chain:
     """The solves between events, one after the other."""
 
-    def __init__(self, solver: Solver, e: Equation, dense: bool) -> None:
-        self.solver, self.e, self.dense = solver, e, dense
-        self.made: Prepared = solver._prepare(e._replace(events=None), solver.engine)
+    def __init__(self, solver: Solver, e: Equation, dense: bool, engine: str) -> None:
+        self.solver, self.e, self.dense, self.engine = solver, e, dense, engine
+        self.made: Prepared = solver._prepare(e._replace(events=None), engine)
         self.stats: Stats = self.made.stats
         p = self.made.problem
         assert p.layout is not None
@@ -249,7 +266,7 @@ class Chain:
         e = self.e._replace(h0=self.layout.unflatten(y), t=t, events=None)
         old = self.made.problem
         self.nfe += old.f.nfe
-        self.made = self.solver._prepare(e, self.solver.engine)
+        self.made = self.solver._prepare(e, self.engine)
         self.made.problem.callbacks, self.made.stats = old.callbacks, self.stats
         self.stats.engine, self.made.needed = self.made.engine.NAME, True
 

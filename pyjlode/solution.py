@@ -92,6 +92,9 @@ class Stats(_Compared):
             were compiled; "" where nothing was.
         not_compiled: why the Julia engine called f back; what of a compiled solve on the native engine is not compiled.
         systems: the same for each system of a batch, where each had steps of its own; else None.
+        error_estimate: 0-d, with `options={"estimates": True}`, else None: the sum over the accepted steps of the
+            estimated local error (its root mean square) times the length of the step. Differentiable.
+        stiffness_estimate: 0-d, the same for the estimate of the largest |eigenvalue| of df/dh. Differentiable.
     """
 
     engine: str
@@ -111,6 +114,12 @@ class Stats(_Compared):
     compiled: str = ""
     not_compiled: str = ""
     systems: SystemStats | None = None
+    error_estimate: Tensor | None = None
+    stiffness_estimate: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """To copy and to pickle: without graphs, which cannot be."""
+        return {name: x.detach() if isinstance(x, Tensor) else x for name, x in vars(self).items()}
 
 
 @dataclass
@@ -303,7 +312,7 @@ def interpolant(
         event_t: where that ended, if an event ended it.
         blind: the result carries a gradient, and the dense output does not.
     """
-    if p.rows is not None:
+    if p.rows is not None or (p.swept is not None and p.batch > 1):
         return _of_systems(record, p, layout, event_t, blind)
     t0 = p.times[0]
     t1 = p.times[-1] if event_t is None else numbers.read(event_t)
@@ -337,7 +346,7 @@ def _of_systems(
     record: Any, p: ODEProblem, layout: Layout, event_t: Tensor | None, blind: bool
 ) -> Callable[[Tensor], Any]:
     """As `interpolant`, of systems with times of their own."""
-    rows = p.rows
+    rows = p.rows or p.swept
     assert rows is not None
     ends = rows.ends if event_t is None else event_t.detach().cpu().double().numpy().reshape(-1)
     low, high = np.fmin(rows.starts, ends)[:, None], np.fmax(rows.starts, ends)[:, None]
@@ -360,7 +369,8 @@ def _of_systems(
             )
         if blind and torch.is_grad_enabled():
             raise _blind()
-        ys = layout.unflatten(record.dense(times))
+        count = times.shape[-1]
+        ys = layout.unflatten(record.ys[:1].expand(count, -1) if record.dense is None else record.dense(times))
         return ys if t.ndim else pytree.tree_map(lambda x: x[0], ys)
 
     return interpolate

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import arguments, engines, first, gradients, jumps, methods, mistakes, numbers, progress, transforms
-from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, SolveError
+from . import arguments, engines, first, gradients, implicit, jumps, methods, mistakes, numbers, progress, transforms
+from .errors import BadDtype, BadOption, BadShape, BadTime, BadTolerance, NotCompiled, SolveError
 from .methods import Method
 from .notices import log_once, warn
 from .problem import (
@@ -292,7 +292,10 @@ class Solver:
             gradient = chosen.recommended(p, asked=True)
         first.keep(p, f0, gradient)
         if p.mass is not None:
+            given = p.y0
             p.y0 = engines.choice.consistent(p)
+            if isinstance(e.f, implicit.Slopes):
+                e.f.look_at_start(p, given)
             p.f0 = p.f0 if p.options.consistent == "check" else None
         if not p.transformed and self._has_backward(gradient):
             p.adjoint = self._adjoint(e, p, reading)
@@ -333,11 +336,12 @@ class Solver:
             atol=reading.atol,
             options=options,
             norm=reading.norm,
+            event_source=event_fn,
             event_fn=event_fn and (lambda t, y: arguments.event_value(event_fn(t, layout.unflatten(y)))),
             layout=layout,
             batch=batch,
             rows=rows,
-            mass=arguments.mass_matrix(_mass(e, t, layout, batch), row, layout, batch),
+            mass=arguments.mass_matrix(e.mass_matrix, row, layout, batch),
             second_order=isinstance(e.f, SecondOrder),
             split=_parts(e.f, row, layout, autocast),
             jac=arguments.jacobian(e.jac, row, layout, batch),
@@ -435,17 +439,6 @@ class Solver:
 
 _BACKWARD = ("adjoint_rtol", "adjoint_atol", "adjoint_method", "adjoint_options")
 Solver.__init__ = mistakes.front(arguments.KEYWORDS)(Solver.__init__)  # type: ignore[method-assign]
-
-
-def _mass(e: Equation, t: Tensor, layout: Layout, batch: int) -> Any:
-    """The mass matrix as the user gave it, or as an implicit field has it."""
-    if not isinstance(e.f, Implicit):
-        return e.mass_matrix
-    if e.mass_matrix is not None:
-        raise BadOption("mass_matrix: an Implicit field has one of its own.")
-    if not layout.bare or batch > 1:
-        raise BadOption("an Implicit field is for a state that is one real tensor, and not for batch_dims.")
-    return e.f.mass(t[0].detach().to(e.h0), e.h0)
 
 
 def _parts(f: Any, row: Method, layout: Layout, autocast: bool) -> tuple[Field, Field] | None:
@@ -582,6 +575,13 @@ def solved(how: Solver | Mapping[str, Any], e: Equation, *, dense: bool) -> Solu
     """
     start = time.perf_counter()
     solver = how if isinstance(how, Solver) else kept(how)
+    if isinstance(e.f, Implicit):
+        return implicit.solved(solver, e, lambda solver, e: _solved(solver, e, dense, start))
+    return _solved(solver, e, dense, start)
+
+
+def _solved(solver: Solver, e: Equation, dense: bool, start: float) -> Solution:
+    """Solve an equation; `start` is when that was asked for."""
     if e.events is not None:
         from . import segments  # few solves have events
 
@@ -608,7 +608,7 @@ def solved(how: Solver | Mapping[str, Any], e: Equation, *, dense: bool) -> Solu
     assert p.layout is not None
     ys, ts = record.ys, p.t if e.t is own_t else own_t
     if event_t is not None:
-        starts = p.t[..., 0] if p.rows is None else p.t[..., 0].expand(event_t.shape)
+        starts = p.t[..., 0].expand(event_t.shape)
         ys, ts = torch.stack([ys[0], ran.event_y]), torch.stack([starts, event_t], -1)
     stats.nfe = p.f.nfe + (p.split[0].nfe if p.split else 0)
     stats.wall = time.perf_counter() - start
@@ -642,7 +642,7 @@ def _run(solver: Solver, e: Equation, made: Prepared, dense: bool) -> _Ran:
 
     try:
         record, steps = run(made)
-    except SolveError as error:
+    except (SolveError, NotCompiled) as error:
         reason = engines.choice.second(solver.engine, made, error)
         if reason is None:
             raise

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .errors import BadOption, BadShape
+from .errors import BadShape
 
 
 class SecondOrder(nn.Module):
@@ -73,29 +73,31 @@ class Split(nn.Module):
 
 
 class Implicit(nn.Module):
-    """The field of the fully implicit system `F(t, y, y') = 0`, of index 1, where `F` is linear in `y'` with constant
-    coefficients: `M y' = f(t, y)` with `M = dF/dy'` and `f = -F(t, y, 0)`, both of which are found.
+    """The field of the fully implicit system `F(t, y, y') = 0`, of index 1.
 
-    `odeint(Implicit(F), y0, t, method="radau5")` solves it as a system with a `mass_matrix`, by the methods that take
-    one. `y'` at the start is not asked for; `options={"consistent": "compute"}` makes `y0` consistent. A module, so
-    that its parameters are those of `F`.
+    `odeint(Implicit(F), y0, t, method="radau5")` solves it by the methods that take a `mass_matrix` (docs/dae.md): as
+    `M y' = f(t, y)` where F is linear in `y'` with constant coefficients, else beside the part of `y'` that F depends
+    on.
+    `options={"consistent": "compute"}` makes `y0` consistent. A module, so that its parameters are those of `F`.
 
     Args:
         F: `F(t, y, dy) -> residual`, of the shape of `y`, which is one real tensor.
+        dy0: a guess of `y'` at the start, of the shape of `y`; zero by default. Of several roots the one near by is
+            taken. Not looked at where F is linear in `y'`.
 
     Raises:
-        BadOption: in the solve, where the coefficients of `y'` are not constant.
+        BadOption: in the solve, where the null space of dF/dy' is not constant.
         HighIndex: the index is above 1.
 
     Source: Brenan, Campbell & Petzold, Numerical Solution of Initial-Value Problems in Differential-Algebraic
     Equations, SIAM 1996.
     """
 
-    def __init__(self, F: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, F: Callable[[Tensor, Tensor, Tensor], Tensor], dy0: Tensor | None = None) -> None:
         super().__init__()
         if not callable(F):
             raise BadShape(f"Implicit takes the residual as a function F(t, y, dy); got a {type(F).__name__}.")
-        self.F = F
+        self.F, self.dy0 = F, dy0
 
     def forward(self, t: Tensor, h: Tensor) -> Tensor:
         """(t, y) -> -F(t, y, 0)."""
@@ -103,12 +105,8 @@ class Implicit(nn.Module):
             raise BadShape(f"the state of an Implicit field must be one tensor; it is a {type(h).__name__}.")
         return -self.F(t, h, torch.zeros_like(h))
 
-    def mass(self, t: Tensor, y: Tensor) -> Tensor:
-        """dF/dy', (d, d).
-
-        Raises:
-            BadOption: it is not a constant.
-        """
+    def mass(self, t: Tensor, y: Tensor) -> Tensor | None:
+        """dF/dy', (d, d); None if it is not a constant."""
         y = y.detach()
         M = self.leading(t, y, torch.zeros_like(y))
         # Two other points: what is not constant shows at nearly all of them.
@@ -116,14 +114,12 @@ class Implicit(nn.Module):
         for shift in (0.37, -1.13):
             moved = self.leading(t + shift * (1 + t.abs()), y + shift * other, torch.full_like(y, shift) * other)
             if not torch.allclose(moved, M, rtol=1e-6, atol=1e-9 * float(M.detach().abs().max())):
-                raise BadOption(
-                    "the coefficients of y' in F(t, y, y') change with t, y or y', and Implicit takes constant ones. "
-                    "If dF/dy' is regular, solve for y'. Else write y' = z, 0 = F(t, y, z) for those that move, with a "
-                    "mass_matrix, if that is of index 1."
-                )
+                return None
         return M
 
     def leading(self, t: Tensor, y: Tensor, dy: Tensor) -> Tensor:
+        """dF/dy' at a point, (d, d)."""
+
         def residual(v: Tensor) -> Tensor:
             return self.F(t, y, v.reshape(y.shape)).reshape(-1)
 

@@ -1,10 +1,13 @@
 """What all tests share."""
 
+import gc
 import os
 from pathlib import Path
 
 # What "auto" means in these tests: the native engine, with a Julia or without. Tests of the Julia engine name it.
 os.environ["PYJLODE_ENGINE"] = "torch"
+# One thread here, and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
@@ -16,7 +19,8 @@ torch.set_num_threads(1)
 
 # "Explain" traces every line of Python, which takes a compiler ten times as long.
 _PHASES = [x for x in hypothesis.Phase if x is not hypothesis.Phase.explain]
-hypothesis.settings.register_profile("laws", deadline=None, derandomize=True, max_examples=40, phases=_PHASES)
+for _name, _examples in (("laws", 10), ("many", 30)):  # `make test`, and `make test-slow`
+    hypothesis.settings.register_profile(_name, deadline=None, derandomize=True, max_examples=_examples, phases=_PHASES)
 hypothesis.settings.load_profile("laws")
 
 
@@ -62,6 +66,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason=NO_CUDA))
+
+
+def pytest_collection_finish():
+    """The garbage collector need not look at the modules and the ten thousand tests each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyjlode.data import hudson_bay
+from pyjlode.data import hare_lynx, hudson_bay
 
 # Year, hare, lynx in thousands of pelts: hudson-bay-lynx-hare.csv of Carpenter, Predator-prey population dynamics: the
 # Lotka-Volterra model in Stan, 2018 (github.com/stan-dev/example-models, knitr/lotka-volterra), which has them from
@@ -40,6 +40,28 @@ def test_hudson_bay_sums_to_the_published_totals():
     # Sums of the 21 rows of the published table: no row between those above was mistyped.
     _, pelts = hudson_bay()
     assert pelts.sum(0).tolist() == pytest.approx([715.7, 423.5], abs=1e-9)
+
+
+# The first and the last year, and peaks and troughs of both.
+LONG = [
+    (1845, 19.58, 30.09),
+    (1863, 152.65, 14.33),
+    (1862, 2.18, 4.09),
+    (1886, 134.86, 79.35),
+    (1899, 2.3, 8.86),
+    (1919, 11.21, 3.19),
+    (1928, 1.8, 37.7),
+    (1935, 15.76, 35.4),
+]
+
+
+def test_hare_lynx_is_the_published_record():
+    years, pelts = hare_lynx()
+    assert years.tolist() == list(range(1845, 1936))
+    assert (pelts.shape, years.dtype, pelts.dtype) == ((91, 2), torch.float64, torch.float64)
+    for year, *counts in LONG:
+        assert pelts[years == year].tolist() == [counts]
+    assert pelts.sum(0).tolist() == pytest.approx([4131.99, 2578.63], abs=1e-9)
 
 
 def test_each_call_gives_tensors_of_its_own():

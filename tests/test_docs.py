@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,21 @@ def test_files_that_it_names_are_there(path):
             assert (path.parent / link).exists(), link
     for file in re.findall(r"\b((?:benchmarks|docs|examples|tests|pyjlode)/[\w/]+\.\w+)", text):
         assert (ROOT / file).exists(), file
+
+
+def test_external_links_are_well_formed():
+    """Whether they lead somewhere, `make links` asks. An identifier that the bibliography shows is the one it links."""
+    found = runpy.run_path(str(ROOT / ".ci/links.py"))["external"]()
+    assert len(found) >= 20
+    for file, address in found:
+        assert address.startswith("https://"), (file, address)
+        if "doi.org" in address:
+            assert re.fullmatch(r"https://doi\.org/10\.\d{4,9}/[-.;()/:\w]+", address), (file, address)
+            assert address.count("(") == address.count(")"), (file, address)
+    text = (ROOT / "docs/about/bibliography.md").read_text(encoding="utf-8")
+    shown = re.findall(r"\[(10\.\S+?)\]\(https://doi\.org/(\S+)\)", text)
+    assert len(shown) >= 20
+    assert [pair for pair in shown if pair[0] != pair[1]] == []
 
 
 def test_the_readme_can_be_read_in_two_minutes():

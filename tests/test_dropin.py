@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchdiffeq
+from designs import covering
 
 import pyjlode
 import pyjlode.nn
@@ -24,7 +25,7 @@ from pyjlode import errors, odeint, odeint_adjoint, odeint_dense, odeint_event, 
 F64 = torch.float64
 H0 = torch.tensor([1.0, 0.5], dtype=F64)
 T = torch.linspace(0, 1, 5, dtype=F64)
-FIXED = [name for name, row in pyjlode.METHODS.items() if row.kind in ("fixed", "implicit", "adams")]
+FIXED = [name for name, row in pyjlode.METHODS.items() if row.kind in ("fixed", "implicit", "adams", "reversible")]
 SYSTEMS = [name for name, row in pyjlode.METHODS.items() if row.kind in ("adaptive", "stiff", "auto")]
 NATIVE = [name for name, row in pyjlode.METHODS.items() if row.kind not in ("scipy", "second")]
 A = torch.tensor([[-0.1, 2.0], [-2.0, -0.1]], dtype=F64)
@@ -238,12 +239,12 @@ class Out:
 
 
 @pytest.mark.filterwarnings("ignore:autograd cannot differentiate f")  # but for "copy_" it cannot
-@pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("kind", ["out", "view", "numpy", "copy_"])
-@pytest.mark.parametrize("method", [*NATIVE, "scipy_solver"])
-@pytest.mark.parametrize("moving", [False, True], ids=["", "h0"])
+@pytest.mark.parametrize(
+    ("method", "kind", "dense", "moving"),
+    covering([*NATIVE, "scipy_solver"], ["out", "view", "numpy", "copy_"], [False, True], [False, True]),
+)
 def test_one_buffer_for_every_result(method, kind, dense, moving):
-    tol = 1e-2 if method == "implicit_adams" else 1e-6  # its corrector is to settle
+    tol = 1e-2 if method == "implicit_adams" else 1e-4  # its corrector is to settle
     given = {"method": method, "dense": dense, "rtol": tol, "atol": tol}
     h0 = H0.clone().requires_grad_(moving)
     right = solve(lambda t, h: A @ h, h0, T, **given)
@@ -253,9 +254,9 @@ def test_one_buffer_for_every_result(method, kind, dense, moving):
         assert kind != "copy_"
         assert pyjlode.METHODS[method].kind == "implicit"
         return
-    assert torch.allclose(found.h, right.h, atol=1e-5)
+    assert torch.allclose(found.h, right.h, atol=1e-4)
     if dense and method != "scipy_solver":
-        assert torch.allclose(found.interpolate(0.37), right.interpolate(0.37), atol=1e-5)
+        assert torch.allclose(found.interpolate(0.37), right.interpolate(0.37), atol=1e-4)
 
 
 @pytest.mark.parametrize("adjoint", [False, True, "backsolve", "gauss"])

@@ -69,16 +69,14 @@ def test_states_of_several_tensors_rows_of_times_and_events():
 
 @pytest.mark.parametrize("method", ["dopri5", "radau5"])  # steps of their own, and common ones
 def test_systems_that_fail_are_named_and_disturb_no_other(method):
-    a = torch.full((20,), 0.1, dtype=torch.float64)
-    a[[3, 17]] = 10.0  # they blow up at t = 0.1
-    with pytest.warns(
-        UserWarning, match=r"2 of 20 systems failed; the first is number 3: StepSizeTooSmall: \w+: at t="
-    ):
-        made = ensemble(work.blows_up, ONES, T, params=a, chunk=8, method=method)
-    assert made.failed.nonzero()[:, 0].tolist() == [3, 17] == list(made.why)
+    a = torch.full((6,), 0.1, dtype=torch.float64)
+    a[[1, 5]] = 10.0  # they blow up at t = 0.1
+    with pytest.warns(UserWarning, match=r"2 of 6 systems failed; the first is number 1: StepSizeTooSmall: \w+: at t="):
+        made = ensemble(work.blows_up, ONES[:6], T, params=a, chunk=3, method=method)
+    assert made.failed.nonzero()[:, 0].tolist() == [1, 5] == list(made.why)
     assert made.h[:, made.failed].isnan().all()
     right = 1 / (1 - 0.1 * T)
-    torch.testing.assert_close(made.h[:, ~made.failed, 0], right[:, None].expand(5, 18), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(made.h[:, ~made.failed, 0], right[:, None].expand(5, 4), rtol=1e-5, atol=1e-6)
     assert "2 failed" in repr(made)
 
 
@@ -230,10 +228,10 @@ def data_sets(rates):
 
 
 def test_fits_are_shared_out(tmp_path):
-    rates = [0.3, 0.7, 1.1, 1.9]
+    rates = [0.3, 1.1]
     found = ensemble_map(work.fit, data_sets(rates), executor=2, directory=tmp_path / "fits")
     assert found == pytest.approx(rates, rel=1e-4)
-    assert len(list((tmp_path / "fits").glob("*.pkl"))) == 4
+    assert len(list((tmp_path / "fits").glob("*.pkl"))) == 2
     assert ensemble_map(work.fit, data_sets(rates), directory=tmp_path / "fits") == found
 
 

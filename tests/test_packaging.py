@@ -23,7 +23,8 @@ from pyjlode.bridge import runtime
 package = Path(pyjlode.__file__).parent
 assert package.is_relative_to(sys.prefix), package
 assert runtime._SOURCES == package / "julia", runtime._SOURCES
-for name in ("py.typed", "data/hudson_bay.csv", "julia/Project.toml", "julia/src/PyJLODE.jl", "juliapkg.json"):
+data = ("data/hare_lynx.csv", "data/hudson_bay.csv")
+for name in ("py.typed", *data, "julia/Project.toml", "julia/src/PyJLODE.jl", "juliapkg.json"):
     assert (package / name).exists(), name
 model = pyjlode.nn.NeuralODE(pyjlode.nn.TimeMLP([2, 8, 2]), engine="native")
 model(torch.ones(3, 2)).sum().backward()

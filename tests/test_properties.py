@@ -18,6 +18,8 @@ FIXED = ["euler", "midpoint", "heun3", "rk4", "explicit_adams", "gl4", "radauIIA
 GRADIENTS = [False, True, *GENERAL]
 TOL = {"rtol": 1e-9, "atol": 1e-11}
 
+FEWER = settings(max_examples=settings().max_examples // 2)
+
 Pair = namedtuple("Pair", "first second")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -177,7 +179,6 @@ def test_linear_systems_are_the_matrix_exponential(system, t, method):
     assert close(pyjlode.odeint(lambda t, x: A @ x, x, t, method=method, **TOL), propagate(A, x, t), 1e-6)
 
 
-@settings(max_examples=20)
 @given(systems(), grids(longest=0.5), st.sampled_from(["rk4", "gl4", "gl6", "radauIIA5", "implicit_adams"]))
 def test_fixed_steps_converge_to_the_matrix_exponential(system, t, method):
     A, x = system
@@ -324,7 +325,7 @@ def test_an_event_is_where_the_solution_is_zero(system, t, fraction):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
+@FEWER
 @pytest.mark.parametrize("adjoint", GRADIENTS, ids=str)
 @given(systems(), grids(longest=1.0, most=3))
 def test_gradients_of_linear_systems(adjoint, system, t):
@@ -338,7 +339,7 @@ def test_gradients_of_linear_systems(adjoint, system, t):
         assert close(a, b, 1e-5)
 
 
-@settings(max_examples=25)
+@FEWER
 @pytest.mark.parametrize("adjoint", GRADIENTS, ids=str)
 @given(
     st.recursive(
@@ -364,7 +365,7 @@ def test_gradients_of_any_pytree(adjoint, h0, t):
     assert close(torch.zeros_like(w) if by_w is None else by_w, expected, 1e-6)
 
 
-@settings(max_examples=25)
+@FEWER
 @pytest.mark.parametrize("method", ["rk4", "explicit_adams", "gl4", "bosh3", "vern7"])
 @given(systems(), grids(longest=1.0, most=4))
 def test_the_discrete_adjoint_is_differentiation_through_the_solver(method, system, t):

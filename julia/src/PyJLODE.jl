@@ -8,7 +8,7 @@ module PyJLODE
 
 using CommonSolve: init, solve!
 using DiffEqBase: DEVerbosity
-using LinearAlgebra: BLAS, I
+using LinearAlgebra: BLAS, I, SymTridiagonal, UniformScaling, eigen, svd
 using OrdinaryDiffEqCore: OrdinaryDiffEqCore, PIController, default_controller, isadaptive
 using PrecompileTools: @compile_workload, @setup_workload
 using SciMLBase: CallbackSet, ContinuousCallback, DiscreteCallback, FullSpecialize, NoInit, ODEFunction, ODEProblem,
@@ -26,7 +26,10 @@ include("packs.jl")
 include("explicit.jl")
 include("alone.jl")
 include("solve.jl")
+include("dae.jl")
 include("abreast.jl")
+include("watch.jl")
+include("walks.jl")
 include("calls.jl")
 include("precompile.jl")
 

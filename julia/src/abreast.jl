@@ -10,6 +10,12 @@ The `count` systems of such a sweep, and the method, a [`Tableau`](@ref) with it
     two estimates the first is damped by the second. `fsal`: whether they need the slope at the end of the step.
   - `b`, `d`, `gammas`, `gamma`, `jac`, `tgrad`: of a [`Rosenbrock`](@ref) method alone; the last two are functions as `f`
     is. `a`, `c`, `e` and `p` are then of its stages.
+  - `event`: event functions of eight systems, `margins` numbers, as `f` is; null for none. Each system then ends where the
+    first of them crosses zero, in `direction` from its first time. `event_numbers`: what they hold, of which the first
+    `event_parameters` are parameters; `event_places`, `event_values`: of that, as `places` and `values`; `event_work`:
+    numbers that they need room for. `event_times`: of Float64, for the times of the events, which stay as they are where
+    there is none. `event_slopes`: for the slopes of the states there; `event_margins`, (margins, 2, count): for the values
+    of the functions at the starts and at the events.
   - `order`: of the method. `own`: whether `times` has times for each system, one system after the other.
   - `go_on`: a system that fails is NaN from there on, and the others go on.
   - `naccept`, `nreject`: of Int64, room for the steps of each. `codes`: of Int64, for 0 where a system came to its end, or
@@ -41,6 +47,17 @@ struct Abreast
     gamma::Float64
     jac::Ptr{Cvoid}
     tgrad::Ptr{Cvoid}
+    event::Ptr{Cvoid}
+    margins::Int64
+    event_parameters::Int64
+    event_work::Int64
+    direction::Int64
+    event_numbers::Lent
+    event_places::Lent
+    event_values::Lent
+    event_times::Lent
+    event_slopes::Lent
+    event_margins::Lent
 end
 
 """
@@ -50,6 +67,8 @@ What the gradient of a sweep is asked for. As [`ReplayRequest`](@ref), for each 
     system has of its own, 0 of the constants among them; these are 0 in `dp`.
   - `g`: (n, count, times). `dt`: (times, count), by the times; empty where these are not asked for, and else `states` are
     those that the sweep gave, (n, count, times). `pull`: both products of eight systems, as [`compile_packed`](@ref) makes it.
+  - `bend`: of a [`Rosenbrock`](@ref) method alone. Such a function too: of `v`, n^2 numbers M in column-major order and then
+    n numbers r, it gives the derivatives of Σ M[i, j] ∂f[i]/∂u[j] + Σ r[i] ∂f[i]/∂t by the state and the parameters.
 """
 struct PullRequest
     du0::Lent
@@ -59,9 +78,13 @@ struct PullRequest
     dt::Lent
     states::Lent
     pull::Ptr{Cvoid}
+    bend::Ptr{Cvoid}
 end
 
-const CAUSES = (ReturnCode.MaxIters, ReturnCode.Unstable, ReturnCode.DtLessThanMin, ReturnCode.DtNaN)
+# Of the last two the state, or an event function, is NaN.
+const CAUSES = (
+    ReturnCode.MaxIters, ReturnCode.Unstable, ReturnCode.DtLessThanMin, ReturnCode.DtNaN, ReturnCode.DtNaN,
+)
 
 """
 A Rosenbrock method in the form that needs no product with the Jacobian J (Hairer & Wanner, Solving ODEs II, IV.7):
@@ -103,7 +126,7 @@ end
 rows(m::Rosenbrock) = m.s
 filled(m::Rosenbrock) = m.s
 calls(m::Rosenbrock) = (m.s, false)
-unit(m::Rosenbrock, dt) = one(dt)
+unit(m::Rosenbrock, dt) = one(eltype(dt))
 polynomial(m::Rosenbrock, l) = view(m.p, :, l)
 finish!(crew, f, m::Rosenbrock) = nothing
 complete!(crew, f, m::Rosenbrock, points) = nothing
@@ -115,17 +138,71 @@ Base.copy(m::Rosenbrock{T}) where {T} = Rosenbrock{T}(
 Base.copy(m::Embedded) = m
 
 """
-The steps that were accepted, in blocks of eight lanes: at each block the states (n of each lane) and the times that they
-begin at, their lengths, and the systems that made them; 0 for a lane without.
+Some of the steps that were accepted, in blocks of eight lanes: at each block the states (n of each lane) and the times that
+they begin at, their lengths, and the systems that made them; 0 for a lane without.
 """
-mutable struct Track{T}
-    const states::Vector{T}
-    const times::Vector{Float64}
-    const steps::Vector{Float64}
-    const systems::Vector{Int64}
-    blocks::Int  # that are written; there is room for more
+struct Chunk{T}
+    states::Vector{T}
+    times::Vector{Float64}
+    steps::Vector{Float64}
+    systems::Vector{Int32}
 end
-Track{T}() where {T} = Track{T}(T[], Float64[], Float64[], Int64[], 0)
+
+"Blocks in a chunk."
+const CHUNK = 512
+
+function Chunk{T}(n) where {T}
+    lanes = CHUNK * WIDTH
+    room(S, m) = Vector{S}(undef, m * lanes)
+    return Chunk{T}(room(T, n), room(Float64, 1), room(Float64, 1), room(Int32, 1))
+end
+
+"Steps in as many chunks as they need; `blocks` are written."
+mutable struct Track{T}
+    const n::Int
+    const chunks::Vector{Chunk{T}}
+    blocks::Int
+end
+Track{T}(n) where {T} = Track{T}(n, Chunk{T}[], 0)
+
+"The chunk that block j lies in, and how many blocks lie there before it."
+@inline function place_of(track::Track, j)
+    c, before = divrem(j - 1, CHUNK)
+    return @inbounds(track.chunks[c + 1]), before
+end
+
+# Chunks for the next sweep, by the numbers of their systems. Fresh memory takes longer to come by than to fill.
+const SPARE = Dict{Tuple{DataType, Int}, Vector{Any}}()
+const SPARE_LOCK = Threads.SpinLock()
+const SPARE_BYTES = Ref(0)
+const MOST_SPARE = 2^27
+
+bytes(c::Chunk) = sizeof(c.states) + sizeof(c.times) + sizeof(c.steps) + sizeof(c.systems)
+
+"A chunk, an old one if there is one."
+function take_chunk(::Type{T}, n) where {T}
+    @lock SPARE_LOCK begin
+        spare = get(SPARE, (T, n), nothing)
+        if spare !== nothing && !isempty(spare)
+            old = pop!(spare)::Chunk{T}
+            SPARE_BYTES[] -= bytes(old)
+            return old
+        end
+    end
+    return Chunk{T}(n)
+end
+
+"Nobody needs these steps any more."
+recycle!(x) = nothing
+function recycle!(track::Track{T}) where {T}
+    @lock SPARE_LOCK for chunk in track.chunks
+        SPARE_BYTES[] + bytes(chunk) > MOST_SPARE && break
+        SPARE_BYTES[] += bytes(chunk)
+        push!(get!(Vector{Any}, SPARE, (T, track.n)), chunk)
+    end
+    empty!(track.chunks)
+    return nothing
+end
 
 "Room for what eight systems hold, compute and are at."
 struct Crew{T}
@@ -193,7 +270,7 @@ end
     return nothing
 end
 
-function slope!(crew::Crew, f, to, y, c)
+function field_at!(crew::Crew, f, to, y, c)
     set_time!(crew, c)
     packed(f, crew, to, y, y)
     return nothing
@@ -286,6 +363,25 @@ function solve_factorised!(x::PackNumbers{T}, A, swapped, n) where {T}
     return nothing
 end
 
+"The same with the transposed matrix."
+function solve_transposed!(x::PackNumbers{T}, A, swapped, n) where {T}
+    at(i, j) = i + (j - 1) * n
+    for j in 1:n
+        for i in 1:(j - 1)
+            x[j] = x[j] - A[at(i, j)] * x[i]
+        end
+        x[j] = x[j] * A[at(j, j)]
+    end
+    for j in n:-1:1, i in (j + 1):n
+        x[j] = x[j] - A[at(i, j)] * x[i]
+    end
+    for j in n:-1:1, i in n:-1:(j + 1)
+        larger = swapped[at(i, j)] == one(T)
+        x[i], x[j] = ifelse(larger, x[j], x[i]), ifelse(larger, x[i], x[j])
+    end
+    return nothing
+end
+
 function errors(crew::Crew{T}, m::Rosenbrock{T}, rtol::T, atol::T) where {T}
     (; n, u, y, k) = crew
     squares = squares_of_error(
@@ -319,6 +415,25 @@ function dense!(column, crew::Crew{T}, m, w, part) where {T}
     return nothing
 end
 
+"The slope of that."
+function slope!(column, crew::Crew{T}, m, w, part) where {T}
+    (; n, k, dt) = crew
+    fill!(column, zero(T))
+    for l in 1:rows(m)
+        p = polynomial(m, l)
+        rate = 0.0
+        for q in length(p):-1:1
+            rate = muladd(rate, part, q * p[q])
+        end
+        weight = T(unit(m, dt[w]) / dt[w] * rate)
+        iszero(weight) && continue
+        for i in 1:n
+            @inbounds column[i] = muladd(weight, k[at_lane((l - 1) * n + i, w)], column[i])
+        end
+    end
+    return nothing
+end
+
 "Of a sweep what its gradient needs: of each part the systems, and their steps."
 struct Swept{T, M}
     field::Field{T, Vector{T}}
@@ -330,6 +445,8 @@ struct Swept{T, M}
     tracks::Vector{Track{T}}
     parts::Vector{UnitRange{Int}}
 end
+
+recycle!(swept::Swept) = foreach(recycle!, swept.tracks)
 
 """
     abreast(field::Field{T}, request, sweep) -> Swept{T}, Outcome
@@ -346,13 +463,15 @@ end
 
 function abreast(field::Field{T}, r::Request, s::Abreast, method) where {T}
     times = s.own == 0 ? reshape(Vector{Float64}(r.times), :, 1) : reshape(Vector{Float64}(r.times), :, s.count)
+    # Where a system ends is then found out.
+    times = s.event == C_NULL ? copy(times) : repeat(times[1:1, :], 2, s.own == 0 ? s.count : 1)
     states = reshape(Vector{T}(r.out), field.n, s.count, size(times, 1))
     states[:, :, 1] = Vector{T}(r.u0)
     parts = collect(Iterators.partition(1:(s.count), cld(s.count, Threads.nthreads())))
     places = copy(Vector{Int64}(s.places))
     values = copy(reshape(Vector{T}(s.values), length(places), s.count))
-    tracks = [Track{T}() for _ in parts]
-    swept = Swept{T, typeof(method)}(copy(field), method, s.f, copy(times), places, values, tracks, parts)
+    tracks = [Track{T}(field.n) for _ in parts]
+    swept = Swept{T, typeof(method)}(copy(field), method, s.f, times, places, values, tracks, parts)
     own = [copy(field) for _ in parts]
     work(i) = march(parts[i], own[i], r, s, swept, states, r.keep == 0 ? nothing : tracks[i])
     if length(parts) == 1
@@ -362,6 +481,44 @@ function abreast(field::Field{T}, r::Request, s::Abreast, method) where {T}
         outcome = reduce(together, fetch.(tasks))
     end
     return swept, outcome
+end
+
+"""
+The event functions of the systems in a [`Crew`](@ref), with one of their own that has what they hold; `signs` are those
+that they had first, (margins, lanes), and `met` is 1 for the lanes that met their event in the step, -1 where they are NaN.
+"""
+struct Watch{T}
+    f::Ptr{Cvoid}
+    crew::Crew{T}
+    places::Vector{Int64}
+    values::Matrix{T}
+    direction::Float64
+    out::Vector{T}
+    point::Vector{T}
+    signs::Matrix{Float64}
+    met::Vector{Int}
+    before::Vector{Float64}  # how far in the step the functions are known to have these signs
+    good::Vector{Float64}  # by how much, or NaN
+    times::Vector{Float64}
+    slopes::Matrix{T}
+    margins::Array{T, 3}
+end
+
+function Watch{T}(s::Abreast, n) where {T}
+    all = Vector{T}(s.event_numbers)
+    room(m) = zeros(T, WIDTH * m)
+    hold(x) = repeat(x; inner = WIDTH)
+    crew = Crew{T}(
+        n, 0, T[], T[], T[], hold(all[1:(s.event_parameters)]), hold(all[(s.event_parameters + 1):end]),
+        room(max(s.event_work, 1)), room(1), zeros(WIDTH), zeros(WIDTH)
+    )
+    places = copy(Vector{Int64}(s.event_places))
+    return Watch{T}(
+        s.event, crew, places, copy(reshape(Vector{T}(s.event_values), length(places), s.count)), s.direction,
+        room(s.margins), room(n), zeros(s.margins, WIDTH), zeros(Int, WIDTH), zeros(WIDTH), zeros(WIDTH),
+        Vector{Float64}(s.event_times), reshape(Vector{T}(s.event_slopes), n, s.count),
+        reshape(Vector{T}(s.event_margins), s.margins, 2, s.count)
+    )
 end
 
 mutable struct Progress
@@ -415,6 +572,7 @@ struct March{T, M}
     go_on::Bool
     rtol::Float64
     atol::Float64
+    watch::Union{Nothing, Watch{T}}
 end
 
 times_of(swept::Swept, i) = view(swept.times, :, size(swept.times, 2) == 1 ? 1 : i)
@@ -428,7 +586,8 @@ function march(part, own::Field{T}, r::Request, s::Abreast, swept::Swept{T, M}, 
         reshape(Vector{T}(s.slopes), own.n, count), Vector{Int64}(s.naccept), Vector{Int64}(s.nreject),
         Vector{Int64}(s.codes), reshape(Vector{Float64}(s.ends), 2, count), track, Progress(first(part), 0, 0, 0, 0, 0),
         zeros(T, WIDTH), zeros(WIDTH), zeros(WIDTH), zeros(WIDTH), zeros(T, own.n), zeros(T, own.n),
-        zeros(T, WIDTH * own.n), zeros(T, own.n), s.go_on != 0, only_one(r.rtol), only_one(r.atol)
+        zeros(T, WIDTH * own.n), zeros(T, own.n), s.go_on != 0, only_one(r.rtol), only_one(r.atol),
+        s.event == C_NULL ? nothing : Watch{T}(s, own.n)
     )
     GC.@preserve march own foreach(w -> begin_next!(march, w), 1:WIDTH)
     while march.progress.running > 0
@@ -448,7 +607,7 @@ function begin_next!(m::March{T}, w) where {T}
             set_held!(field, at, value)
         end
         times = times_of(swept, i)
-        t, t_end = times[1], times[end]
+        t, t_end = times[1], m.watch === nothing ? times[end] : m.watch.direction * Inf
         start, slope = view(states, :, i, 1), view(slopes, :, i)
         copyto!(m.point, start)
         native(field, field.f, slope, m.point, m.point, field.parameters, t)
@@ -474,6 +633,7 @@ function begin_next!(m::March{T}, w) where {T}
         place.steps = place.accepted = 0
         progress.running += 1
         set_step!(m, w, h)
+        m.watch === nothing || begin_watch!(m.watch, crew, w, i)
         return nothing
     end
     place.system, crew.dt[w] = 0, 0.0
@@ -506,7 +666,7 @@ function step!(m::March{T}, f, method) where {T}
     if accepted > 0
         for_end && finish!(crew, f, method)
         m.track === nothing || note!(m.track, m)
-        write_outputs!(m, f, method)
+        m.watch === nothing ? write_outputs!(m, f, method) : look!(m, f, method)
         # Go on from the ends of the steps.
         mask = numbers(moved)[1] == one(T)
         u, y = numbers(crew.u), numbers(crew.y)
@@ -538,20 +698,18 @@ function store!(to::Vector{Float64}, x::Pack)
     return nothing
 end
 
-function note!(track::Track, m::March)
+function note!(track::Track{T}, m::March{T}) where {T}
     (; crew, moved, lanes) = m
-    size, j = WIDTH * crew.n, track.blocks
-    if (j + 1) * WIDTH > length(track.times)
-        room = max(2j, 256)
-        resize!(track.states, room * size)
-        foreach(x -> resize!(x, room * WIDTH), (track.times, track.steps, track.systems))
-    end
-    copyto!(track.states, j * size + 1, crew.u, 1, size)
+    size = WIDTH * crew.n
+    track.blocks += 1
+    track.blocks > CHUNK * length(track.chunks) && push!(track.chunks, take_chunk(T, crew.n))
+    chunk, before = place_of(track, track.blocks)
+    copyto!(chunk.states, before * size + 1, crew.u, 1, size)
     for w in 1:WIDTH
-        track.times[j * WIDTH + w], track.steps[j * WIDTH + w] = crew.t[w], crew.dt[w]
-        track.systems[j * WIDTH + w] = moved[w] == 1 ? lanes[w].system : 0
+        at = before * WIDTH + w
+        chunk.times[at], chunk.steps[at] = crew.t[w], crew.dt[w]
+        chunk.systems[at] = moved[w] == 1 ? lanes[w].system : 0
     end
-    track.blocks = j + 1
     return nothing
 end
 
@@ -582,14 +740,20 @@ function write_outputs!(m::March{T}, f, method) where {T}
 end
 
 "Choose the next step of lane w after one that was accepted or not, or have the next system begin."
-function settle!(m::March, w, ok)
-    (; crew, control, progress, naccept, nreject) = m
+function settle!(m::March{T}, w, ok) where {T}
+    (; crew, control, progress, naccept, nreject, states) = m
     place, h = m.lanes[w], abs(m.crew.dt[w])
     place.steps += 1
     i = place.system
     if ok
         place.accepted += 1
         progress.accepted += 1
+        if m.watch !== nothing && m.watch.met[w] != 0
+            naccept[i], nreject[i] = place.accepted, place.steps - place.accepted
+            progress.running -= 1
+            m.watch.met[w] > 0 || fail!(m, w, 5)
+            return begin_next!(m, w)
+        end
         crew.t[w] = place.last ? place.end_time : crew.t[w] + crew.dt[w]
         if place.last
             naccept[i], nreject[i] = place.accepted, place.steps - place.accepted
@@ -603,7 +767,7 @@ function settle!(m::March, w, ok)
     h = next_length(h, ok, m.errors[w], m.powers[w], place.root, control)
     ok && (place.root = m.roots[w])
     set_step!(m, w, h)
-    cause = if place.steps >= control.max_steps
+    cause = if place.steps >= control.max_steps || !isfinite(crew.t[w] + crew.dt[w])
         1
     elseif !ok && abs(crew.dt[w]) <= eps(abs(crew.t[w]))
         2
@@ -612,7 +776,8 @@ function settle!(m::March, w, ok)
     end
     naccept[i], nreject[i] = place.accepted, place.steps - place.accepted
     progress.running -= 1
-    fail!(m, w, cause)
+    # To have no event is not to fail.
+    m.watch === nothing || cause != 1 ? fail!(m, w, cause) : fill!(view(states, :, i, 2), T(NaN))
     return begin_next!(m, w)
 end
 
@@ -659,234 +824,4 @@ function outcome_of(m::March{T}) where {T}
         finite = all(isfinite, slope)
     end
     return done(cause, t, dt, i, finite)
-end
-
-"""
-    pull!(swept, request) -> calls of the field
-
-The gradient of a loss of the states at the output times: each accepted step is taken again, the last one first, in the
-same lanes as it was. `request` is a [`PullRequest`](@ref).
-"""
-function pull!(swept::Swept{T, Embedded{T}}, r::PullRequest) where {T}
-    n, count = swept.field.n, size(swept.values, 2)
-    du0 = fill!(reshape(Vector{T}(r.du0), n, count), zero(T))
-    g = reshape(Vector{T}(r.g), n, count, :)
-    dv = fill!(reshape(Vector{T}(r.dv), length(swept.places), count), zero(T))
-    dp = fill!(Vector{T}(r.dp), zero(T))
-    work(i) = (back = Back(swept, swept.tracks[i], du0, dv, g); walk!(back, swept.tracks[i], r.pull); back)
-    parts = if length(swept.parts) == 1
-        [work(1)]
-    else
-        fetch.([Threads.@spawn work(i) for i in eachindex(swept.parts)])
-    end
-    for back in parts, i in eachindex(dp)
-        dp[i] += sum(w -> back.theta[at_lane(i, w)], 1:WIDTH)
-    end
-    r.dt.length == 0 || by_times!(swept, r, du0, g)
-    return sum(back -> back.calls, parts; init = 0)
-end
-
-"The gradient by the times: a state moves with its time as the field says, and against that of the start."
-function by_times!(swept::Swept{T}, r::PullRequest, du0, g) where {T}
-    (; field, times) = swept
-    n, count = size(du0)
-    states = reshape(Vector{T}(r.states), n, count, size(times, 1))
-    by = reshape(Vector{Float64}(r.dt), size(times, 1), count)
-    slope, u = zeros(T, n), zeros(T, n)
-    along(bar) = all(iszero, bar) ? 0.0 : sum(j -> Float64(bar[j]) * slope[j], 1:n)
-    for i in 1:count
-        for (place, value) in zip(swept.places, view(swept.values, :, i))
-            set_held!(field, place, value)
-        end
-        for (k, t) in enumerate(times_of(swept, i))
-            copyto!(u, view(states, :, i, k))
-            native(field, field.f, slope, u, u, field.parameters, t)
-            by[k, i] = k == 1 ? -along(view(du0, :, i)) : along(view(g, :, i, k))
-        end
-    end
-    return nothing
-end
-
-"What one thread's part of a pull works with; `a` and `theta` are the cotangents so far."
-mutable struct Back{T}
-    const swept::Swept{T, Embedded{T}}
-    const crew::Crew{T}
-    const points::Vector{T}
-    const bars::Vector{T}
-    const by_both::Vector{T}
-    const by_start::Vector{T}
-    const a::Vector{T}
-    const theta::Vector{T}
-    const system::Vector{Int}
-    const output::Vector{Int}
-    const after::Vector{Float64}  # the end of the step
-    const busy::Vector{T}
-    const trained::Vector{Int}  # of the places those that are parameters
-    const du0::Matrix{T}
-    const dv::Matrix{T}
-    const g::Array{T, 3}
-    calls::Int
-end
-
-function Back(swept::Swept{T, Embedded{T}}, track, du0, dv, g) where {T}
-    n, m, all = swept.field.n, length(swept.field.parameters), rows(swept.method)
-    room(k) = zeros(T, WIDTH * k)
-    trained = findall(<=(m), swept.places)
-    return Back{T}(
-        swept, Crew(swept.field, all), room(n * all), room(n * all), room(n + m), room(n), room(n), room(m), zeros(Int, WIDTH),
-        zeros(Int, WIDTH), zeros(WIDTH), zeros(T, WIDTH), trained, du0, dv, g, 0
-    )
-end
-
-function walk!(b::Back{T}, track::Track{T}, pull) where {T}
-    (; crew, swept) = b
-    size = WIDTH * crew.n
-    GC.@preserve b track swept for j in track.blocks:-1:1
-        copyto!(crew.u, 1, track.states, (j - 1) * size + 1, size)
-        copyto!(crew.t, 1, track.times, (j - 1) * WIDTH + 1, WIDTH)
-        for w in 1:WIDTH
-            i = track.systems[(j - 1) * WIDTH + w]
-            b.busy[w] = i != 0
-            crew.dt[w] = i == 0 ? 0.0 : track.steps[(j - 1) * WIDTH + w]
-            i == 0 || i == b.system[w] || take_up!(b, w, i)
-        end
-        inside = ends!(b)
-        step_again!(b, inside)
-        pull_step!(b, pull, inside)
-    end
-    foreach(w -> put_down!(b, w), 1:WIDTH)
-    return nothing
-end
-
-"Lane w is from now on at the end of system i, whose last step is that of the lane."
-function take_up!(b::Back, w, i)
-    put_down!(b, w)
-    (; crew, swept) = b
-    times = times_of(swept, i)
-    b.system[w], b.output[w] = i, length(times)
-    hold!(crew, w, swept.places, view(swept.values, :, i))
-    # A system that failed has no states beyond its last step.
-    reached, direction = crew.t[w] + crew.dt[w], sign(crew.dt[w])
-    gap = 200 * eps(max(abs(reached), abs(times[end])))
-    b.after[w] = abs(times[end] - reached) <= gap ? times[end] : reached
-    while b.output[w] > 1 && direction * times[b.output[w]] > direction * b.after[w]
-        b.output[w] -= 1
-    end
-    return nothing
-end
-
-"Lane w has come to the start of its system: its cotangents are the system's."
-function put_down!(b::Back{T}, w) where {T}
-    i = b.system[w]
-    i == 0 && return nothing
-    n = b.crew.n
-    for j in 1:n
-        b.du0[j, i] = b.a[at_lane(j, w)]
-        b.a[at_lane(j, w)] = zero(T)
-    end
-    for j in b.trained
-        at = at_lane(b.swept.places[j], w)
-        b.dv[j, i] = b.theta[at]
-        b.theta[at] = zero(T)
-    end
-    b.system[w] = 0
-    return nothing
-end
-
-"Add the cotangents of outputs at the ends of the steps, and put those within into `bars`; whether there are such."
-function ends!(b::Back{T}) where {T}
-    (; crew, swept, bars, by_start, a, g) = b
-    n, inside = crew.n, false
-    fill!(bars, zero(T))
-    fill!(by_start, zero(T))
-    for w in 1:WIDTH
-        b.busy[w] == 1 || continue
-        i = b.system[w]
-        times, direction = times_of(swept, i), sign(crew.dt[w])
-        while b.output[w] > 1 && times[b.output[w]] == b.after[w]
-            for j in 1:n
-                a[at_lane(j, w)] += g[j, i, b.output[w]]
-            end
-            b.output[w] -= 1
-        end
-        while b.output[w] > 1 && direction * times[b.output[w]] > direction * crew.t[w]
-            inside = true
-            part = (times[b.output[w]] - crew.t[w]) / crew.dt[w]
-            for l in 1:rows(swept.method)
-                weight = T(crew.dt[w] * part * evalpoly(part, view(swept.method.tab.p, :, l)))
-                for j in 1:n
-                    bars[at_lane((l - 1) * n + j, w)] += weight * g[j, i, b.output[w]]
-                end
-            end
-            for j in 1:n
-                by_start[at_lane(j, w)] += g[j, i, b.output[w]]
-            end
-            b.output[w] -= 1
-        end
-        b.after[w] = crew.t[w]
-    end
-    return inside
-end
-
-"Take the steps again: points and slopes of the stages, and where `dense` of those of dense output."
-function step_again!(b::Back{T}, dense) where {T}
-    (; crew, swept, points) = b
-    (; n, u, k) = crew
-    m = swept.method
-    un, kn, at, dt = numbers(u), numbers(k), numbers(points), steps_of(crew)
-    for l in 1:(dense ? rows(m) : m.tab.s)
-        to = at + (l - 1) * n
-        if isempty(m.a.from[l])
-            for i in 1:n
-                to[i] = un[i]
-            end
-        else
-            combine!(to, un, kn, m.a.from[l], m.a.by[l], n, dt)
-        end
-        set_time!(crew, m.tab.c[l])
-        packed(swept.f, crew, (kn + (l - 1) * n).address, to.address, to.address)
-        b.calls += count(==(1), b.busy)
-    end
-    return nothing
-end
-
-"Pull the cotangents of the ends of the steps, and of what is within, back to their starts."
-function pull_step!(b::Back{T}, pull, dense) where {T}
-    (; crew, swept) = b
-    n, method = crew.n, swept.method
-    (; s, c) = method.tab
-    m = length(b.theta) ÷ WIDTH
-    bars, points, both, dt = numbers(b.bars), numbers(b.points), numbers(b.by_both), steps_of(crew)
-    a, theta, start = numbers(b.a), numbers(b.theta), numbers(b.by_start)
-    busy = numbers(b.busy)[1] == one(T)
-    # y1 = y + dt Σ b k, and of dense output there may be more behind y1.
-    for l in (dense ? rows(method) : s + 1):-1:1
-        if l == s + 1 && !dense
-            for i in 1:n
-                both[i] = a[i]
-            end
-        else
-            set_time!(crew, c[l])
-            packed(pull, crew, both.address, (bars + (l - 1) * n).address, (points + (l - 1) * n).address)
-            for i in 1:m
-                theta[i] = theta[i] + ifelse(busy, both[n + i], zero(T))
-            end
-            l == s + 1 && for i in 1:n
-                both[i] = both[i] + a[i]
-            end
-        end
-        from, by = method.a.from[l], method.a.by[l]
-        for i in 1:n
-            start[i] = start[i] + both[i]
-            part = dt * both[i]
-            for j in eachindex(from)
-                at = (from[j] - 1) * n + i
-                bars[at] = muladd(part, @inbounds(by[j]), bars[at])
-            end
-        end
-    end
-    for i in 1:n
-        a[i] = ifelse(busy, start[i], a[i])
-    end
-    return nothing
 end

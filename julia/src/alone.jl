@@ -122,7 +122,7 @@ function Alone(field::Field{T, Vector{T}}, f::F, r::Request) where {T, F}
     )
 end
 
-@inline slope!(x::OfOne, f, to, y, c) = f(to, y, y, muladd(c, x.dt, x.t))
+@inline field_at!(x::OfOne, f, to, y, c) = f(to, y, y, muladd(c, x.dt, x.t))
 
 "The square of the error of the step over the tolerances: the largest mean square of the tensors of the state."
 function square_of_error(x::Alone)
@@ -192,7 +192,7 @@ function march!(x::Alone{T}, f, out::Numbers{T}) where {T}
     (; field, method, control, times, k) = x
     n, t_end = field.n, times[end]
     x.t, x.dt = times[1], 0.0
-    slope!(x, f, pointer(k), pointer(x.u), 0.0)
+    field_at!(x, f, pointer(k), pointer(x.u), 0.0)
     direction = t_end < x.t ? -1.0 : 1.0
     longest = min(control.longest, abs(t_end - x.t))
     h = first_step(x, direction, longest)
@@ -257,10 +257,10 @@ function goes_on(x::Alone{T}, f, direction) where {T}
     ahead = direction * sqrt(eps(T)) * max(1, abs(x.t))
     slope = view(k, 1:(field.n))
     x.dt = ahead
-    slope!(x, f, pointer(k), pointer(u), 0.0)
+    field_at!(x, f, pointer(k), pointer(u), 0.0)
     point .= u
     view(point, 1:(field.n)) .+= T(ahead) .* slope
-    slope!(x, f, pointer(k), pointer(point), 1.0)
+    field_at!(x, f, pointer(k), pointer(point), 1.0)
     return all(isfinite, slope)
 end
 
@@ -409,7 +409,7 @@ end
 "Compute stage l once more: how far the step is from it, in units of the largest number in it."
 function look_again!(x::Retaken{T}, l) where {T}
     (; k, u, y, bar, field, method) = x
-    slope!(x, x.f, pointer(bar), pointer(point!(x, l)), method.tab.c[l])
+    field_at!(x, x.f, pointer(bar), pointer(point!(x, l)), method.tab.c[l])
     far = largest = zero(T)
     skipped = (l - 1) * length(u)
     for i in 1:(field.n)
@@ -424,7 +424,7 @@ function take_again!(x::Retaken{T}) where {T}
     (; k, u, y, point, method) = x
     (; s, c) = method.tab
     for l in 1:s
-        slope!(x, x.f, pointer(k, (l - 1) * length(u) + 1), pointer(point!(x, l)), c[l])
+        field_at!(x, x.f, pointer(k, (l - 1) * length(u) + 1), pointer(point!(x, l)), c[l])
     end
     of(v) = numbers(x, v)
     combine!(of(point), of(u), of(k), method.a.from[s + 1], method.a.by[s + 1], places(x), steps_of(x))

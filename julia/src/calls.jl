@@ -165,6 +165,23 @@ function call_pull(swept::Int64, request::Ptr{PullRequest})
     end
 end
 
+"""
+The states of the systems of a [`Swept`](@ref) at `m` times, or `m` of each system: `length` times in all, to the address
+`out`.
+"""
+function call_interpolate_all(swept::Int64, times::Int64, length::Int64, out::Int64, m::Int64)
+    return answer() do
+        at = reshape(Vector{Float64}(Lent(pointer_to(times), length)), m, :)
+        interpolate_to!(HELD[swept], copy(at), out, m)
+        Int64(1)
+    end
+end
+
+function interpolate_to!(swept::Swept{T}, times, out, m) where {T}
+    n, count = swept.field.n, size(swept.values, 2)
+    return interpolate!(swept, times, reshape(Vector{T}(Lent(pointer_to(out), n * count * m)), n, count, m))
+end
+
 function call_interpolate(s::Int64, times::Int64, out::Int64, m::Int64)
     return answer(HELD[s].field) do
         interpolate!(HELD[s], times, out, m)
@@ -175,7 +192,9 @@ end
 function call_adjoint(s::Int64, name::Cstring, alg::Int64, request::Ptr{AdjointRequest}, outcome::Ptr{Outcome})
     return answer(HELD[s].field) do
         prepare!(HELD[s].field)
-        unsafe_store!(outcome, adjoint!(HELD[s], unsafe_string(name), HELD[alg], unsafe_load(request)))
+        given = HELD[s], HELD[alg], unsafe_load(request)
+        o = of_mass(HELD[s]) ? mass_adjoint!(given...) : adjoint!(HELD[s], unsafe_string(name), HELD[alg], unsafe_load(request))
+        unsafe_store!(outcome, o)
         Int64(1)
     end
 end
@@ -204,7 +223,7 @@ end
 
 function call_release(numbers::Ptr{Int64}, count::Int64)
     for i in 1:count
-        delete!(HELD, unsafe_load(numbers, i))
+        recycle!(pop!(HELD, unsafe_load(numbers, i), nothing))
     end
     return Int64(1)
 end
@@ -234,6 +253,7 @@ function addresses()
         again = @cfunction(call_again, Int64, (Int64, Int64, Int64, Ptr{Outcome})),
         sweep = @cfunction(call_sweep, Int64, (Int64, Int64, Ptr{Request}, Ptr{Systems}, Ptr{Outcome})),
         interpolate = @cfunction(call_interpolate, Int64, (Int64, Int64, Int64, Int64)),
+        interpolate_all = @cfunction(call_interpolate_all, Int64, (Int64, Int64, Int64, Int64, Int64)),
         adjoint = @cfunction(call_adjoint, Int64, (Int64, Cstring, Int64, Ptr{AdjointRequest}, Ptr{Outcome})),
         replay = @cfunction(
             call_replay, Int64, (Int64, Ptr{ReplayRequest}, Int64, Int64, Int64, Ptr{Replayed})

@@ -136,7 +136,7 @@ damped(first::T, second::T) where {T <: Number} =
 
 # What makes steps has a state `u`, the end `y` of the step and the stages `k`, each of `places(x)` places, and these:
 # `numbers(x, v)`, the numbers or packs of its vector `v`; `steps_of(x)`, lengths of the steps as numbers of the state's
-# type; and `slope!(x, f, to, y, c)`, the field at the times t + c dt and the states at `y`, both of which are addresses.
+# type; and `field_at!(x, f, to, y, c)`, the field at the times t + c dt and the states at `y`, both of which are addresses.
 
 "Take one step to y, its stages in k; of the first stage the slope is there."
 function attempt!(x, f, m::Embedded{T}) where {T}
@@ -146,7 +146,7 @@ function attempt!(x, f, m::Embedded{T}) where {T}
     un, yn, kn = numbers(x, u), numbers(x, y), numbers(x, k)
     for l in 2:(m.fsal ? s + 1 : s)
         combine!(yn, un, kn, m.a.from[l], m.a.by[l], n, dt)
-        slope!(x, f, (kn + (l - 1) * n).address, yn.address, c[l])
+        field_at!(x, f, (kn + (l - 1) * n).address, yn.address, c[l])
     end
     m.fsal || combine!(yn, un, kn, m.a.from[s + 1], m.a.by[s + 1], n, dt)
     return nothing
@@ -154,7 +154,7 @@ end
 
 "The slope at the end of the step."
 function finish!(x, f, m::Embedded)
-    slope!(x, f, (numbers(x, x.k) + m.tab.s * places(x)).address, pointer(x.y), 1.0)
+    field_at!(x, f, (numbers(x, x.k) + m.tab.s * places(x)).address, pointer(x.y), 1.0)
     return nothing
 end
 
@@ -163,7 +163,7 @@ function complete!(x, f, m::Embedded{T}, points::Vector{T}) where {T}
     n, un, kn, to, dt = places(x), numbers(x, x.u), numbers(x, x.k), numbers(x, points), steps_of(x)
     for l in (m.tab.s + 2):rows(m)
         combine!(to, un, kn, m.a.from[l], m.a.by[l], n, dt)
-        slope!(x, f, (kn + (l - 1) * n).address, to.address, m.tab.c[l])
+        field_at!(x, f, (kn + (l - 1) * n).address, to.address, m.tab.c[l])
     end
     return nothing
 end
@@ -237,7 +237,7 @@ end
 function within_limits(h, t, end_time, direction, limit, c::Control)
     h = max(min(h, limit), c.shortest)
     rest = abs(end_time - t)
-    last = !(h + 100 * eps() * max(abs(t), abs(end_time)) < rest)
+    last = isfinite(rest) && !(h + 100 * eps() * max(abs(t), abs(end_time)) < rest)
     return last ? end_time - t : direction * h, last
 end
 

@@ -103,7 +103,10 @@ struct Request
     order::Int64
 end
 
-"What an adjoint is asked for: `du0`, `dp` to write the gradients to, `g` the cotangents at `times`. As [`Request`](@ref)."
+"""
+What an adjoint is asked for: `du0`, `dp` to write the gradients to, `g` the cotangents at `times`. As [`Request`](@ref).
+`slopes`: with a mass matrix, room for the derivative of the state at each time, or empty.
+"""
 struct AdjointRequest
     du0::Lent
     dp::Lent
@@ -113,6 +116,7 @@ struct AdjointRequest
     atol::Lent
     stops::Lent
     jumps::Lent
+    slopes::Lent
     first_step::Float64
     min_step::Float64
     max_step::Float64

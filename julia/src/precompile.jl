@@ -63,6 +63,27 @@ function solve_linear(
     end
     return out
 end
+"The adjoint of a linear problem with a mass matrix."
+function mass_adjoint_linear(text)
+    du0, dp, slopes, rtol, atol = zeros(1), zeros(2), zeros(3), [1.0e-4], [1.0e-6]
+    outcome = Vector{Outcome}(undef, 1)
+    solve_linear(Float64, text; dense = true, mass = ones(1)) do s, alg, times, out
+        text == "FBDF()" && return  # its dense output is too rough for it
+        GC.@preserve du0 dp slopes rtol atol outcome begin
+            request = [
+                structure(
+                    AdjointRequest; du0, dp, slopes, g = out, times, rtol, atol, max_step = Inf, max_steps = 1000
+                ),
+            ]
+            GC.@preserve request begin
+                done = call_adjoint(s, Cstring(pointer("gauss")), alg, pointer(request), pointer(outcome))
+                done == 0 && error(FAILURE[])
+            end
+        end
+    end
+    return du0
+end
+
 solve_linear(::Type{T}, text; kwargs...) where {T} = solve_linear(Returns(nothing), T, text; kwargs...)
 
 # The same, as a compiled function is called.
@@ -155,43 +176,52 @@ function alone_linear(::Type{T}, n) where {T}
     return out, both
 end
 
-# The same, for eight systems at once: minus the state, or minus `v` where that is another.
-function c_packed(
-        out::Ptr{Float64}, v::Ptr{Float64}, u::Ptr{Float64}, p::Ptr{Float64}, c::Ptr{Float64}, w::Ptr{Float64},
-        t::Ptr{Float64}
-    )
-    PackNumbers(out)[1] = -PackNumbers(v)[1]
-    return nothing
-end
-function c_packed_jacobian(
-        out::Ptr{Float64}, v::Ptr{Float64}, u::Ptr{Float64}, p::Ptr{Float64}, c::Ptr{Float64}, w::Ptr{Float64},
-        t::Ptr{Float64}
-    )
-    PackNumbers(out)[1] = -1.0
-    return nothing
+# The same, for eight systems at once: minus the state, or minus `v` where that is another; the Jacobian; nothing; and the
+# state less a half.
+for T in (Float32, Float64)
+    @eval begin
+        function c_scalar(
+                out::Ptr{$T}, v::Ptr{$T}, u::Ptr{$T}, p::Ptr{$T}, c::Ptr{$T}, w::Ptr{$T}, t::Cdouble
+            )
+            unsafe_store!(out, -unsafe_load(u))
+            return nothing
+        end
+    end
+    for (name, value) in (
+            (:c_packed, :(-PackNumbers(v)[1])), (:c_packed_jacobian, :(-one($T))), (:c_packed_zero, :(zero($T))),
+            (:c_packed_event, :(PackNumbers(u)[1] - $T(0.7))),
+        )
+        @eval function $name(
+                out::Ptr{$T}, v::Ptr{$T}, u::Ptr{$T}, p::Ptr{$T}, c::Ptr{$T}, w::Ptr{$T}, t::Ptr{$T}
+            )
+            PackNumbers(out)[1] = $value
+            return nothing
+        end
+    end
+    @eval function packed_functions(::Type{$T})
+        return (;
+            scalar = @cfunction(
+                c_scalar, Cvoid, (Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Cdouble)
+            ),
+            f = @cfunction(c_packed, Cvoid, (Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T})),
+            jac = @cfunction(c_packed_jacobian, Cvoid, (Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T})),
+            zero = @cfunction(c_packed_zero, Cvoid, (Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T})),
+            event = @cfunction(c_packed_event, Cvoid, (Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T}, Ptr{$T})),
+        )
+    end
 end
 
 """
 Ten systems u' = -u, u(0) = 1, over [0, 1], abreast, and the gradient by their starts of the sum of what they come to at
-1/2 and 1: by Heun's method, without a gradient by a Rosenbrock method of one stage.
+1/2 and 1: by Heun's method, or by a Rosenbrock method of one stage; or the times where they come to 0.7.
 """
-function abreast_linear(; implicit = false)
-    count, du0, by_times = 10, zeros(10), zeros(30)
-    u0, times, out, slopes = ones(count), [0.0, 0.5, 1.0], zeros(3count), zeros(count)
-    rtol, atol, g = [1.0e-4], [1.0e-6], ones(3count)
-    counts, ends = [zeros(Int64, count) for _ in 1:3], zeros(2count)
-    scalar = @cfunction(
-        c_compiled, Cvoid,
-        (Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Cdouble)
-    )
-    f = @cfunction(
-        c_packed, Cvoid,
-        (Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64})
-    )
-    jac = @cfunction(
-        c_packed_jacobian, Cvoid,
-        (Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Ptr{Float64})
-    )
+function abreast_linear(::Type{T}; implicit = false, ends = false) where {T}
+    count, (; scalar, f, jac, zero, event) = 10, packed_functions(T)
+    points = ends ? 2 : 3
+    du0, dt, inside = zeros(T, count), zeros(points * count), zeros(T, count)
+    u0, times, out, slopes = ones(T, count), ends ? [0.0, 1.0] : [0.0, 0.5, 1.0], zeros(T, points * count), zeros(T, count)
+    rtol, atol, g = [1.0e-4], [1.0e-6], ones(T, points * count)
+    counts, reached = [zeros(Int64, count) for _ in 1:3], zeros(2count)
     functions = [structure(CompiledFunctions; n = 1, f = scalar)]
     (; a, c, p, e) = HEUN
     b, d, gammas = [1.0], [0.0], [1.0]
@@ -199,35 +229,40 @@ function abreast_linear(; implicit = false)
         a, c, p, e = [0.0], [0.0], ones(1), [1.0e-3]
     end
     naccept, nreject, codes = counts
+    event_times, event_slopes, event_margins = fill(NaN, count), zeros(T, count), zeros(T, 2count)
+    at, event_numbers = [0.25], zeros(T, 1)
     control = (; beta1 = 0.4, beta2 = 0.1, gamma = 0.9, qmin = 0.2, qmax = 10.0)
-    arrays = (; u0, times, out, slopes, rtol, atol, g, du0, by_times, ends, a, c, p, e, b, d, gammas, naccept, nreject, codes)
+    arrays = (;
+        u0, times, out, slopes, rtol, atol, g, du0, dt, reached, a, c, p, e, b, d, gammas, naccept, nreject, codes,
+        event_times, event_slopes, event_margins, event_numbers, at, inside,
+    )
     outcome = Vector{Outcome}(undef, 1)
     GC.@preserve arrays functions outcome begin
         request = [
             structure(
-                Request; u0, out, times, rtol, atol, max_step = Inf, max_steps = 1000, keep = Int64(!implicit), control...
+                Request; u0, out, times, rtol, atol, max_step = Inf, max_steps = 1000, keep = 1, control...
             ),
         ]
-        own = implicit ? (; b, d, gammas, gamma = 1.0, jac, tgrad = f) : (;)
+        own = implicit ? (; b, d, gammas, gamma = 1.0, jac, tgrad = zero) : (;)
+        watch = (; event, margins = 1, direction = 1, event_times, event_slopes, event_margins, event_numbers)
         systems = [
             structure(
                 Abreast; count, slopes, f, a, c, p, e, stages = length(c) - !implicit, order = 2, naccept, nreject, codes,
-                ends, own...
+                ends = reached, own..., (ends ? watch : (;))...
             ),
         ]
         GC.@preserve request systems begin
-            field = call_compiled_field(64, pointer(functions))
+            field = call_compiled_field(8 * sizeof(T), pointer(functions))
             swept = call_abreast(field, pointer(request), pointer(systems), pointer(outcome))
             swept == 0 && error(FAILURE[])
-            if !implicit
-                pulled = [structure(PullRequest; du0, g, dt = by_times, states = out, pull = f)]
-                GC.@preserve pulled call_pull(swept, pointer(pulled)) == 0 && error(FAILURE[])
-            end
+            pulled = [structure(PullRequest; du0, g, dt, states = out, pull = f, bend = zero)]
+            GC.@preserve pulled call_pull(swept, pointer(pulled)) == 0 && error(FAILURE[])
+            call_interpolate_all(swept, address(at), 1, address(inside), 1) == 0 && error(FAILURE[])
             numbers = [field, swept]
-            call_release(pointer(numbers), 1 + !implicit)
+            call_release(pointer(numbers), 2)
         end
     end
-    return out, du0
+    return (; out, du0, inside, event_times)
 end
 
 "The gradient of half the sum of squares at the outputs of a linear problem, by taking its steps again."
@@ -262,7 +297,7 @@ function multiply_all(::Type{T}) where {T}
 end
 
 const IMPLICIT = (
-    "Rosenbrock23()", "Rodas5P()", "RadauIIA5()", "FBDF()", "KenCarp4()", "Kvaerno5()", "TRBDF2()", "DefaultODEAlgorithm()",
+    "Rosenbrock23()", "Rodas5P()", "RadauIIA5()", "FBDF()", "KenCarp4()", "KenCarp5()", "Kvaerno5()", "TRBDF2()", "DefaultODEAlgorithm()",
 )
 
 @setup_workload begin
@@ -290,13 +325,14 @@ const IMPLICIT = (
             precompile(again!, (Alone{T, Direct{T}, A}, Int64, Int64))
             precompile(back!, (Retaken{T, Direct{T}, Direct{T}, A}, Trail{T}, Vector{Float64}, Matrix{T}, Vector{T}))
         end
-        abreast_linear()
-        abreast_linear(; implicit = true)
+        for T in (Float32, Float64), implicit in (false, true), ends in (false, true)
+            abreast_linear(T; implicit, ends)
+        end
         for text in ("BS3()", "DP8()", "Vern7()", "Vern9()", IMPLICIT...)
             solve_linear(Float64, text; dense = true)
         end
         for text in ("Rodas5P()", "RadauIIA5()", "FBDF()")
-            solve_linear(Float64, text; dense = true, mass = ones(1))
+            mass_adjoint_linear(text)
         end
     end
 end

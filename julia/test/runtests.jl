@@ -109,6 +109,63 @@ function adjoint(s, name, text, times, g::Array{T}; rtol, max_steps = 100_000) w
     return du0, dp
 end
 
+# x' = z, 0 = z + p x²: the parameter is in the algebraic equation alone, and x = 1 / (1 / x0 + p t).
+const RATE = Ref(0.7)
+
+function decay(du::Ptr{Float64}, u::Ptr{Float64}, t::Cdouble)
+    x, z = unsafe_load(u, 1), unsafe_load(u, 2)
+    unsafe_store!(du, z, 1)
+    unsafe_store!(du, z + RATE[] * x^2, 2)
+    return PyJLODE.done!()
+end
+
+function decay_jacobian(J::Ptr{Float64}, u::Ptr{Float64}, t::Cdouble)
+    for (i, value) in enumerate((0.0, 2RATE[] * unsafe_load(u, 1), 1.0, 1.0))
+        unsafe_store!(J, value, i)
+    end
+    return PyJLODE.done!()
+end
+
+function decay_product(out::Ptr{Float64}, v::Ptr{Float64}, u::Ptr{Float64}, t::Cdouble)
+    a, b = unsafe_load(v, 1), unsafe_load(v, 2)
+    unsafe_store!(out, 2RATE[] * unsafe_load(u, 1) * b, 1)
+    unsafe_store!(out, a + b, 2)
+    return PyJLODE.done!()
+end
+
+function decay_by_rate(out::Ptr{Float64}, v::Ptr{Float64}, u::Ptr{Float64}, t::Cdouble)
+    unsafe_store!(out, unsafe_load(v, 2) * unsafe_load(u, 1)^2)
+    return PyJLODE.done!()
+end
+
+"The gradients of x + 2 z at the output times after the first, the last of which is in a solve of a DAE."
+function mass_adjoint(text, times)
+    field = Field{Float64}(
+        2; f = @cfunction(decay, Cvoid, (Ptr{Float64}, Ptr{Float64}, Cdouble)),
+        jac = @cfunction(decay_jacobian, Cvoid, (Ptr{Float64}, Ptr{Float64}, Cdouble)),
+        tgrad = @cfunction(no_time, Cvoid, (Ptr{Float64}, Ptr{Float64}, Cdouble)),
+        vjp = @cfunction(decay_product, Cvoid, (Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Cdouble)),
+        vjp_p = @cfunction(decay_by_rate, Cvoid, (Ptr{Float64}, Ptr{Float64}, Ptr{Float64}, Cdouble)),
+        parameters = 1
+    )
+    u0, out, times, tol, mass = [1.5, -RATE[] * 1.5^2], zeros(2, length(times)), collect(Float64, times), [1.0e-9], [1.0, 0, 0, 0]
+    du0, dp, slopes = zeros(2), zeros(5), zeros(2, length(times))
+    g = repeat([1.0, 2.0], 1, length(times))
+    GC.@preserve u0 out times tol mass du0 dp slopes g begin
+        r = structure(
+            Request; u0, out, times, rtol = tol, atol = tol, mass, dense = true, max_step = Inf, max_steps = 100_000
+        )
+        s, _ = PyJLODE.solve(field, algorithm(text), r)
+        a = structure(
+            AdjointRequest; du0, dp, g, times, rtol = tol, atol = tol, slopes, max_step = Inf, max_steps = 100_000
+        )
+        @test PyJLODE.of_mass(s)
+        outcome = PyJLODE.mass_adjoint!(s, algorithm(text), a)
+        @test unsafe_string(outcome.code) == "Success"
+    end
+    return (; u0, out, times, du0, dp, slopes)
+end
+
 # Compiled functions by their addresses, of what they read nothing but v, u and the time.
 function call_packed(f, out::Array{T}, v::Vector{T}, u::Vector{T}, t::Vector{T}) where {T}
     GC.@preserve out v u t begin
@@ -205,14 +262,42 @@ end
         @test alone == states[[1, 3]]
     end
 
-    @testset "systems abreast end where each would, and their gradient is the derivative" begin
-        states, by_start = PyJLODE.abreast_linear()
-        want = [fill(1.0, 10); fill(exp(-0.5), 10); fill(exp(-1.0), 10)]
-        @test states ≈ want rtol = 1.0e-4
+    @testset "systems abreast, $T, implicit=$implicit: ends, gradient, dense output and events" for T in (Float32, Float64),
+            implicit in (false, true)
+
+        near = implicit ? 0.1 : 1.0e-3  # the implicit method is of order 1
+        (; out, du0, inside) = PyJLODE.abreast_linear(T; implicit)
+        @test out ≈ [fill(1.0, 10); fill(exp(-0.5), 10); fill(exp(-1.0), 10)] rtol = near
         # The steps are linear in the start, so the gradient by it is the sum of the states themselves.
-        @test by_start ≈ states[11:20] .+ states[21:30] rtol = 1.0e-12
-        implicit, _ = PyJLODE.abreast_linear(; implicit = true)  # of order 1
-        @test implicit ≈ want rtol = 0.1
+        @test du0 ≈ out[11:20] .+ out[21:30] rtol = 1.0e3 * eps(T)
+        @test inside ≈ fill(exp(-0.25), 10) rtol = near
+        (; out, du0, event_times) = PyJLODE.abreast_linear(T; implicit, ends = true)
+        @test event_times ≈ fill(-log(0.7), 10) rtol = near
+        @test out[11:20] ≈ fill(0.7, 10) rtol = 10 * eps(T)
+        @test du0 ≈ out[11:20] rtol = 1.0e3 * eps(T)
+    end
+
+    @testset "the steps that a sweep kept are room for the next one's" begin
+        foreach(_ -> PyJLODE.abreast_linear(Float64), 1:2)
+        before = PyJLODE.SPARE_BYTES[]
+        @test before == sum(chunks -> sum(PyJLODE.bytes, chunks), values(PyJLODE.SPARE))
+        PyJLODE.abreast_linear(Float64)
+        @test PyJLODE.SPARE_BYTES[] == before
+    end
+
+    @testset "a system with the transposed matrix, each lane with its own exchange of rows, n = $n" for n in (1, 2, 5)
+        A = randn(n, n, PyJLODE.WIDTH)
+        x = randn(n, PyJLODE.WIDTH)
+        flat(x) = vec(permutedims(x, (ndims(x), 1:(ndims(x) - 1)...)))
+        a, swapped, y = flat(A), zeros(n * n * PyJLODE.WIDTH), flat(x)
+        GC.@preserve a swapped y begin
+            PyJLODE.factorise!(PyJLODE.numbers(a), PyJLODE.numbers(swapped), PyJLODE.Pack{Float64}(2.0), n)
+            PyJLODE.solve_transposed!(PyJLODE.numbers(y), PyJLODE.numbers(a), PyJLODE.numbers(swapped), n)
+        end
+        for w in 1:PyJLODE.WIDTH
+            W = 2.0 * (1:n .== (1:n)') - A[:, :, w]
+            @test y[w:(PyJLODE.WIDTH):end] ≈ W' \ x[:, w]
+        end
     end
 
     @testset "what eight systems compute is what each would, $T" for T in (Float32, Float64)
@@ -377,6 +462,19 @@ end
         end
     end
 
+    @testset "the adjoint of a DAE: $text, to $last" for text in ("Rodas5P()", "RadauIIA5()"), last in (2.0, -0.5)
+        (; out, times, du0, dp, slopes) = mass_adjoint(text, range(0, last; length = 4))
+        p, x0 = RATE[], 1.5
+        x = @. 1 / (1 / x0 + p * times)
+        @test out ≈ [x (-p .* x .^ 2)]' rtol = 1.0e-6
+        @test slopes ≈ [(-p .* x .^ 2) (2p^2 .* x .^ 3)]' rtol = 1.0e-6
+        # Of x + 2 z = x - 2 p x², where x depends on p as on t, and on M[1, 1] as on 1 / p.
+        by_x, t = 1 .- 4p .* x[2:end], times[2:end]
+        x = x[2:end]
+        @test du0 ≈ [sum(by_x .* x .^ 2) / x0^2, 0] rtol = 1.0e-6 atol = 1.0e-9
+        @test dp[1] ≈ sum(by_x .* -t .* x .^ 2 .- 2 .* x .^ 2) rtol = 1.0e-6
+        @test dp[2] ≈ sum(by_x .* p .* t .* x .^ 2) rtol = 1.0e-6
+    end
     @testset "a field that is Julia code" begin
         text = "function f(du, u, p, t)\n du[1] = u[2]\n du[2] = -u[1] - p[1] * u[2]\n end"
         field = Source{Float64}(2, source_function(text), [0.1])

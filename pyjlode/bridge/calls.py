@@ -44,6 +44,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "again": (_I, _I, _I, _I, _P),
     "sweep": (_I, _I, _I, _P, _P, _P),
     "interpolate": (_I, _I, _I, _I, _I),
+    "interpolate_all": (_I, _I, _I, _I, _I, _I),
     "adjoint": (_I, _I, ctypes.c_char_p, _I, _P, _P),
     "replay": (_I, _I, _P, _P, _P, _I, _P),
     "release": (_I, _P, _I),
@@ -190,7 +191,7 @@ class Calls:
         return outcome
 
     def abreast(self, field: Held, request: Request, systems: Abreast) -> tuple[Held | None, Outcome]:
-        """Solve independent systems by an explicit method, eight at a time; with their steps where these are kept."""
+        """Solve independent systems eight at a time; with their steps where these are kept."""
         outcome = Outcome()
         number = self._c["abreast"](field.number, request.address, systems.address, ctypes.addressof(outcome))
         if request.keep:
@@ -207,6 +208,12 @@ class Calls:
     def interpolate(self, solution: Held, times: torch.Tensor, out: torch.Tensor) -> None:
         """States out (M, n) at times (M,), float64, of a solve that was dense."""
         self._check(self._c["interpolate"](solution.number, times.data_ptr(), out.data_ptr(), len(times)))
+
+    def interpolate_all(self, swept: Held, times: torch.Tensor, out: torch.Tensor) -> None:
+        """States out (M, n) of the systems of a sweep whose steps were kept at times (M,) of all or (B, M), float64; of
+        systems that made no step nothing is written."""
+        where = times.data_ptr(), times.numel(), out.data_ptr(), times.shape[-1]
+        self._check(self._c["interpolate_all"](swept.number, *where))
 
     def adjoint(self, solution: Held, name: str, algorithm: Held, request: AdjointRequest) -> Outcome:
         """The gradient method `name` of SciMLSensitivity, which must be loaded; how its backward solve went."""

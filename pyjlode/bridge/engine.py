@@ -7,6 +7,7 @@ import functools
 import logging
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..errors import BadOption, JuliaError, NonFiniteState, NotCompiled, NotConv
 from ..gradients import Gradients, other_function, time_gradient
 from ..methods import Method
 from ..methods.explicit import ExplicitTableau
+from ..methods.stiff import RosenbrockTableau
 from ..parameters import by_tensor
 from ..problem import NO_OPTIONS, AdjointSettings, Field, ODEProblem, SolverOptions, like
 from ..solution import Stats
@@ -59,15 +61,19 @@ class Record:
         passed: how many of the output times lie before the event, the start among them.
         fired, sizes: as the native engine's record has them.
         last: nothing here: the steps are Julia's.
+        event_times, event_slopes: of a sweep, (B,) float64 times of the events, NaN where there is none, and (B, d)
+            dy/dt there.
     """
 
     ys: Tensor
-    dense: DenseOutput | None = None
+    dense: DenseOutput | SweptOutput | None = None
     event_t: float | None = None
     passed: int = 1
     fired: tuple[int, ...] = ()
     sizes: tuple[float, ...] = ()
     last: None = None
+    event_times: Any = None
+    event_slopes: Tensor | None = None
 
 
 @dataclass
@@ -114,6 +120,21 @@ class DenseOutput:
         return out
 
 
+class SweptOutput:
+    """The same of the systems of a sweep."""
+
+    def __init__(self, systems: Sweep, solve: Held) -> None:
+        self.systems, self.solve = systems, solve
+
+    def __reduce__(self) -> Any:
+        return self.solve.__reduce__()  # says why not
+
+    def __call__(self, times: Tensor) -> Tensor:
+        """Times of shape (M,), or (B, M) -> states of shape (M, n)."""
+        with torch.no_grad(), runtime.julia() as calls:
+            return self.systems.interpolate(calls, self.solve, times)
+
+
 def recommended(p: ODEProblem, *, asked: bool = False) -> str:
     """What `adjoint=True` means: sensitivities only where they are compiled, and few.
 
@@ -149,15 +170,16 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
     if gradient not in (None, "forward", "discrete") and (obstacle := _cannot_adjoin(p, gradient)):
         return obstacle
     rows = p.own_times is not None or (p.rows is not None and p.rows.own)
-    if rows and not (p.compile and p.batch > 1 and abreast(p)):
+    if rows and (p.compile is False or p.batch == 1 or not abreast(p)):
         return "t has a row for each system, which there takes compile=True and a method that sweeps solve abreast"
-    if p.batch > 1 and p.options.on_failure == "nan" and p.compile and not abreast(p):
+    if p.batch > 1 and p.options.on_failure == "nan" and not abreast(p):
         return f"on_failure='nan' is known to methods that sweeps solve abreast there, and not to {p.method.name!r}"
     if p.batch > 1 and (obstacle := _cannot_sweep(p, gradient)):
         return f"options['batch_dims'] solves systems one by one there, and that {obstacle}"
-    if p.mass is not None and gradient is not None:
-        # SciMLSensitivity's "gauss" is off by half where parameters are in algebraic equations.
-        return "with a mass_matrix it solves, and does not differentiate"
+    if p.batch == 1 and p.options.batch_dims and p.event_fn is not None:
+        return "a batch of one system with an event_fn is not solved as a batch there"
+    if p.mass is not None and gradient is not None and (obstacle := _cannot_differentiate_masses(p, gradient)):
+        return f"with a mass_matrix {obstacle}"
     for solve in _solves(p):
         changed = {name for name, value in vars(solve.options).items() if value != getattr(NO_OPTIONS, name)}
         changed -= {"on_failure"} if p.batch > 1 else set()
@@ -212,12 +234,24 @@ def _cannot_adjoin(p: ODEProblem, gradient: str) -> str | None:
     return None
 
 
+def _cannot_differentiate_masses(p: ODEProblem, gradient: str) -> str | None:
+    if gradient != "gauss":
+        return f"its adjoint is 'gauss' there, and not {gradient!r}"
+    if isinstance(p.f.f, JuliaFunction):
+        return "a julia_function is not differentiated there"
+    if places.of(p.y0).kind != places.HOST:
+        return f"it is not differentiated on {p.y0.device} there"
+    return None
+
+
 def _cannot_replay(p: ODEProblem) -> str | None:
+    if p.batch > 1 and isinstance(p.method.tableau, RosenbrockTableau):
+        return None  # of a sweep, whose other needs `_cannot_sweep` knows
     if not isinstance(p.method.tableau, ExplicitTableau):
         return f"with {p.method.name!r}, which is not an explicit Runge-Kutta method of both engines"
     if isinstance(p.f.f, JuliaFunction):
         return "for a julia_function"
-    if p.event_fn is not None:
+    if p.event_fn is not None and p.batch == 1:
         return "through an event"
     if p.options.jump_t:
         return "through jump_t"
@@ -227,15 +261,17 @@ def _cannot_replay(p: ODEProblem) -> str | None:
 
 
 def _cannot_sweep(p: ODEProblem, gradient: str | None) -> str | None:
-    if not p.compile:
+    if not p.compile and (p.compile is False or not abreast(p)):
         return "needs compile=True"
     if gradient is not None and (gradient != "discrete" or not abreast(p)):
         return (
-            "has gradients by adjoint=True for explicit methods with error control there: not by "
-            f"{gradient!r} with {p.method.name!r}"
+            "has gradients by adjoint=True for explicit methods with error control and for Rosenbrock methods there: "
+            f"not by {gradient!r} with {p.method.name!r}"
         )
-    if p.event_fn is not None or p.mass is not None or p.options.jump_t or p.options.step_t:
-        return "takes no event_fn, mass_matrix, step_t or jump_t"
+    if p.event_fn is not None and (not abreast(p) or (p.swept or p.rows) is None):
+        return f"takes no event_fn with {p.method.name!r}"
+    if p.mass is not None or p.options.jump_t or p.options.step_t:
+        return "takes no mass_matrix, step_t or jump_t"
     if isinstance(p.rtol, Tensor) or isinstance(p.atol, Tensor):
         return "takes one rtol and one atol for all"
     if p.layout is None or not p.layout.bare:
@@ -310,16 +346,21 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
     times = p.times if record.event_t is None else [p.times[0], record.event_t]
     settings = p.adjoint
     a, theta = torch.zeros_like(p.y0), p.y0.new_zeros(rhs.params.size)
+    by_mass, slopes = _room(p, len(times))
+    theta = torch.cat([theta, by_mass])
     o = settings.options
     request = AdjointRequest(first_step=o.first_step or 0.0, **_stepping(settings.method, o))
     # The adjoint is linear in its cotangents: solved with the largest of them 1, it does not depend on their unit.
     scale = float(g.abs().max())
     scale = scale if 0.0 < scale < math.inf else 1.0
     request.lend(du0=a, dp=theta, g=(g / scale).contiguous())
+    if slopes is not None:
+        request.lend(slopes=slopes)
     request.lend_numbers(times=times, stops=o.step_t, jumps=o.jump_t)
     request.lend_tolerances(settings.rtol, _adjoint_atol(settings, record.ys))
     with torch.no_grad(), runtime.julia() as calls:
-        runtime.sensitivity()
+        if p.mass is None:  # the adjoint of such systems is PyJLODE.jl's own
+            runtime.sensitivity()
         rhs.here(calls)
         outcome = _call(
             rhs,
@@ -335,7 +376,27 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
         backward = like(p, method=settings.method, options=o, times=times[::-1], event_fn=None)
         raise _failure(outcome, backward, f"the backward solve of adjoint={memory.gradient!r}: ")
     a, theta = a * scale, theta * scale
-    return Gradients(a + g[0], time_gradient(p, record, g, a, p.f), rhs.parameter_gradients(theta))
+    of_params = rhs.parameter_gradients(theta[: rhs.params.size])
+    if by_mass.numel():
+        assert p.mass is not None
+        of_mass = theta[rhs.params.size :].view_as(p.mass).T
+        of_params = [of_mass if x is p.mass else of_x for x, of_x in zip(p.params, of_params)]
+    slope = p.f if slopes is None else _at_outputs(p, times, slopes)
+    return Gradients(a + g[0], time_gradient(p, record, g, a, slope), of_params)
+
+
+def _at_outputs(p: ODEProblem, times: list[float], slopes: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Slopes at these times, (T, n), as a function of the time and of the state there."""
+    known = {float(p.time(t)): slope for t, slope in zip(times, slopes)}
+    return lambda t, y: known[float(t)]
+
+
+def _room(p: ODEProblem, points: int) -> tuple[Tensor, Tensor | None]:
+    """For the gradient by the mass matrix, (n²,), where that is wanted; and for the slopes at the outputs, (T, n),
+    where those of a solution are not f."""
+    if p.mass is None:
+        return p.y0.new_zeros(0), None
+    return p.y0.new_zeros(p.mass.numel() if p.mass.requires_grad else 0), p.y0.new_zeros(points, p.y0.numel())
 
 
 def _replay(memory: Memory, g: Tensor) -> Gradients:
@@ -452,7 +513,7 @@ def _solve(
         **_stepping(p.method, o),
         fixed=fixed,
         dense=dense or gradient not in (None, "discrete"),
-        keep=gradient == "discrete",
+        keep=gradient == "discrete" or (dense and p.batch > 1),
         full=o.specialize == "full",
     )
     # Beside the user's tensors there may be sensitivities; and a sweep's norm is of one system.
@@ -470,20 +531,24 @@ def _solve(
         tab = p.method.tableau
         request.stages, request.fsal, request.order = tab.stages, tab.fsal, p.method.order
         request.lend(**weights(tab))
-    if p.batch > 1 and dense:
+    if p.batch > 1 and dense and not abreast(p):
         raise BadOption(
-            "the systems of a batch keep no dense output on the Julia engine: call solve(..., dense=False)."
+            f"the systems of a batch keep no dense output on the Julia engine with {p.method.name!r}: call "
+            "solve(..., dense=False)."
         )
     # An f that is watched is called with gradients on, to see whether something in it needs one.
     with torch.set_grad_enabled(p.f.watched), runtime.julia() as calls:
         algorithm = _algorithm(calls, p.method, gradient)
         solution, known = None, 1
+        output: DenseOutput | SweptOutput | None = None
         if p.batch > 1:
             systems = Sweep(p, differentiated=gradient is not None)
             rhs = _field(calls, systems.first, gradient, stats)
             solution, outcome = systems.solve(calls, rhs, algorithm, request, stats)
             if swept is not None:
                 swept.append(systems)
+            if dense and solution is not None:
+                output = SweptOutput(systems, solution)
         else:
             rhs = _field(calls, p, gradient, stats, of)
             if isinstance(rhs, RHS):  # Julia asks for the first slope itself; of a large state each array counts
@@ -505,9 +570,12 @@ def _solve(
         count((of or p).f, outcome.nf)
     _look_at(outcome, p, stats)
     event_t = outcome.event_time
-    kept = DenseOutput(rhs, solution) if solution and dense else None
-    record = Record(out, kept, None if math.isnan(event_t) else event_t)
-    if p.event_fn is not None and record.event_t is None:
+    if dense and solution and p.batch == 1:
+        output = DenseOutput(rhs, solution)
+    record = Record(out, output, None if math.isnan(event_t) else event_t)
+    if p.batch > 1 and p.event_fn is not None:
+        record.event_times, record.event_slopes = systems.event_times, systems.event_slopes
+    elif p.event_fn is not None and record.event_t is None:
         raise ends.no_event(p, outcome.t, outcome.dt)
     return record, rhs, solution
 

@@ -92,7 +92,7 @@ class AdjointRequest(Lender):
     """What an adjoint is asked for; `AdjointRequest` in julia/src/memory.jl."""
 
     _fields_ = (
-        *((name, Lent) for name in ("du0", "dp", "g", "times", "rtol", "atol", "stops", "jumps")),
+        *((name, Lent) for name in ("du0", "dp", "g", "times", "rtol", "atol", "stops", "jumps", "slopes")),
         *((name, ctypes.c_double) for name in _STEPPING),
         ("max_steps", ctypes.c_int64),
     )
@@ -164,14 +164,20 @@ class Abreast(Lender):
         *((name, ctypes.c_int64) for name in ("stages", "fsal", "order", "own", "go_on")),
         *((name, Lent) for name in ("naccept", "nreject", "codes", "ends", "b", "d", "gammas")),
         ("gamma", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("jac", "tgrad")),
+        *((name, ctypes.c_void_p) for name in ("jac", "tgrad", "event")),
+        *((name, ctypes.c_int64) for name in ("margins", "event_parameters", "event_work", "direction")),
+        *((name, Lent) for name in ("event_numbers", "event_places", "event_values")),
+        *((name, Lent) for name in ("event_times", "event_slopes", "event_margins")),
     )
 
 
 class PullRequest(Lender):
     """What the gradient of such a sweep is asked for; `PullRequest` in julia/src/abreast.jl."""
 
-    _fields_ = (*((name, Lent) for name in ("du0", "dp", "dv", "g", "dt", "states")), ("pull", ctypes.c_void_p))
+    _fields_ = (
+        *((name, Lent) for name in ("du0", "dp", "dv", "g", "dt", "states")),
+        *((name, ctypes.c_void_p) for name in ("pull", "bend")),
+    )
 
 
 class Views(dict[int, Tensor]):

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..errors import NotCompiled
+from ..errors import NonFiniteState, NotCompiled
 from ..methods import Method, hairer
 from ..methods.explicit import ExplicitTableau
 from ..methods.stiff import RosenbrockTableau
 from ..parameters import by_tensor
-from ..problem import Field, Layout, ODEProblem, SolverOptions
+from ..problem import Field, Layout, ODEProblem, SolverOptions, like
 from ..solution import Stats, SystemStats
 from .calls import Calls, Held
 from .memory import Abreast, Outcome, PullRequest, Request, Systems
@@ -57,6 +57,7 @@ class Sweep:
 
     Attributes:
         first: the problem of the first of them.
+        failed: (B,) those that failed, and ends: (B,) where, once they were solved abreast.
 
     Raises:
         NotCompiled: f cannot be captured.
@@ -66,11 +67,11 @@ class Sweep:
         from ..capture.held import held_by  # half the cost of importing this package
 
         assert p.layout is not None
-        self.p = p
+        self.p, self.differentiated = p, differentiated
         shape, dims = p.layout.shapes[0], p.options.batch_dims
         batch, one = shape[:dims], (slice(0, 1),) * dims
         source = held_by(p.f, p.y0.dtype)
-        self.known = (source.key, shape, dims, p.y0.dtype)
+        self.known = _known(p, source)
         self.tensors = source.tensors
         self.held = [x.detach() for x in source.tensors]
         may_vary = [i for i, x in enumerate(source.tensors) if x.shape[:dims] == batch]
@@ -98,6 +99,11 @@ class Sweep:
             f0=None if p.f0 is None else p.f0[:size],
             layout=Layout(y0),
             batch=1,
+            rows=None,
+            swept=None,
+            event_fn=None,
+            event_source=None,
+            compile=True,
             params=tuple(parts.get(id(x), x) for x in p.params),
             reached=frozenset(id(parts[i]) if i in parts else i for i in p.reached),
         )
@@ -153,15 +159,16 @@ class Sweep:
             self._prove(compiled)
             _apart[self.known] = self.apart
         slopes = torch.empty_like(p.y0.detach(), memory_format=torch.contiguous_format)
-        lent = {"slopes": slopes, **self._own_numbers(compiled)}
+        lent = {"slopes": slopes, **self._own_numbers(compiled.program)}
         held = None
         if abreast(p) and compiled.program.mode == "scalar":
             held, outcome = self._abreast(calls, compiled, request, lent, stats)
         else:
-            if request.keep or p.options.on_failure != "raise" or p.own_times is not None:
+            if request.keep or p.options.on_failure != "raise" or p.own_times is not None or p.event_fn is not None:
                 raise NotCompiled(
-                    "f is compiled as loops over arrays, and a sweep has gradients, on_failure and times of their own "
-                    "where f is compiled number by number: where it is few operations. Use engine='torch'"
+                    "f is compiled as loops over arrays, and a sweep has gradients, events, dense output, on_failure "
+                    "and times of their own where f is compiled number by number: where it is few operations. Use "
+                    "engine='torch'"
                 )
             systems = Systems(count=p.batch)
             systems.lend(**lent)
@@ -171,11 +178,11 @@ class Sweep:
             self._compare(compiled, slopes)
         return held, outcome
 
-    def _own_numbers(self, compiled: Any) -> dict[str, Tensor]:
+    def _own_numbers(self, program: Any) -> dict[str, Tensor]:
         """What each system has of its own: the places among all that the field holds, and the numbers there."""
         p, dtype = self.p, self.p.y0.dtype
         places, values, start = [torch.empty(0, dtype=torch.int64)], [], 1
-        for slot in compiled.program.trace.slots:
+        for slot in program.trace.slots:
             x = self.held[slot]
             size = x.numel() // p.batch if self.varying[slot] else x.numel()
             if self.varying[slot]:
@@ -211,14 +218,67 @@ class Sweep:
         if p.own_times is not None:
             request.lend(times=torch.from_numpy(np.ascontiguousarray(p.own_times)))
         ends = torch.zeros(count, 2, dtype=torch.float64)
+        watched = self._watch(calls, systems) if p.event_fn is not None else None
         systems.lend(**lent, **weights(tab), naccept=naccept, nreject=nreject, codes=codes, ends=ends)
         held, outcome = calls.abreast(compiled.field, request, systems)
         self.compiled = compiled
-        self.pulling = compiled.program.packed(calls, "pull") if request.keep else 0
+        names = ("pull", "bend") if isinstance(tab, RosenbrockTableau) else ("pull",)
+        self.pulling = {name: program.packed(calls, name) for name in names} if self.differentiated else {}
         self.places = lent["places"]
+        self.naccept, self.failed, self.ends = naccept, codes > 0, ends[:, 0]
+        if not whole and outcome.code != b"Success" and int(codes[outcome.system - 1]) == _NAN_EVENT:
+            t = float(ends[outcome.system - 1, 0])
+            raise NonFiniteState(
+                f"system {outcome.system - 1} of the batch: event_fn returned NaN in the step from t={t:.6g}.",
+                t=t,
+                dt=0.0,
+            )
+        if watched is not None and (whole or _succeeded(outcome)):
+            self.event_times = watched["event_times"].numpy()
+            self.event_slopes = watched["event_slopes"]
+            self._compare_events(watched["event_margins"], request.tensors["out"])
         if whole or _succeeded(outcome):
             self._account(stats, naccept, nreject, codes, ends)
         return held, outcome
+
+    def _watch(self, calls: Calls, systems: Abreast) -> dict[str, Tensor]:
+        """Have the systems end at their events: what Julia then writes to."""
+        p, dtype = self.p, self.p.y0.dtype
+        watching = Sweep(_of_events(p))
+        program = _event_program(watching)
+        slots = program.trace.slots
+        parts = [
+            (x.reshape(p.batch, -1)[0] if watching.varying[i] else x).reshape(-1).to("cpu", dtype)
+            for i, x in ((i, watching.held[i]) for i in slots)
+        ]
+        systems.event, systems.margins = program.packed(calls, "f"), program.outputs
+        systems.event_parameters, systems.event_work = program.parameters, program.work
+        systems.direction = int(p.direction)
+        own = {f"event_{name}": x for name, x in watching._own_numbers(program).items()}
+        watched = {
+            "event_times": torch.full((p.batch,), math.nan, dtype=torch.float64),
+            "event_slopes": torch.zeros(p.batch, p.y0.numel() // p.batch, dtype=dtype),
+            "event_margins": torch.full((p.batch, 2, program.outputs), math.nan, dtype=dtype),
+        }
+        systems.lend(event_numbers=torch.cat([*parts, torch.zeros(1, dtype=dtype)]), **own, **watched)
+        return watched
+
+    def _compare_events(self, got: Tensor, out: Tensor) -> None:
+        """The event functions at the starts and at the events with PyTorch's.
+
+        Raises:
+            NotCompiled: they differ.
+        """
+        p = self.p
+        assert p.event_fn is not None
+        assert p.swept is not None
+        for i, times in enumerate((p.swept.starts, self.event_times)):
+            with torch.no_grad():
+                want = p.event_fn(p.moments(times), out[i]).reshape(p.batch, -1)
+            known = ~got[:, i].isnan().any(1) & ~torch.from_numpy(np.isnan(times))
+            near = math.sqrt(torch.finfo(want.dtype).eps) * (1 + got.abs().nan_to_num().amax(1))
+            if want.shape != got[:, i].shape or bool(((got[:, i] - want).abs() > near)[known].any()):
+                raise NotCompiled("what was compiled of event_fn differs from PyTorch")
 
     def _account(self, stats: Stats, naccept: Tensor, nreject: Tensor, codes: Tensor, ends: Tensor) -> None:
         p, tab = self.p, self.p.method.tableau
@@ -250,7 +310,7 @@ class Sweep:
         a = torch.empty_like(p.y0, memory_format=torch.contiguous_format)
         theta = p.y0.new_empty(sum(x.numel() for x in trained))
         own = p.y0.new_empty(count, len(self.places))
-        request = PullRequest(pull=self.pulling)
+        request = PullRequest(**self.pulling)
         request.lend(du0=a, dp=theta, dv=own, g=g)
         by_t = None
         if p.t.requires_grad:
@@ -270,8 +330,23 @@ class Sweep:
             of.append(x)
             grads.append(grad)
         if by_t is not None:
+            if p.event_fn is not None:  # the second time says where to go
+                by_t[:, 1] = 0.0
             by_t = by_t.sum(0) if p.own_times is None else by_t.view(p.t.shape)
         return a, by_t, by_tensor(of, grads, p.params), nf
+
+    def interpolate(self, calls: Calls, held: Held, times: Tensor) -> Tensor:
+        """States (M, n) at times (M,) of all systems, or (B, M), from the dense output of their steps: NaN where a
+        system had failed."""
+        p, rows = self.p, times.detach().to("cpu", torch.float64).contiguous()
+        out = p.y0.detach().repeat(rows.shape[-1], 1)  # where a system makes no steps
+        if rows.numel():
+            calls.interpolate_all(held, rows, out)
+        if bool(self.failed.any()):
+            sign = p.direction
+            lost = self.failed & (sign * rows.expand(p.batch, -1).T > sign * self.ends)  # (M, B)
+            out.view(len(out), p.batch, -1)[lost] = math.nan
+        return out
 
     def _prove(self, compiled: Any) -> None:
         """Compare some of the systems, each by itself, with f for all of them, away from the start."""
@@ -302,6 +377,101 @@ class Sweep:
             differ = (slopes - p.f0.detach()).abs().view(shape).amax(1)
             worst = int(differ.nan_to_num(math.inf).argmax())
             raise _not_independent(worst, error) from error
+
+
+def _of_events(p: ODEProblem) -> ODEProblem:
+    """A problem whose field is the event function, for it to be compiled as a field is: of each system its values, and
+    the first of them again as often as the state has more numbers."""
+    assert p.layout is not None
+    event_fn, shape, dims = p.event_source, p.layout.shapes[0], p.options.batch_dims
+    assert event_fn is not None
+    size = math.prod(shape[dims:])
+
+    def padded(t: Tensor, h: Tensor) -> Tensor:
+        count = math.prod(h.shape[:dims])
+        value = event_fn(t, h).to(h.dtype).reshape(count, -1)
+        if value.shape[1] > size:
+            raise NotCompiled("there are more event functions than numbers in the state")
+        return torch.cat([value, value[:, :1].expand(count, size - value.shape[1])], 1).reshape(h.shape)
+
+    return like(p, f=Field(padded, shape, (event_fn, shape)), f0=None, event_fn=None, params=(), reached=frozenset())
+
+
+def _event_program(watching: Sweep) -> Any:
+    from .codegen.program import program_of
+
+    program, _ = program_of(watching.first.f, watching.first.y0)
+    if program.mode != "scalar":
+        raise NotCompiled("event_fn is more than a few operations")
+    return program
+
+
+def uncompiled(p: ODEProblem, gradient: str | None) -> str:
+    """Why the systems of `p` would not be compiled, as far as that is known before they are solved; empty where they
+    would be. A field that is met for the first time is not: it may be solved but once.
+    """
+    from ..capture.held import held_by, root_of  # half the cost of importing this package
+    from ..capture.surroundings import surroundings
+
+    try:
+        if why := surroundings():
+            return why
+        root = root_of(p.f, p.y0.dtype)
+        assert root is not None
+        if not root.met:
+            root.met = True
+            return "f is solved for the first time; the next solve compiles it"
+        known = (*_known(p, held_by(p.f, p.y0.dtype, patient=False)), p.method.name, gradient)
+        if p.event_source is not None:
+            of = _of_events(p)
+            known = (*known, *_known(of, held_by(of.f, p.y0.dtype, patient=False)))
+    except NotCompiled as error:
+        return str(error)
+    if known not in _refused:
+        if len(_refused) >= _KEPT:
+            _refused.clear()
+        _refused[known] = _refusal(p, gradient)
+    return _refused[known]
+
+
+def _refusal(p: ODEProblem, gradient: str | None) -> str:
+    from .codegen.program import program_of
+
+    nfe = p.f.nfe
+    try:
+        first = Sweep(p, differentiated=gradient is not None).first
+        program, _ = program_of(first.f, first.y0)
+        if program.mode != "scalar":
+            return "f is more than a few operations, which are compiled as loops over arrays"
+        implicit = isinstance(p.method.tableau, RosenbrockTableau)
+        for name in (*(("jac", "tgrad") if implicit else ()), *(("pull",) if gradient else ())):
+            program.text(name)
+        if implicit and gradient:
+            program.text("bend")
+        if p.event_source is not None:
+            _event_program(Sweep(_of_events(p)))
+    except NotCompiled as error:
+        return str(error)
+    finally:
+        p.f.nfe = nfe
+    return ""
+
+
+def refuse(p: ODEProblem, gradient: str | None, why: str) -> None:
+    """Have systems like those of `p` not be compiled again, unless that is asked for."""
+    from ..capture.held import held_by
+
+    known = (*_known(p, held_by(p.f, p.y0.dtype)), p.method.name, gradient)
+    if p.event_source is not None:
+        of = _of_events(p)
+        known = (*known, *_known(of, held_by(of.f, p.y0.dtype)))
+    _refused[known] = why
+
+
+def _known(p: ODEProblem, source: Any) -> tuple[Any, ...]:
+    """What systems that do the same have in common."""
+    assert p.layout is not None
+    return source.key, p.layout.shapes[0], p.options.batch_dims, p.y0.dtype
 
 
 def controlled(method: Method, o: SolverOptions) -> dict[str, float]:
@@ -340,12 +510,14 @@ def _succeeded(outcome: Outcome) -> bool:
     return outcome.code == b"Success" and bool(outcome.finite)
 
 
+_NAN_EVENT = 5
 # Why a system failed, as `CAUSES` in julia/src/abreast.jl.
 _CAUSES = {
     1: "it took max_num_steps steps",
     2: "no step succeeds, f or the solution blows up",
     3: "steps are shorter than min_step",
     4: "the state is NaN or infinite",
+    _NAN_EVENT: "event_fn is NaN",
 }
 
 
@@ -361,8 +533,10 @@ def _random() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-# Of fields and batches, which of the tensors that they hold lie in parts, by their places.
+# Of fields and batches, which of the tensors that they hold lie in parts, by their places; and, with methods, why they
+# are not compiled, or nothing.
 _apart: dict[tuple[Any, ...], frozenset[int]] = {}
+_refused: dict[tuple[Any, ...], str] = {}
 _KEPT = 64
 # Systems of a batch that are compared one by one.
 _PROVEN = 16

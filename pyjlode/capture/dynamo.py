@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import torch
 import torch._dynamo
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import NotCompiled
 from ..signals import of_a_signal
@@ -133,9 +134,9 @@ def _both(f, t, h, t_graph, h_graph):  # type: ignore[no-untyped-def]
     if not is_dynamo_compiling():  # type: ignore[name-defined]  # noqa: F821
         raise Missed
     with torch.no_grad():
-        value = flat(h, f(t, h)).reshape(1, -1)
+        value = flat(h, call(f, t, h)).reshape(1, -1)  # type: ignore[name-defined]  # noqa: F821
     with torch.enable_grad():
-        with_graph = flat(h_graph, f(t_graph, h_graph)).reshape(1, 1, -1)
+        with_graph = flat(h_graph, call(f, t_graph, h_graph)).reshape(1, 1, -1)  # type: ignore[name-defined]  # noqa: F821
     return value, with_graph
 
 
@@ -143,14 +144,14 @@ def _value(f, t, h, t_graph, h_graph):  # type: ignore[no-untyped-def]
     if not is_dynamo_compiling():  # type: ignore[name-defined]  # noqa: F821
         raise Missed
     with torch.no_grad():
-        return flat(h, f(t, h)).reshape(1, -1)
+        return flat(h, call(f, t, h)).reshape(1, -1)  # type: ignore[name-defined]  # noqa: F821
 
 
 def _with_graph(f, t, h, t_graph, h_graph):  # type: ignore[no-untyped-def]
     if not is_dynamo_compiling():  # type: ignore[name-defined]  # noqa: F821
         raise Missed
     with torch.enable_grad():
-        return flat(h_graph, f(t_graph, h_graph)).reshape(1, 1, -1)
+        return flat(h_graph, call(f, t_graph, h_graph)).reshape(1, 1, -1)  # type: ignore[name-defined]  # noqa: F821
 
 
 def flat(state: Any, out: Any) -> Tensor:
@@ -172,6 +173,44 @@ def _leaves(state: Any, out: Any) -> list[Tensor]:
     return [x for part, result in zip(state, out) for x in _leaves(part, result)]
 
 
+def _plainly(f: Any, t: Tensor, h: Any) -> Any:
+    return f(t, h)
+
+
+class _Picking(TorchFunctionMode):
+    """`x[i]`, where i is an integer tensor without dimensions, as an operation on tensors: PyTorch reads the number."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.__getitem__ or function is operator.getitem:
+            x, at = args
+            at = at if isinstance(at, tuple) else (at,)
+            if isinstance(x, Tensor) and any(_picks(i) for i in at):
+                return _picked(x, at)
+        return function(*args, **(kwargs or {}))
+
+
+def _picked(x: Tensor, at: tuple[Any, ...]) -> Tensor:
+    """x[at], where some of the indices are such tensors."""
+    dim, rest, free = 0, [], x.dim()
+    for i in at:
+        free -= i is not None and i is not Ellipsis
+    for i in at:
+        if _picks(i):
+            x = torch.index_select(x, dim, torch.where(i < 0, i + x.shape[dim], i).reshape(1))
+        rest.append(0 if _picks(i) else i)
+        dim += free if i is Ellipsis else i is not None
+    return x[tuple(rest)]
+
+
+def _picks(i: Any) -> bool:
+    return isinstance(i, Tensor) and i.dim() == 0 and i.dtype in (torch.int64, torch.int32)
+
+
+def _picking(f: Any, t: Tensor, h: Any) -> Any:
+    with _Picking():
+        return f(t, h)
+
+
 # How f is called in a capture: without a graph and with one; and where that cannot be, only the one or the other.
 BOTH, VALUE, WITH_GRAPH = _both, _value, _with_graph
 
@@ -182,17 +221,19 @@ class Captures:
     Args:
         how: `BOTH`, `VALUE` or `WITH_GRAPH`.
         state: an example of the state: a tensor, or a tuple, list or dictionary of them.
+        picks: f indexes by numbers that it computes.
 
     Raises:
         NotCompiled: this PyTorch has no such Dynamo.
     """
 
-    def __init__(self, how: Callable[..., Any], state: Any, t: Tensor) -> None:
-        self.how = how
+    def __init__(self, how: Callable[..., Any], state: Any, t: Tensor, picks: bool = False) -> None:
+        self.how, self.picks = how, picks
         self.scope: dict[str, Any] = {
             "__builtins__": builtins,
             "__name__": __name__,
             "torch": torch,
+            "call": _picking if picks else _plainly,
             "flat": flat,
             "Missed": Missed,
             "is_dynamo_compiling": torch.compiler.is_dynamo_compiling,
@@ -283,6 +324,8 @@ class Captures:
                 if not attempt.reason:
                     log.debug("Dynamo does not capture f", exc_info=True)
                     attempt.reason = _words(error)
+                    if not self.picks and _INDEX in str(error):
+                        raise Picks(attempt.reason) from None
             finally:
                 attempt.restore()
                 self.attempt = _Attempt((), (), self.scope)
@@ -301,6 +344,14 @@ class SwitchedOff(NotCompiled):
 
     def __init__(self) -> None:
         super().__init__("Dynamo is switched off (TORCHDYNAMO_DISABLE, or torch.compiler.set_stance)")
+
+
+class Picks(NotCompiled):
+    """f indexes by a number that it computes, perhaps."""
+
+
+# In what PyTorch says of it.
+_INDEX = "extract specialized integer from data-dependent"
 
 
 class Counts(NotCompiled):
@@ -399,6 +450,7 @@ class _Attempt:
         for guard in output.guards:
             self.refuse_values(_name(guard.originating_source), guard.create_fn_name())
         _refuse_escapes(entry.module, self)
+        _refuse_writes_into_picked(entry.module, self)
         if output.shape_env.guards:  # shapes are static: it is a number of a tensor that something depends on
             self.refuse("f makes a Python number or a branch of the numbers of a tensor")
         counters = self._changes(output.side_effects)
@@ -434,6 +486,8 @@ class _Attempt:
         for x in effects._get_modified_vars():
             if isinstance(x.mutation_type, (AttributeMutationNew, ValueMutationNew)):
                 continue
+            if type(x).__name__ == "TorchFunctionModeStackVariable":
+                continue  # `_Picking`, which is left again
             stored = effects.store_attr_mutations.get(x)
             if isinstance(x, ConstDictVariable) and x.source is not None and _is_same(x):
                 continue  # a module's buffers, one of which was written to in place
@@ -631,6 +685,20 @@ _WORDS = {
     "f leaves PyTorch: it reads the numbers of a tensor": ("fake tensor call", "numpy"),
     "f leaves PyTorch": ("Unsupported method call", "marked as skipped", "builtin operator", "Observed exception"),
 }
+
+
+def _refuse_writes_into_picked(module: fx.GraphModule, attempt: _Attempt) -> None:
+    """What `_Picking` makes is no view of x, as `x[i]` is: nothing may be written into it."""
+    picked: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.op == "call_function" and node.target is torch.index_select:
+            picked.add(node)
+        elif node.args and node.args[0] in picked:
+            if name in ("setitem", "iadd", "isub", "imul", "itruediv") or (name[-1] == "_" and name[-2] != "_"):
+                attempt.refuse("f writes into what it indexes by a number that it computes")
+            if node.op == "call_method" or node.target is operator.getitem:
+                picked.add(node)
 
 
 def _words(error: Exception) -> str:

@@ -63,6 +63,7 @@ class Root:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.differentiates = False  # f asks autograd for derivatives by its own h
+        self.picks = False  # it indexes by numbers that it computes
         self.met = False
         self.seen: Any = None
         self.refused: dict[Any, str] = {}
@@ -117,7 +118,7 @@ class Root:
 
         ways = [dynamo.WITH_GRAPH] if self.differentiates else [dynamo.BOTH, dynamo.VALUE]
         if not self.captures or sum(len(x.entries) for x in self.captures) >= _ENTRIES:
-            self.captures = [dynamo.Captures(how, *_example(self.layout)) for how in ways]
+            self.captures = [dynamo.Captures(how, *_example(self.layout), self.picks) for how in ways]
         self.fruitless += 1
         varying = self._varying(f)
         reason: NotCompiled | None = None
@@ -136,6 +137,9 @@ class Root:
                 assert held is not None
                 return held
         assert reason is not None
+        if isinstance(reason, dynamo.Picks):
+            self.picks, self.captures = True, []
+            return self._capture(f)
         if not self.differentiates and "does not require grad" in str(reason):
             self.differentiates, self.captures = True, []
             return self._capture(f)

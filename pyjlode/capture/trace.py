@@ -25,7 +25,7 @@ class Graph:
 
     Attributes:
         module: its placeholders are, in this order, `inputs`, and then the lifted tensors of the trace.
-        inputs: "t", "h", and for products "v" (a cotangent, or a tangent of h).
+        inputs: "t", "h", and for products "v" (a cotangent, or a tangent of h) or "m" (a matrix and a cotangent).
     """
 
     module: fx.GraphModule
@@ -44,6 +44,7 @@ class Trace:
         trained: how many of them are θ.
         steps: what a call of f adds to each of `Held.counters`.
         adds: what it adds to tensors that it holds and does not read, by their places in `Held.tensors`.
+        unread: shapes and dtypes of tensors that f holds and no graph reads, by their places there.
 
     Raises:
         NotCompiled: PyTorch cannot trace f, or f does something that a trace does not show.
@@ -54,7 +55,8 @@ class Trace:
         self.order = held.order
         self.slots = sorted(set(held.order), key=lambda i: (not tensors[i].requires_grad, i))
         self.trained = sum(tensors[i].requires_grad for i in self.slots)
-        self.integers = held.integers
+        self.integers = [x.clone() for x in held.integers]
+        self.unread: dict[int, tuple[torch.Size, torch.dtype]] = {}
         with torch.inference_mode(False):
             self.like = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
             self.tensors = [tensors[i].detach() for i in self.slots]
@@ -74,11 +76,13 @@ class Trace:
                 self._vjp = back
             else:
                 self._vjp = Graph(self._functional(back, self._inputs("t", "h", "v")), ("t", "h", "v"))
-        del self.order, self.integers
+        self.unread = {i: (x.shape, x.dtype) for i, x in enumerate(tensors) if i not in self.slots}
 
     def _inputs(self, *names: str) -> tuple[Tensor, ...]:
         """Examples, for shapes and dtypes. Each is an object of its own: a trace tells them apart by that."""
+        n = self.like.numel()
         made = {"t": self.like.new_tensor(0.3), "h": self.like, "v": torch.ones_like(self.like)}
+        made["m"] = self.like.new_ones(n * n + n) if "m" in names else self.like
         return tuple(made[name] for name in names)
 
     def _outputs(
@@ -91,7 +95,8 @@ class Trace:
         counters: Sequence[Tensor],
     ) -> Sequence[Any]:
         """What the captured graph gives."""
-        by_place = dict(zip(self.slots, lifted))
+        by_place = {i: torch.zeros(shape, dtype=dtype) for i, (shape, dtype) in self.unread.items()}
+        by_place |= dict(zip(self.slots, lifted))
         states = {False: self._leaves(h), True: self._leaves(h_graph)}
         numbers = len(self.order) - len(self.entry.numbers)
         values: list[Tensor] = []
@@ -233,6 +238,28 @@ class Trace:
 
         return self._product(product)
 
+    @functools.cached_property
+    def bend(self) -> Graph:
+        """(t, h, m, θ, constants) -> the derivatives by h and each of θ of Σ M_ij ∂f_i/∂h_j + Σ r_i ∂f_i/∂t, where m is
+        the columns of M, one after the other, and then r."""
+        if self.steps:
+            raise NotCompiled("f counts its calls, and has no second derivatives then")
+        inputs = self._inputs("t", "h", "m")
+        with torch.inference_mode(False):
+            try:
+                module = _trace(self._second_product, (*inputs, *self.tensors), fake=True)
+                _keep_constants(module)
+                return Graph(self._functional(module, inputs), ("t", "h", "m"))
+            except NotCompiled as error:
+                raise NotCompiled(f"a product of second derivatives of f: {error}") from error
+
+    def _second_product(self, t: Tensor, h: Tensor, m: Tensor, *lifted: Tensor) -> tuple[Tensor, ...]:
+        theta = [x.detach().requires_grad_() for x in lifted[: self.trained]]
+        s, y = t.detach().requires_grad_(), h.detach().requires_grad_()
+        outputs = self._outputs(t, h, s, y, (*theta, *lifted[self.trained :]), [])
+        k = outputs[self.entry.with_graph].reshape(-1)  # type: ignore[index]
+        return tuple(second_product(k, s, y, m, theta))
+
     def examples(self, graph: Graph) -> tuple[Tensor, ...]:
         """Inputs of a graph, for shapes and dtypes."""
         return (*self._inputs(*graph.inputs), *self.tensors)
@@ -261,6 +288,23 @@ class Trace:
             module.recompile()
         module.graph.eliminate_dead_code()
         return module
+
+
+@torch.enable_grad()
+def second_product(k: Tensor, t: Tensor, h: Tensor, m: Tensor, theta: Sequence[Tensor]) -> list[Tensor]:
+    """The derivatives by h and each of θ of Σ M_ij ∂k_i/∂h_j + Σ r_i ∂k_i/∂t.
+
+    Args:
+        k: (n,), with its graph from the leaves t, 0-d, and h, (n,). m: the columns of M, and then r, (n n + n,).
+    """
+    n, total = h.numel(), torch.zeros_like(t)
+    for j in range(n + 1 if k.requires_grad else 0):
+        (x,) = torch.autograd.grad(k, h if j < n else t, m[j * n : (j + 1) * n], create_graph=True, allow_unused=True)
+        if x is not None:
+            total = total + (x[j] if j < n else x)
+    wanted = [h, *theta]
+    grads = torch.autograd.grad(total, wanted, allow_unused=True) if total.requires_grad else [None] * len(wanted)
+    return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) if g is None else g for x, g in zip(wanted, grads)]
 
 
 def decomposed(graph: Graph, args: Sequence[Tensor]) -> Graph:
@@ -296,10 +340,12 @@ def _trace(
     fake: with tensors that have no numbers, so that nothing can come of these.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     rng = torch.get_rng_state()
     try:
-        with warnings.catch_warnings():
+        # Attention as products of matrices and a softmax: fused, it is one operation, of which there are only kernels.
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore")
             if not fake:
                 return make_fx(f, decomposition_table=table)(*args)

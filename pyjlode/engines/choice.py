@@ -10,13 +10,13 @@ from torch import Tensor
 
 from .. import gradients, transforms
 from ..bridge import engine as julia
-from ..bridge import plans, runtime
-from ..errors import BadOption, EngineUnavailable, EventNotFound, MaxStepsReached, SolveError
+from ..bridge import plans, runtime, sweep
+from ..errors import BadOption, EngineUnavailable, EventNotFound, MaxStepsReached, NotCompiled, SolveError
 from ..gradients import Engine
 from ..native import engine as native
 from ..notices import warn
 from ..parameters import Held
-from ..problem import Callbacks, Equation, ODEProblem, Prepared, flat_field
+from ..problem import Callbacks, Equation, ODEProblem, Prepared, flat_field, like
 
 ENGINES = ("auto", "torch", "julia")
 ALIASES = {"native": "torch"}  # what the documentation calls it
@@ -80,6 +80,10 @@ def choose(name: str, p: ODEProblem, adjoint: bool | str, *, recorded: bool = Fa
         return native, "f is large, its own time is what counts, and the native engine asks it less often"
     if obstacle is None and name == "auto" and p.y0.device.type != "cpu":
         return native, f"the state lies on {p.y0.device}, where Julia's solver would call f back"
+    if obstacle is None and name == "auto" and p.batch > 1 and p.compile is None:
+        if why := sweep.uncompiled(p, gradient if torch.is_grad_enabled() else None):
+            return native, f"the Julia engine would not solve the systems abreast ({why})"
+        return julia, f"Julia is set up by {found.source}, and solves the systems abreast"
     if obstacle is None and name == "auto" and torch.is_grad_enabled() and (why := julia.called_back(p, gradient)):
         return native, f"Julia's solver would call f back ({why}), and then the native engine is faster"
     if obstacle is None:
@@ -114,8 +118,9 @@ def apart(
     assert p.rows is not None
     assert p.layout is not None
     if engine is not native:  # a sweep solves them one by one
-        p.own_times = p.rows.times if p.rows.own else None
-        p.rows = None
+        if event_fn is not None and p.batch > 1:
+            p.event_fn = native.event_of_systems(like(p), event_fn)
+        p.swept, p.rows = p.rows, None
         return f, ""
     asked = "t with a row for each system" if p.rows.own else "event_fn with an event for each" if event_fn else ""
     asked = "on_failure='nan'" if p.options.on_failure == "nan" else asked
@@ -176,14 +181,20 @@ def planned(solver: Any, name: str, e: Equation) -> plans.Call | None:
     return plans.call(e.f, e.h0, e.t, (solver, meant))
 
 
-def second(name: str, made: Prepared, error: SolveError) -> str | None:
+def second(name: str, made: Prepared, error: SolveError | NotCompiled) -> str | None:
     """Why the native engine should try what Julia's solver failed at, if it should: with a method for stiff systems, of
-    which each engine has its own, that did not just need more steps.
+    which each engine has its own, that did not just need more steps; or where it was found late that systems of a batch
+    cannot be compiled.
 
     Args:
         name: the engine that the user asked for.
     """
     p = made.problem
+    if isinstance(error, NotCompiled):
+        if name != "auto" or p.compile or p.batch == 1 or julia.needed(p):
+            return None
+        sweep.refuse(p, made.gradient if made.needed else None, str(error))
+        return f"the Julia engine cannot do this: {error}"
     if name != "auto" or os.environ.get(ENGINE_VARIABLE) == "julia" or made.engine is not julia:
         return None
     if not p.method.controlled or p.compile or julia.needed(p):

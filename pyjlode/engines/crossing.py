@@ -26,6 +26,8 @@ def crossing(p: ODEProblem, record: Any, gradient: str | None) -> tuple[Tensor, 
     """
     if p.rows is not None:
         return native.crossing(p, record, gradient)
+    if p.swept is not None and p.batch > 1:
+        return native.crossing_of_sweep(p, record)
     y = record.ys[-1]
     t = p.t.detach().new_tensor(record.event_t)
     event_fn = p.event_fn

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # the numbers of a method are read when it is first used
         | SecondTableau
     )
 
-Kind = Literal["adaptive", "fixed", "implicit", "stiff", "auto", "adams", "second", "scipy", "julia"]
+Kind = Literal["adaptive", "fixed", "implicit", "stiff", "auto", "adams", "second", "reversible", "scipy", "julia"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Method:
         kind: `adaptive` (explicit Runge-Kutta with error control), `fixed` (explicit Runge-Kutta), `implicit`
             (Runge-Kutta whose stages need a nonlinear solve, fixed steps), `stiff` (implicit, with error control),
             `auto` (switches between an adaptive and a stiff one), `adams` (linear multistep, fixed steps), `second`
-            (for systems of second order, fixed steps), `scipy` (`scipy.integrate.solve_ivp`) or `julia` (one that only
+            (for systems of second order, fixed steps), `reversible` (explicit Runge-Kutta made reversible, fixed
+            steps), `scipy` (`scipy.integrate.solve_ivp`) or `julia` (one that only
             Julia has).
         coefficients: where its tableau is, as "explicit.DOPRI5"; "" where it has none.
         error_order: order of the embedded solution that a step is compared with; 0 for none.
@@ -90,12 +91,12 @@ class Method:
     @property
     def imex(self) -> bool:
         """True where the parts of a field that is split are solved in two ways."""
-        return self.name == "kencarp4"
+        return self.name in ("kencarp4", "kencarp5")
 
     @property
     def reversible(self) -> bool:
         """True where a step can be undone by the same operations in reverse."""
-        return self.kind == "second" and self.name != "nystrom4"
+        return self.kind == "reversible" or (self.kind == "second" and self.name != "nystrom4")
 
     @property
     def start_order(self) -> int:
@@ -104,7 +105,7 @@ class Method:
             return 2
         if not self.coefficients:
             return 5
-        return (self.error_order if self.kind in ("adaptive", "fixed", "stiff") else self.order) + 1
+        return (self.error_order if self.kind in ("adaptive", "fixed", "reversible", "stiff") else self.order) + 1
 
 
 def hairer(k: int) -> tuple[float, float]:
@@ -130,6 +131,11 @@ def _adaptive(
 
 def _fixed(name: str, tableau: str, order: int, about: str, julia: str | None = None) -> Method:
     return Method(name, order, "fixed", about, f"explicit.{tableau}", julia=julia)
+
+
+def _reversible(name: str, tableau: str, orders: tuple[int, int], about: str) -> Method:
+    about = f"{about}, made reversible (McCallum & Foster)"
+    return Method(name, orders[0], "reversible", about, f"explicit.{tableau}", orders[1])
 
 
 def _implicit(name: str, tableau: str, order: int, about: str, julia: str | None = None) -> Method:
@@ -167,6 +173,9 @@ _ROWS = [
     _fixed("heun2", "HEUN2", 2, "Heun, order 2 (explicit trapezoid)", "Heun()"),
     _fixed("heun3", "HEUN3", 3, "Heun, order 3"),
     _fixed("rk4", "RK4", 4, "Kutta's 3/8 rule"),
+    _reversible("reversible_midpoint", "MIDPOINT", (2, 0), "explicit midpoint"),
+    _reversible("reversible_rk4", "RK4", (4, 0), "Kutta's 3/8 rule"),
+    _reversible("reversible_dopri5", "DOPRI5", (5, 4), "Dormand & Prince 5"),
     Method("explicit_adams", 12, "adams", "Adams-Bashforth, order up to `max_order`"),
     Method("implicit_adams", 12, "adams", "Adams-Bashforth-Moulton, order up to `max_order`"),
     _implicit("implicit_euler", "IMPLICIT_EULER", 1, "implicit Euler", "ImplicitEuler()"),
@@ -186,6 +195,7 @@ _ROWS = [
     _stiff("bdf", "NDF", (5, 0), "numerical differentiation formulas of order 1 to 5", "FBDF()", mass=True),
     _stiff("kvaerno5", "KVAERNO5", (5, 4), "ESDIRK 5(4), Kværnø (L-stable)", "Kvaerno5()"),
     _stiff("kencarp4", "KENCARP4", (4, 3), "ESDIRK 4(3), Kennedy & Carpenter (L-stable)", "KenCarp4()"),
+    _stiff("kencarp5", "KENCARP5", (5, 4), "ESDIRK 5(4), Kennedy & Carpenter (L-stable)", "KenCarp5()"),
     _stiff("trbdf2_adaptive", "TRBDF2", (2, 2), "trapezoid then BDF2, with error control (L-stable)", "TRBDF2()"),
     Method(
         "auto",

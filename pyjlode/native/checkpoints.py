@@ -19,6 +19,7 @@ from ..solution import Stats
 from .explicit import ExplicitRK
 from .implicit import ImplicitRK
 from .multistep import AdamsStep, Past
+from .reversible import Other, Reversible, ReversibleStep
 from .rosenbrock import Rosenbrock
 from .second import Second
 from .step import Interval, Step
@@ -209,24 +210,32 @@ def taker(p: ODEProblem) -> Callable[[Interval, Tensor], Tensor]:
 
 
 class Reversed:
-    """The last state alone: the steps of a symplectic method are undone one by one (`adjoint="reversible"`)."""
+    """The last state alone: the steps of a method that can undo them are undone one by one (`adjoint="reversible"`)."""
 
     def __init__(self, p: ODEProblem) -> None:
-        self.p, self.times, self.end = p, Times(), p.y0
+        self.p, self.times, self.last = p, Times(), (p.y0, p.y0)
 
     def __len__(self) -> int:
         return len(self.times)
 
     def add(self, step: Step) -> None:
         self.times.add(step.interval)
-        self.end = step.y1.detach()
+        y1 = step.y1.detach()
+        self.last = y1, step.left.detach() if isinstance(step, ReversibleStep) else y1
 
     def last_first(self, start: int, *, again: bool) -> Iterator[Kept]:
         assert start == 0
-        second, y = Second(self.p), self.end
-        for i in reversed(range(len(self.times))):
-            y = second.backward(self.times[i], y)
-            yield Kept(self.times[i], y)
+        y, other = self.last
+        if self.p.method.kind == "reversible":
+            reversible = Reversible(self.p)
+            for i in reversed(range(len(self.times))):
+                y, other = reversible.backward(self.times[i], y, other)
+                yield Kept(self.times[i], y, data=Other(other if i else None))
+        else:
+            second = Second(self.p)
+            for i in reversed(range(len(self.times))):
+                y = second.backward(self.times[i], y)
+                yield Kept(self.times[i], y)
         self.check(y)
 
     def check(self, y: Tensor) -> None:

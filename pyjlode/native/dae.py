@@ -66,6 +66,20 @@ class Algebra:
         """(B d,) -> (B, d)."""
         return v.reshape(self.linear.B, self.linear.d)
 
+    def along(self, change: Tensor) -> Tensor:
+        """A change of y within V, (n,), as V follows M; and N does so from now on.
+
+        To first order in M with its rank kept (Golub & Pereyra, SIAM J. Numer. Anal. 10, 1973): V - M⁺ dM V, and
+        N - (dM M⁺)ᵀ N.
+        """
+        mass = self.p.mass
+        if mass is None or not mass.requires_grad:
+            return change
+        assert self.M is not None
+        moved, pseudo = mass.to(self.M) - self.M, torch.linalg.pinv(self.M)
+        self.N, self.V = self.N - (moved @ pseudo).T @ self.N, self.V - pseudo @ moved @ self.V
+        return (self.rows(change) @ self.V.detach() @ self.V.T).reshape(-1)
+
     def correction(self, t: Tensor, y: Tensor) -> Tensor:
         """Newton's correction of y within V, towards Nᵀ f(t, y) = 0: (n,). With a graph, where autograd records."""
         G = self.pivot(self.blocks(t, y.detach()), t)
@@ -141,8 +155,8 @@ def consistent(p: ODEProblem) -> Tensor:
     if not torch.is_grad_enabled():
         return y
     # What follows changes no value: it has the derivative that the implicit function theorem gives.
-    at = p.t[0].to(y) if p.moving else t
-    z = p.y0 + (y - p.y0.detach())
+    at, change = p.t[0].to(y) if p.moving else t, y - p.y0.detach()
+    z = p.y0 + algebra.along(change)
     for _ in range(2):
         z = z + algebra.correction(at, z)
     return z

@@ -18,7 +18,7 @@ from ..numbers import on_host
 from ..parameters import graph_mark
 from ..problem import Callback, ODEProblem, like
 from ..solution import Stats, Steps
-from . import checkpoints, dae, explicit, interpolation, loop, sample_events, samples, scipy_ivp, sensitivity
+from . import checkpoints, dae, estimates, explicit, interpolation, loop, sample_events, samples, scipy_ivp, sensitivity
 from .sensitivity import Gradients
 from .step import Step
 
@@ -66,6 +66,7 @@ class Memory:
 
 def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = False) -> Any:
     """Solve `p`; with `recorded`, under autograd."""
+    estimates.refuse(p)
     if p.compile:
         compiled = _compiled()
         p = compiled.prepare(p, stats, dense=dense)
@@ -81,7 +82,8 @@ def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = 
         return _own_steps().solve(p, stats, recorded=recorded, dense=dense)
     if p.transformed and p.event_fn:
         return sample_events.solve(p, stats, dense=dense)
-    return loop.solve(p, stats, recorded=math.inf if recorded else 0, dense=dense)
+    on_step = estimates.Estimates(p, stats).add if p.options.estimates else None
+    return loop.solve(p, stats, recorded=math.inf if recorded else 0, dense=dense, on_step=on_step)
 
 
 def watch(p: ODEProblem) -> Steps | None:
@@ -154,6 +156,13 @@ def crossing(p: ODEProblem, record: Any, gradient: str | None) -> tuple[Tensor, 
     return _own_steps().crossing(p, record, gradient)
 
 
+def crossing_of_sweep(p: ODEProblem, record: Any) -> tuple[Tensor, Tensor]:
+    """The same of the record of a sweep, whose gradient is that of the states at times that are held."""
+    assert p.swept is not None
+    t, y = _own_steps().moved(p, p.swept, record.event_times, record.ys[1], lambda: record.event_slopes, None)
+    return t.reshape(p.swept.shape), y
+
+
 def apart(p: ODEProblem) -> str | None:
     """Why the systems of `p` cannot each have steps of their own; None if they can."""
     return samples.cannot(p)
@@ -171,6 +180,7 @@ def event_of_systems(p: ODEProblem, event_fn: Any) -> Any:
 
 def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = False) -> Memory:
     """Solve `p` and keep what `vjp` needs for the gradient method named."""
+    estimates.refuse(p, gradient)
     kept = dense or gradient in ("interpolating", "quadrature", "gauss")
     if p.compile:
         compiled = _compiled()

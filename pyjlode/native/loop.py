@@ -25,6 +25,7 @@ from .explicit import Crawl, ExplicitRK, ExplicitStep
 from .implicit import ImplicitRK
 from .interpolation import DenseOutput, output
 from .multistep import Adams
+from .reversible import Other, Reversible
 from .second import Second
 from .step import Interval, Step, length
 from .stiff import replayer, stiff_steps
@@ -210,6 +211,8 @@ def stepper(p: ODEProblem, *, recorded: bool) -> Callable[[Interval, Tensor, Any
     if p.method.kind == "second":
         second = Second(p, recorded=recorded)
         return lambda interval, y, past: second.step(interval, y)
+    if p.method.kind == "reversible":
+        return Reversible(p, recorded=recorded).step
     rk = ExplicitRK(p, recorded=recorded)
     return lambda interval, y, past: rk.step(interval, y, None, estimate=False)
 
@@ -317,6 +320,7 @@ def fixed_steps(p: ODEProblem, stats: Stats, recorded: float, tracked: bool, kee
     implicit = ImplicitRK(p, recorded=recorded > 0) if p.method.kind == "implicit" else None
     adams = Adams(p, recorded=recorded > 0) if p.method.kind == "adams" else None
     second = Second(p, recorded=recorded > 0) if p.method.kind == "second" else None
+    reversible, other = Reversible(p, recorded=recorded > 0) if p.method.kind == "reversible" else None, Other(None)
     rk = None
     if p.method.kind == "fixed":
         rk = p.compiled or ExplicitRK(p, recorded=recorded > 0, keep=keep)
@@ -339,6 +343,9 @@ def fixed_steps(p: ODEProblem, stats: Stats, recorded: float, tracked: bool, kee
         elif second:
             step = second.step(interval, y, known)
             known = step.end
+        elif reversible:
+            step = reversible.step(interval, y, other)
+            other = Other(step.left)
         else:
             assert adams
             step = adams.step(interval, y, past)
@@ -346,6 +353,8 @@ def fixed_steps(p: ODEProblem, stats: Stats, recorded: float, tracked: bool, kee
         stats.naccept += 1
         yield step
         y, f0 = step.y1, None
+    if reversible and other.start is not None:
+        reversible.look_apart(y, other.start)
 
 
 def _grid(p: ODEProblem, tracked: bool) -> Iterator[Interval]:

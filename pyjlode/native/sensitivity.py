@@ -106,7 +106,7 @@ GRAPH_NODES = 20_000
 def graph_steps(p: ODEProblem) -> int:
     """How many steps' graphs fit into `GRAPH_BUDGET` and `GRAPH_NODES`."""
     tab = p.method.tableau
-    if p.graph_bytes is None or not isinstance(tab, ExplicitTableau) or p.method.kind == "adams":
+    if p.graph_bytes is None or not isinstance(tab, ExplicitTableau) or p.method.kind in ("adams", "reversible"):
         return 0
     # Beside what f keeps, each stage keeps the stack of the stages before it.
     stages = tab.stages + tab.fsal
@@ -276,6 +276,7 @@ class _Backward:
         self.with_params = name in ("backsolve", "interpolating") and not stiff
         self.linear = Linear(p, Stats("", "", "")) if stiff else None
         self.algebra = dae.Algebra(p) if p.mass is not None else None
+        self.by_mass = self.place_of_mass()
         self.first_step = self.settings.options.first_step
         self.pair = gauss_kronrod(max(1, (self.settings.method.order + 1) // 2))
         self.least = self.total  # that counts of the parameters' gradients, see `filled`
@@ -298,16 +299,33 @@ class _Backward:
             parts.append(-self.flat(grads))
         return torch.cat(parts)
 
+    def place_of_mass(self) -> slice | None:
+        """Where the mass matrix is among the parameters, if it is."""
+        start = 0
+        for x, size in zip(self.p.params, self.layout.sizes):
+            if x is self.p.mass:
+                return slice(start, start + size)
+            start += size
+        return None
+
     def flat(self, grads: Sequence[Tensor | None]) -> Tensor:
         filled = [torch.zeros_like(q) if g is None else g for q, g in zip(self.p.params, grads)]
         return self.layout.flatten_leaves(filled).to(self.p.y0)
+
+    def with_mass(self, value: Tensor, t: Tensor, y: Tensor, a: Tensor) -> Tensor:
+        """a df/dtheta, (|theta|,), with -a y'ᵀ where theta is the mass matrix: a d(f - M y')/dtheta."""
+        if self.by_mass is not None:
+            assert self.algebra is not None
+            rows = self.algebra.rows
+            value[self.by_mass] -= (rows(a).T @ rows(self.algebra.slope(t, y))).reshape(-1)
+        return value
 
     def run(self, t1: float, t0: float, a: Tensor, y: Tensor) -> Tensor:
         """a(t1) -> a(t0), with the integral over theta added up."""
         p, s, n = self.p, self.settings, self.n
         if self.algebra:
             a, mu = self.algebra.adjoint_start(p.time(t1), y, a)
-            self.total -= self.flat(vjp(p, p.time(t1), y, mu)[1][1:])
+            self.total -= self.with_mass(self.flat(vjp(p, p.time(t1), y, mu)[1][1:]), p.time(t1), y, mu)
         z = torch.cat([*([y] if self.with_y else []), a, *([self.total] if self.with_params else [])])
         start = like(p, options=s.options).asked(t1, t0)
         rate = self.rhs(start, z) if self.linear is None else None
@@ -484,6 +502,7 @@ class _Backward:
             with torch.enable_grad():
                 k = p.f(*point)
             value = self.flat(pull_back(p, k, p.params, a[i], mark, point))
+            value = self.with_mass(value, point[0], y[i], a[i])
             fine.add_(value, alpha=weights[0][i])
             if weights[1][i]:
                 coarse.add_(value, alpha=weights[1][i])

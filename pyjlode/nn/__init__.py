@@ -1,5 +1,6 @@
 """Modules that people train."""
 
+from ..systems import SecondOrder
 from .annealing import kl_annealing
 from .cnf import CNF, Flow
 from .concat import ConcatLinear, ConcatSquash, TimeMLP
@@ -11,6 +12,7 @@ from .neural_cde import NeuralCDE
 from .neural_ode import NeuralODE
 from .recognition import ODERNN, GRURecognition
 from .resnet import ResNetBlock
+from .training import Shots, collocate, gradient_matching, multiple_shooting
 
 __all__ = [
     "CNF",
@@ -29,6 +31,11 @@ __all__ = [
     "NeuralODE",
     "PoissonProcess",
     "ResNetBlock",
+    "SecondOrder",
+    "Shots",
     "TimeMLP",
+    "collocate",
+    "gradient_matching",
     "kl_annealing",
+    "multiple_shooting",
 ]

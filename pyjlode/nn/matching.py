@@ -29,14 +29,14 @@ def nearest(z: Tensor, x: Tensor) -> Tensor:
 
 
 def each(f: Callable[[Tensor, Tensor], Tensor], t: Tensor, h: Tensor) -> Tensor:
-    """f of every row (B, D) at a time of its own, t (B, 1)."""
+    """f of every row (B, ...) at a time of its own, t (B, 1, ...), of as many dimensions."""
     key = f if isinstance(f, torch.nn.Module) else None
     known = _broadcasts.get(key) if key is not None else None
     if known is None:
         known = _is_row_by_row(f, t, h)
         if key is not None:
             _broadcasts[key] = known
-    return f(t, h) if known else torch.func.vmap(f)(t[:, 0], h)
+    return f(t, h) if known else torch.func.vmap(f)(t.reshape(-1), h)
 
 
 @torch.no_grad()
@@ -49,6 +49,6 @@ def _is_row_by_row(f: Callable[[Tensor, Tensor], Tensor], t: Tensor, h: Tensor) 
         return False
     tolerance = 1e3 * torch.finfo(h.dtype).eps
     return all(
-        torch.allclose(slopes[i], f(t[i, 0], h[i : i + 1])[0], rtol=tolerance, atol=tolerance)
+        torch.allclose(slopes[i], f(t[i].reshape(()), h[i : i + 1])[0], rtol=tolerance, atol=tolerance)
         for i in {0, len(h) // 2, len(h) - 1}
     )

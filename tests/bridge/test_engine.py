@@ -596,6 +596,29 @@ def test_where_julias_stiff_solver_fails_the_native_engine_tries(monkeypatch):
             odeint(f, h0, T, **kwargs)
 
 
+def test_where_it_fails_between_events_the_native_engine_solves_from_the_start(monkeypatch):
+    monkeypatch.setenv("PYJLODE_ENGINE", "auto")
+    legs, inner = [], pyjlode.bridge.engine.first_event
+
+    def fails(p, stats):
+        legs.append(p.times[0])
+        if len(legs) > 1:
+            raise errors.StepSizeTooSmall("no step succeeds", t=0.7, dt=1e-9)
+        return inner(p, stats)
+
+    monkeypatch.setattr(pyjlode.bridge.engine, "first_event", fails)
+    reset = pyjlode.Event(lambda t, h: h[0] - 0.5, lambda t, h: h + 0.5)
+    h0, t = torch.ones(1, dtype=F64), torch.tensor([0.0, 1.5], dtype=F64)
+    solution = solve(lambda t, h: -h, h0, t, method="radau5", rtol=1e-8, atol=1e-8, events=[reset])
+    assert solution.stats.engine == "torch"
+    assert "Julia's solver failed: no step succeeds" in solution.stats.reason
+    assert [float(x.t) for x in solution.events] == pytest.approx([math.log(2), 2 * math.log(2)], rel=1e-6)
+    assert float(solution.h[-1]) == pytest.approx(4 * math.exp(-1.5), rel=1e-6)
+    legs.clear()
+    with pytest.raises(errors.StepSizeTooSmall):
+        solve(lambda t, h: -h, h0, t, method="radau5", events=[reset], engine="julia")
+
+
 def test_forward_of_a_stiff_method_says_what_it_is_not():
     p = torch.tensor(0.7, dtype=F64, requires_grad=True)
     f = lambda t, h: -p * h  # noqa: E731

@@ -22,7 +22,7 @@ def net(n):
     return nn.Sequential(nn.Linear(n, 12), nn.Tanh(), nn.Linear(12, n)).double()
 
 
-def gradient(method, adjoint, steps=60, **options):
+def gradient(method, adjoint, steps=40, **options):
     """Of a field that depends on time, by h0, t and all parameters; over about so many steps."""
     layers = net(2)
     h0 = torch.tensor([1.0, 0.5], dtype=F64, requires_grad=True)
@@ -45,7 +45,7 @@ def gradient(method, adjoint, steps=60, **options):
 def test_checkpointed_is_discrete(method):
     right, stats = gradient(method, "discrete")
     found, _ = gradient(method, "checkpointed")
-    assert stats.naccept >= 60
+    assert stats.naccept >= 40 > slots(40)
     assert float((found - right).abs().max()) < 1e-13 * float(right.abs().max())
 
 

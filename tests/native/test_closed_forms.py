@@ -8,6 +8,7 @@ import functools
 
 import pytest
 import torch
+from designs import covering
 from problems import COSINE, FEHLBERG, LINEAR, LOGISTIC, OSCILLATOR, PROBLEMS, max_error
 
 from pyjlode import METHODS, odeint
@@ -29,11 +30,12 @@ WITHIN = {
     "rosenbrock23": 100.0,
     "trbdf2_adaptive": 100.0,  # its estimate is damped, and a low order takes many steps
     "kencarp4": 30.0,
+    "kencarp5": 60.0,  # where f is linear its estimate is of order 6
     "kvaerno5": 12.0,
 }
 
-DIRECTIONS = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+DTYPES = [torch.float32, torch.float64]
+PRECISIONS = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 
 
 def each(methods):
@@ -42,6 +44,11 @@ def each(methods):
 
 def each_problem(problems):
     return pytest.mark.parametrize("problem", problems, ids=lambda problem: problem.name)
+
+
+def met(**axes):
+    """Cases in which any two values of these parameters meet."""
+    return pytest.mark.parametrize(list(axes), covering(*axes.values()), ids=lambda x: getattr(x, "name", str(x)))
 
 
 @functools.cache
@@ -100,13 +107,13 @@ def allowed(method, problem, dtype, backward):
     # Roundings may be of one sign: a few in each of some hundred steps.
     error += 4 * max(steps(method), 100) * torch.finfo(dtype).eps
     size = float(problem.exact(problem.times(50)).abs().max())
-    return error * size * amplification(problem, backward)
+    # A reversible method undoes in its second state what it does in the first: that grows as errors do backward.
+    both = [backward, not backward] if method.kind == "reversible" else [backward]
+    return error * size * max(amplification(problem, direction) for direction in both)
 
 
-@each(FIRST_ORDER)
-@each_problem(PROBLEMS)
-@PRECISIONS
-@DIRECTIONS
+@met(method=FIRST_ORDER, problem=PROBLEMS, dtype=DTYPES, backward=[False, True])
+@pytest.mark.filterwarnings("ignore:reversible_midpoint")  # says that Bernoulli's equation forgets too fast for it
 def test_closed_form(method, problem, dtype, backward):
     """The solution is the exact one within what order, tolerance and precision allow for."""
     t = grid(method, problem, backward)
@@ -117,9 +124,7 @@ def test_closed_form(method, problem, dtype, backward):
     assert max_error(h, problem.exact(t)) < allowed(method, problem, dtype, backward)
 
 
-@each([m for m in NATIVE if m.order >= 4])
-@each_problem([LINEAR, OSCILLATOR, LOGISTIC])
-@DIRECTIONS
+@met(method=[m for m in NATIVE if m.order >= 4], problem=[LINEAR, OSCILLATOR, LOGISTIC], backward=[False, True])
 def test_six_digits_in_float64(method, problem, backward):
     """What a person may count on, whatever the theory's constants: order 4 and up, at the settings above, is good to
     1e-6 of the state where the problem does not amplify errors."""
@@ -133,9 +138,7 @@ def test_six_digits_in_float64(method, problem, backward):
 # --- There and back --------------------------------------------------------------------------------------------------
 
 
-@each(FIRST_ORDER)
-@each_problem([LINEAR, OSCILLATOR, LOGISTIC, COSINE])
-@PRECISIONS
+@met(method=FIRST_ORDER, problem=[LINEAR, OSCILLATOR, LOGISTIC, COSINE], dtype=DTYPES)
 def test_there_and_back(method, problem, dtype):
     """The flow of f back in time is the inverse of its flow: a solve to t1 and one back end at h0."""
     t = grid(method, problem, False)

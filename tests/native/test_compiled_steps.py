@@ -21,7 +21,7 @@ from pyjlode.native import compiled
 F64 = torch.float64
 EXPLICIT = [name for name, row in METHODS.items() if row.kind in ("adaptive", "fixed")]
 TIMES = torch.tensor([0.0, 0.3, 0.55, 1.0], dtype=F64)
-HOW = {"engine": "torch", "rtol": 1e-6, "atol": 1e-8}
+HOW = {"engine": "torch", "rtol": 1e-5, "atol": 1e-7}
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
@@ -234,7 +234,7 @@ def test_what_f_holds_may_change_and_nothing_is_made_anew(graphs):
             return self.scale * super().forward(t, h)
 
     f, counts = Field(), []
-    kwargs = {"method": "adaptive_heun", "adjoint": True, "moving": False}
+    kwargs = {"method": "adaptive_heun", "adjoint": True, "moving": False, "rtol": 1e-3}
     for i in range(4):
         same(answer(f, compile=True, **kwargs), answer(f, **kwargs))
         counts.append(len(graphs))

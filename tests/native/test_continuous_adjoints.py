@@ -1,10 +1,12 @@
 """The backward solves of the continuous adjoints: their tolerances, grids, quadrature, and systems with an integral."""
 
+import functools
 import math
 
 import numpy as np
 import pytest
 import torch
+from designs import covering
 
 from pyjlode import odeint
 from pyjlode.native.sensitivity import gauss_kronrod
@@ -22,6 +24,7 @@ def seir(t, h, rates):
     return torch.stack([-infected, infected - ill, ill - well, well], -1)
 
 
+@functools.cache
 def seir_gradient(adjoint, tol=1e-6, factor=1.0, unit=1.0, **kwargs):
     """Of `(h / people).square().sum() * factor` by the rates, with the state counted in `unit`."""
     rates = RATES.clone().requires_grad_()
@@ -41,24 +44,18 @@ def seir_gradient(adjoint, tol=1e-6, factor=1.0, unit=1.0, **kwargs):
     return of_rates, of_start * PEOPLE
 
 
-@pytest.fixture(scope="module")
-def seir_reference():
-    return seir_gradient(False, 1e-12)
-
-
 @pytest.mark.parametrize("method", ["dopri5", "rodas5p"])
 @pytest.mark.parametrize("adjoint", CONTINUOUS)
-def test_a_loss_of_normalised_populations(adjoint, method, seir_reference):
+def test_a_loss_of_normalised_populations(adjoint, method):
     """The adjoint is some 1e-7 of what atol is for."""
     if method == "rodas5p" and adjoint == "backsolve":
         pytest.skip("a stiff method does not solve backward")
-    for gradient, expected in zip(seir_gradient(adjoint, method=method), seir_reference):
+    for gradient, expected in zip(seir_gradient(adjoint, method=method), seir_gradient(False, 1e-9)):
         size = float(expected.abs().max())  # a state that is solved backward loses a factor of 100
         torch.testing.assert_close(gradient, expected, rtol=0, atol=(3e-2 if adjoint == "backsolve" else 2e-4) * size)
 
 
-@pytest.mark.parametrize("factor", [1e-9, 1e9, -1e-30])
-@pytest.mark.parametrize("adjoint", CONTINUOUS)
+@pytest.mark.parametrize(("adjoint", "factor"), [*zip(CONTINUOUS, [1e-9, 1e9, -1e-30, 1e-9])])
 def test_the_gradient_of_a_scaled_loss_is_the_scaled_gradient(adjoint, factor):
     for one, other in zip(seir_gradient(adjoint), seir_gradient(adjoint, factor=factor)):
         torch.testing.assert_close(other / factor, one, rtol=1e-8, atol=1e-12 * float(one.abs().max()))
@@ -107,34 +104,34 @@ def test_adjoint_atol_is_absolute():
 GRIDDED = {"euler": 5e-2, "midpoint": 1e-3, "rk4": 1e-6, "implicit_adams": 1e-6, "trapezoid": 1e-3, "gl4": 1e-6}
 
 
-@pytest.mark.parametrize("times", [[0.0, 1.0], [0.0, 0.35, 0.5, 1.0]], ids=["one interval", "three"])
-@pytest.mark.parametrize("method", GRIDDED)
-@pytest.mark.parametrize("adjoint", CONTINUOUS)
-def test_the_backward_solve_goes_over_the_forward_solves_grid(adjoint, method, times):
+@pytest.mark.parametrize(
+    ("adjoint", "method", "times", "sign"),
+    covering(CONTINUOUS, GRIDDED, [[0.0, 1.0], [0.0, 0.35, 0.5, 1.0]], [1.0, -1.0]),
+)
+def test_the_backward_solve_goes_over_the_forward_solves_grid(adjoint, method, times, sign):
     """101 points over [0, 1], whatever the outputs are; forward and backward in time."""
-    for sign in (1.0, -1.0):
-        h0 = torch.ones(1, dtype=F64, requires_grad=True)
-        k = torch.tensor(3.0, dtype=F64, requires_grad=True)
-        made = []
+    h0 = torch.ones(1, dtype=F64, requires_grad=True)
+    k = torch.tensor(3.0, dtype=F64, requires_grad=True)
+    made = []
 
-        def grid(f, h, t, sign=sign, made=made):
-            made.append(t.tolist())
-            return torch.linspace(0, sign, 101, dtype=F64)
+    def grid(f, h, t):
+        made.append(t.tolist())
+        return torch.linspace(0, sign, 101, dtype=F64)
 
-        h = odeint(
-            lambda t, h, k=k, sign=sign: -sign * k * h,
-            h0,
-            sign * torch.tensor(times, dtype=F64),
-            method=method,
-            adjoint=adjoint,
-            options={"grid_constructor": grid, "interp": "cubic"},
-            engine="torch",
-        )
-        of_h0, of_k = torch.autograd.grad(h[-1].sum(), (h0, k))
-        assert len(made) == 1  # the user's function is not asked again
-        expected = math.exp(-3)
-        assert abs(float(of_h0) / expected - 1) < GRIDDED[method]
-        assert abs(float(of_k) / expected + 1) < 2 * GRIDDED[method]
+    h = odeint(
+        lambda t, h: -sign * k * h,
+        h0,
+        sign * torch.tensor(times, dtype=F64),
+        method=method,
+        adjoint=adjoint,
+        options={"grid_constructor": grid, "interp": "cubic"},
+        engine="torch",
+    )
+    of_h0, of_k = torch.autograd.grad(h[-1].sum(), (h0, k))
+    assert len(made) == 1  # the user's function is not asked again
+    expected = math.exp(-3)
+    assert abs(float(of_h0) / expected - 1) < GRIDDED[method]
+    assert abs(float(of_k) / expected + 1) < 2 * GRIDDED[method]
 
 
 def test_the_adjoint_may_have_a_grid_or_steps_of_its_own():
@@ -179,14 +176,14 @@ def test_gauss_sees_kinks(name, method):
     for adjoint in ("gauss", "quadrature"):
         p = torch.tensor([1.3, 0.7, 2.0], dtype=F64, requires_grad=True)
         h0 = torch.tensor([1.0, 0.2], dtype=F64)
-        t = torch.linspace(0, 6, 4, dtype=F64)
+        t = torch.linspace(0, 3, 4, dtype=F64)
         h = odeint(lambda t, h, p=p: kinked(name, t, h, p), h0, t, method=method, rtol=1e-6, atol=1e-6, adjoint=adjoint)
         gradients.append(torch.autograd.grad(h.square().sum(), p)[0])
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
     if name == "time":
         # h0 = 1 + p0 ∫ relu(sin 5t), h1 = 0.2 + p1 ∫ |cos 3t| + p2 t²/2, by the midpoint rule.
-        s = (torch.arange(600000, dtype=F64) + 0.5) * 1e-5
-        parts = torch.stack([torch.relu(torch.sin(5 * s)), torch.cos(3 * s).abs(), s]).cumsum(1)[:, 199999::200000]
+        s = (torch.arange(300000, dtype=F64) + 0.5) * 1e-5
+        parts = torch.stack([torch.relu(torch.sin(5 * s)), torch.cos(3 * s).abs(), s]).cumsum(1)[:, 99999::100000]
         parts = parts * 1e-5
         h1 = 0.2 + 0.7 * parts[1] + 2.0 * parts[2]
         expected = torch.stack([2 * (1 + 1.3 * parts[0]) @ parts[0], 2 * h1 @ parts[1], 2 * h1 @ parts[2]])
@@ -234,13 +231,13 @@ def robertson_gradient(method, adjoint, tol):
     return torch.autograd.grad(h[-1, 3] + h[1, 0], logs)[0]
 
 
-@pytest.mark.parametrize("adjoint", ["interpolating", "quadrature", "gauss"])
+@pytest.mark.parametrize("adjoint", ["quadrature", "gauss"])  # which is "interpolating" of these methods
 @pytest.mark.parametrize("method", ["rodas5p", "radau5", "bdf"])
 def test_an_integral_beside_algebraic_equations(method, adjoint):
     """The adjoint of an integral is constant, and that of all else starts from nothing: f's dependence on time cannot
     be seen at the start, and the backward solve must not conclude that there is none."""
     expected = torch.tensor([5.11600, 1.79850, -3.59677], dtype=F64)
-    for tol in (1e-4, 1e-6):
+    for tol in (1e-4, 1e-5):
         gradient = robertson_gradient(method, adjoint, tol)
         torch.testing.assert_close(gradient, expected, rtol=max(30 * tol, 1e-4), atol=0)
 

@@ -130,6 +130,7 @@ def test_adams_order_holds_on_a_grid_that_is_not_uniform(method):
 # RKF1(2)'s error estimate is (k1 - k3)/512 (Fehlberg made the error of the first-order solution small), while the error
 # of the solution of order 2, which goes on, has no such factor.
 WITHIN = {"fehlberg2": 512.0, "bdf": 100.0, "rosenbrock23": 100.0, "trbdf2_adaptive": 100.0, "kencarp4": 30.0}
+WITHIN["kencarp5"] = 60.0  # where f is linear, its estimate is of order 6
 
 
 @each(ADAPTIVE)

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from designs import covering
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -89,7 +90,6 @@ def test_each_is_solved_as_if_alone(method, t):
         assert counts.nfe[2] == pytest.approx(each[2].stats.nfe, rel=0.1)
 
 
-@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_as_if_alone_over_batches_times_and_methods(data):
     count = data.draw(st.integers(1, 5))
@@ -110,6 +110,7 @@ def test_as_if_alone_over_batches_times_and_methods(data):
         torch.testing.assert_close(h.h[:n, i], each.h, rtol=1e-7, atol=1e-8)
         assert (h.h[n:, i] == h.h[n - 1, i]).all()
         assert int(h.stats.systems.naccept[i]) == each.stats.naccept
+        assert int(h.stats.systems.nreject[i]) == each.stats.nreject
 
 
 def test_steps_do_not_add_up():
@@ -290,15 +291,16 @@ def test_autocast():
 
 
 def gradients(f, h0, t, weights, inputs, **kwargs):
-    h = odeint(f, h0, t, rtol=1e-7, atol=1e-9, **kwargs)
+    h = odeint(f, h0, t, rtol=1e-5, atol=1e-7, **kwargs)
     return torch.autograd.grad((h * weights).sum(), inputs)
 
 
-@pytest.mark.parametrize("t", [T, ROWS, -ROWS], ids=["shared", "rows", "rows backward"])
-@pytest.mark.parametrize("adjoint", [False, True])
-@pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3", "vern7", "rodas5p"])
-def test_gradients_are_those_of_each_alone(method, adjoint, t):
-    torch.manual_seed(0)
+@pytest.mark.parametrize(
+    ("method", "which", "adjoint"),
+    covering(["dopri5", "dopri8", "bosh3", "vern7", "rodas5p"], ["shared", "rows", "rows backward"], [False, True]),
+)
+def test_gradients_are_those_of_each_alone(method, which, adjoint):
+    t = TIMES[which]
     weights, mus = torch.randn(4, 3, 2, dtype=F64), MU / 6
     f, h0, t = Field(mus), H0.clone().requires_grad_(), t.clone().requires_grad_()
     kwargs = {"adjoint": adjoint, "method": method}
@@ -519,7 +521,7 @@ def test_one_that_is_stiff_is_named():
         odeint(
             lambda t, h: -rates * (h - torch.cos(t)),
             torch.zeros(2, 1, dtype=F64),
-            tensor(0.0, 3.0),
+            tensor(0.0, 1.0),
             rtol=1e-4,
             atol=1e-4,
             options=OWN,

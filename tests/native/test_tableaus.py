@@ -278,10 +278,10 @@ def test_the_table_says_what_the_tableau_is(row):
     if tab is None:
         return
     assert (row.order, row.coefficients.partition(".")[0]) == (tab.order, type(tab).__module__.rpartition(".")[2])
-    if row.kind in ("adaptive", "fixed", "stiff"):
+    if row.kind in ("adaptive", "fixed", "reversible", "stiff"):
         assert row.error_order == getattr(tab, "error_order", 0)
     assert row.alone == (
-        row.kind not in ("adams", "stiff", "auto", "scipy") or isinstance(tab, stiff.RosenbrockTableau)
+        row.kind not in ("adams", "reversible", "stiff", "auto", "scipy") or isinstance(tab, stiff.RosenbrockTableau)
     )
     assert row.imex == (getattr(tab, "explicit", None) is not None)
-    assert row.reversible == isinstance(tab, SymplecticTableau)
+    assert row.reversible == (row.kind == "reversible" or isinstance(tab, SymplecticTableau))

@@ -581,6 +581,20 @@ class _Emission:
 
     do__unsafe_index_put = do_index_put
 
+    def do_index_add(self, x: Any, dim: int, index: Any, source: Any, *, alpha: float = 1) -> Value:
+        v, added = self.value(x), self.elementwise("mul", (source, alpha), {})
+        dim %= max(len(v.shape), 1)
+        if not isinstance(index, Value):
+            return self.do_index_put(x, [*[None] * dim, index], added, True)
+        order = [dim, *(d for d in range(len(v.shape)) if d != dim)]
+        n, rest = v.shape[dim], [1] * (len(v.shape) - 1)
+        columns = self.viewed(aten.view.default, self.stored(index), ([1, -1, *rest],))
+        hit = self.elementwise("eq", (columns, torch.arange(n).reshape(n, 1, *rest)), {})
+        whole = self.viewed(aten.unsqueeze.default, self.viewed(aten.permute.default, added, (order,)), (0,))
+        total = self.do_sum(self.elementwise("where", (hit, whole, 0.0), {}), [1])
+        back = [order.index(d) for d in range(len(order))]
+        return self.elementwise("add", (x, self.viewed(aten.permute.default, total, (back,))), {})
+
     def do_scatter_add(self, x: Any, dim: int, index: Any, source: Any) -> Value:
         v = self.value(x)
         if isinstance(index, Value):
@@ -623,7 +637,7 @@ class _Emission:
         return self.do_sum(self.elementwise(before, (edges, x), {}), [-1])
 
     def do_index_select(self, x: Any, dim: int, index: Any) -> Any:
-        """By numbers that are computed: of all elements, the sum of those at the index."""
+        """By numbers that are computed: of all elements, the sum of those at the index; NaN where there is none."""
         if not isinstance(index, Value):
             return self.moved(aten.index_select.default, (x, dim, index), {})
         value = self.value(x)
@@ -634,6 +648,10 @@ class _Emission:
         hit = self.elementwise("eq", (rows, torch.arange(n).reshape(1, n, *rest)), {})
         whole = self.viewed(aten.unsqueeze.default, value, (0,))
         picked = self.do_sum(self.elementwise("where", (hit, whole, 0.0), {}), [1])
+        each = self.viewed(aten.select.int, rows, (1, 0))
+        bounds = [self.elementwise(op, (each, bound), {}) for op, bound in (("ge", 0.0), ("lt", float(n)))]
+        there = self.elementwise("logical_and", tuple(bounds), {})
+        picked = self.elementwise("where", (there, picked, math.nan), {})
         back = [order.index(d) for d in range(len(order))]
         return self.viewed(aten.permute.default, picked, (back,))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...capture.surroundings import surroundings
+from ...capture.trace import second_product
 from ...derivatives import REFUSALS, directional_by_reverse, jacobian
 from ...derivatives import vjp as torch_vjp
 from ...errors import NotCompiled
@@ -122,11 +123,12 @@ class Compiled(Holding, Callbacks):
             names += ["jac", "tgrad"]
         if gradient is not None:
             names += ["pull"] if gradient == "discrete" else ["vjp", "vjp_p"]
+            names += ["bend"] if gradient == "discrete" and not _explicit(p.method) else []
         addresses = {name: program.address(calls, name) for name in names}
         shared = None if self.functions else program.fields.setdefault(tuple(names), Fields())
         own = shared.take(self) if shared else None
         if own is None:
-            fields = {_PLACES.get(name, name): address for name, address in addresses.items()}
+            fields = {_PLACES.get(name, name): address for name, address in addresses.items() if name != "bend"}
             functions = CompiledFunctions(n=self.n, event=self.pointers.get("event", 0), **fields)
             functions.lend(
                 theta=_flat(trained, self.dtype),
@@ -202,7 +204,7 @@ class Compiled(Holding, Callbacks):
         products = range(0, len(points), max(len(points) // _PRODUCTS, 1))
         jacobians = set(list(products)[:: max(_PRODUCTS // _JACOBIANS, 1)])
         for i, (t, u) in enumerate(points):
-            kept = fresh if i in jacobians else [x for x in fresh if x not in ("jac", "jvp", "tgrad")]
+            kept = fresh if i in jacobians else [x for x in fresh if x not in ("jac", "jvp", "tgrad", "bend")]
             kept = kept if i in products else [value] if value in kept else []
             v = torch.randn(self.n, generator=generator, dtype=torch.float64).to(y0)
             if len(kept) > 1 and not self._inside(t, u):
@@ -294,6 +296,13 @@ class Compiled(Holding, Callbacks):
             else:
                 self.compare("vjp", got("vjp", n, v), want_u, u)
                 self.compare("vjp_p", got("vjp_p", self.params.size, v), want, u)
+        if "bend" in names:
+            generator = torch.Generator().manual_seed(n)
+            m = torch.randn(n * n + n, generator=generator, dtype=torch.float64).to(u)
+            bent_u, *bent_theta = _bent(p, time, u, m, [x for x in self.trained if x.requires_grad])
+            both = got("bend", n + self.params.size, m)
+            self.compare("bend", both[:n], bent_u, u)
+            self.compare("bend", both[n:], self.params.flatten_leaves(bent_theta), u)
         if "jac" in names:
             J = jacobian(p, time, u)
             pattern = self.program.pattern
@@ -389,6 +398,16 @@ class Again(Holding, Callbacks):
     def refill(self) -> None:
         if self.own.filled is not self.outcome:  # else nothing was solved in between
             self.own.fill(self.tensors, self.outcome)
+
+
+def _bent(p: ODEProblem, t: Tensor, u: Tensor, m: Tensor, wrt: Sequence[Tensor]) -> list[Tensor]:
+    """What `Trace.bend` gives, by PyTorch: derivatives by u, and by `wrt`."""
+    h, s = u.detach().requires_grad_(), t.detach().clone().requires_grad_()
+    try:
+        with torch.enable_grad():
+            return second_product(p.f(s, h), s, h, m, wrt)
+    except REFUSALS as error:
+        raise NotCompiled(f"PyTorch has no second derivative of f to compare with: {error}") from error
 
 
 def agrees(p: ODEProblem, trained: Sequence[Tensor]) -> bool:

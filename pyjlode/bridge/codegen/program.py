@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ from . import array, scalar
 
 log = logging.getLogger("pyjlode")
 
-FUNCTIONS = ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "pull")
+_Made = TypeVar("_Made")
+
+FUNCTIONS = ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "pull", "bend")
 # A sparse Jacobian wins from about this size, and below this part of non-zeros.
 _SPARSE_SIZE, _SPARSE_PART = 24, 0.3
 # Products of numbers, in products of matrices, from which on loops are faster than straight-line code, and compiled in
@@ -140,7 +142,7 @@ class Program:
         self.plans: dict[tuple[Any, ...], Any] = {}
         self.work = 0
         self.layers = array.Layers(sum(x.numel() for x in trace.tensors[trace.trained :]))
-        self._texts: dict[str, str] = {}
+        self._texts: dict[str, str | NotCompiled] = {}
         self._addresses: dict[str, int] = {}
         network = array.products(trace.f) >= _NETWORK
         self.mode = "array" if network or not self._is_short else "scalar"
@@ -158,9 +160,17 @@ class Program:
             NotCompiled: there is none for this function.
         """
         if name not in self._texts:
-            straight = self.mode == "scalar" or name == "sensitivities"  # of which there are no others
-            self._texts[name] = getattr(self, f"_{name}_text")() if straight else self._array_text(name)
-        return self._texts[name]
+            self._texts[name] = self._text(name)
+        found = self._texts[name]
+        if isinstance(found, NotCompiled):
+            raise NotCompiled(*found.args)
+        return found
+
+    def _text(self, name: str) -> str | NotCompiled:
+        """It, or why there is none: to find that out takes as long as to make it."""
+        straight = self.mode == "scalar" or name == "sensitivities"  # of which there are no others
+        with undisturbed():
+            return _or_why_not(lambda: getattr(self, f"_{name}_text")() if straight else self._array_text(name))
 
     def address(self, calls: Calls, name: str) -> int:
         """Of the function in machine code.
@@ -185,6 +195,12 @@ class Program:
             _packed[key] = calls.compile_packed(*key)
         return _packed[key]
 
+    @property
+    def outputs(self) -> int:
+        """How many numbers f gives, where the mode is "scalar": as many as the state has, or an event function's."""
+        (out, *_) = self._f.outputs
+        return 0 if out is None else len(out)
+
     @functools.cached_property
     def _is_short(self) -> bool:
         """Whether f is few enough operations to be straight-line code."""
@@ -203,6 +219,11 @@ class Program:
     def _vjp(self) -> scalar.Functions:
         graph = self.trace.vjp
         return scalar.evaluate(graph, self.trace.examples(graph), self.trace.trained, 4 * scalar.LIMIT)
+
+    @functools.cached_property
+    def _bend(self) -> scalar.Functions:
+        graph = self.trace.bend
+        return scalar.evaluate(graph, self.trace.examples(graph), self.trace.trained, 16 * scalar.LIMIT)
 
     @functools.cached_property
     def _rows_of_columns(self) -> list[dict[int, int]]:
@@ -228,7 +249,7 @@ class Program:
         self, name: str, out: str, places: Sequence[int], at: Sequence[int], code: scalar.Code, zeros: int
     ) -> str:
         """Source of a function that stores expressions at indices of its output, after `zeros` zeros there."""
-        v = "v" if name in array.PRODUCTS else "_"
+        v = "v" if name in array.PRODUCTS or name == "bend" else "_"
         lines = [f"function {name}({out}, {v}, u, p, c, w, t)"]
         if zeros:
             lines += [f"    for i in 1:{zeros}", f"        {out}[i] = {code.literal(0.0)}", "    end"]
@@ -238,7 +259,7 @@ class Program:
     def _f_text(self) -> str:
         code, (out, *_) = self._f
         assert out is not None
-        return self._function("f", "du", out.tolist(), range(1, self.n + 1), code, 0)
+        return self._function("f", "du", out.tolist(), range(1, len(out) + 1), code, 0)
 
     def _jac_text(self) -> str:
         code, places, at = self._vjp.code, [], []
@@ -287,6 +308,12 @@ class Program:
         places = [i for x in outputs[1:] if x is not None for i in x.reshape(-1).tolist()]
         return self._function("pull", "out", places, range(1, len(places) + 1), code, 0)
 
+    def _bend_text(self) -> str:
+        """The derivatives of a sum of second products, by the state and then by the parameters: see `Trace.bend`."""
+        code, outputs = self._bend
+        places = [i for x in outputs if x is not None for i in x.reshape(-1).tolist()]
+        return self._function("bend", "out", places, range(1, len(places) + 1), code, 0)
+
     def _sensitivities_text(self) -> str:
         n, width = self.n, self.n + self.parameters
         if n * n * width > 4 * scalar.LIMIT or not self._is_short:
@@ -312,6 +339,8 @@ class Program:
 
     def _array_text(self, name: str) -> str:
         trace = self.trace
+        if name == "bend":
+            raise NotCompiled("the products of its second derivatives are those of too many numbers")
         graph = trace.f if name == "f" else trace.jvp if name in ("jvp", "tgrad") else trace.vjp
         thetas = list(range(2, 2 + trace.trained))
         outputs = {"f": [0], "jvp": [0], "vjp_p": thetas, "pull": [1, *thetas]}.get(name, [1])
@@ -421,9 +450,14 @@ def _make(held: Held, root: Root, like: Tensor) -> Program | NotCompiled:
     seen = Seen(root.seen)  # points of another field, perhaps: that is compared there too
     if root.seen is not None and not root.seen.taken:
         seen, root.seen.taken = root.seen, True
+    with undisturbed():  # else what a handler of a signal's raises would be remembered as the reason
+        return _or_why_not(lambda: Program(Trace(held, like), seen))
+
+
+def _or_why_not(make: Callable[[], _Made]) -> _Made | NotCompiled:
+    """What is made, or why it cannot be made."""
     try:
-        with undisturbed():  # else what a handler of a signal's raises would be remembered as the reason
-            return Program(Trace(held, like), seen)
+        return make()
     except NotCompiled as error:
         return NotCompiled(*error.args)  # without the frames of the trace, which hold tensors
     except Exception as error:

@@ -99,7 +99,7 @@ class _Evaluation:
             if name == "t":
                 yield Sym(torch.tensor(c.load("t", 1)))
             else:
-                array = {"h": "u", "v": "v"}[name]
+                array = {"h": "u", "v": "v", "m": "v"}[name]
                 yield Sym(torch.tensor([c.load(array, i + 1) for i in range(x.numel())], dtype=torch.int64))
         for start, stop, array in ((named, named + trained, "p"), (named + trained, len(self.args), "c")):
             offset = 1
@@ -233,12 +233,28 @@ class _Evaluation:
         return Sym(out) if isinstance(out, Tensor) else [Sym(x) for x in out]
 
     def picked(self, x: Sym, dim: int, index: Sym) -> Sym:
-        """`index_select` by numbers that are computed: of all elements, the sum of those at the index."""
+        """`index_select` by numbers that are computed: of all elements, the sum of those at the index; NaN where there
+        is none, which is an error of PyTorch's."""
         places = x.places.movedim(dim, 0)
         n, rest = len(places), [1] * (places.ndim - 1)
+        index = index.reshaped((-1, *rest))
         hit = self.elementwise("eq", (index.reshaped((-1, 1)), torch.arange(n)), {}).reshaped((-1, n, *rest))
         chosen = self.elementwise("where", (hit, Sym(places[None]), 0.0), {})
-        return Sym(self.sum(chosen, [1]).places.movedim(0, dim))
+        bounds = [self.elementwise(op, (index, bound), {}) for op, bound in (("ge", 0.0), ("lt", float(n)))]
+        there = self.elementwise("logical_and", tuple(bounds), {})
+        return Sym(self.elementwise("where", (there, self.sum(chosen, [1]), math.nan), {}).places.movedim(0, dim))
+
+    def index_add(self, x: Any, dim: int, index: Any, source: Any, *, alpha: float = 1) -> Sym:
+        """What is at each index is added there: for each place, the sum of what has its index."""
+        places, added = self.symbolic(x).places, self.symbolic(self.elementwise("mul", (source, alpha), {}))
+        if not isinstance(index, Sym):
+            before: list[Any] = [None] * (dim % max(places.ndim, 1))
+            return self.index_put(x, [*before, index], added, True)
+        n, rest = places.shape[dim], [1] * (places.ndim - 1)
+        hit = self.elementwise("eq", (index.reshaped((1, -1)), torch.arange(n)[:, None]), {}).reshaped((n, -1, *rest))
+        chosen = self.elementwise("where", (hit, Sym(added.places.movedim(dim, 0)[None]), 0.0), {})
+        total = Sym(self.sum(chosen, [1]).places.movedim(0, dim))
+        return self.elementwise("add", (x, total), {})
 
     # What is neither element-wise nor a move. Arguments are as in ATen's schema.
 
@@ -503,7 +519,8 @@ _SPECIAL = {
     *words("_to_copy sum mean var var_mean std prod amax amin max min any all linalg_vector_norm norm logsumexp"),
     *words("_softmax _log_softmax"),
     *words(
-        "cumsum cumprod mm bmm mv dot vdot addmm addmv baddbmm index_put _unsafe_index_put _unsafe_index scatter_add"
+        "cumsum cumprod mm bmm mv dot vdot addmm addmv baddbmm index_put _unsafe_index_put _unsafe_index index_add "
+        "scatter_add"
     ),
     "searchsorted",
     *words("fill copy trace reflection_pad1d_backward reflection_pad2d_backward replication_pad1d_backward"),

@@ -13,13 +13,14 @@ from ...methods.stiff import RosenbrockTableau
 from ...problem import ODEProblem
 from ...solution import Stats
 from . import events, replay
+from .events import moved
 from .explicit import Explicit
 from .field import fitted, fitted_event
 from .loop import Search, SystemsRecord
 from .rosenbrock import Rosenbrock
 from .steps import Maker
 
-__all__ = ["SystemsRecord", "crossing", "discrete", "fitted", "fitted_event", "solve"]
+__all__ = ["SystemsRecord", "crossing", "discrete", "fitted", "fitted_event", "moved", "solve"]
 
 
 def make(p: ODEProblem, stats: Stats | None = None, *, keep: bool = False) -> Maker:

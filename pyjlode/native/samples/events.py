@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...gradients import undifferentiable
-from ...problem import ODEProblem
+from ...problem import ODEProblem, Rows
 from ..events import LOOKS
 from .steps import Maker, between, host, polynomial, slopes
 
@@ -168,20 +169,45 @@ def crossing(p: ODEProblem, record: Any, maker: Maker, recorded: bool) -> tuple[
     Args:
         recorded: autograd follows the solve; else its result is the state at a time that is held.
     """
-    assert p.event_fn is not None
     assert p.rows is not None
-    B, met, y = p.batch, record.met, record.ys[1]
-    t = torch.from_numpy(met.times).to(p.t)
-    if not torch.is_grad_enabled() or not met.found.any():
+    met = record.met
+
+    def slope() -> Tensor:
+        theta = torch.from_numpy(np.where(met.found, (met.times - met.t0) / met.dt, 0.0))
+        return slopes(maker.P, met.pieces, theta, torch.from_numpy(met.dt))
+
+    def state(at: Tensor) -> Tensor:
+        return record.at_events(at) if record.at_events else _near(maker, met, at)
+
+    return moved(p, p.rows, met.times, record.ys[1], slope, state if recorded else None)
+
+
+def moved(
+    p: ODEProblem,
+    rows: Rows,
+    times: np.ndarray,
+    y: Tensor,
+    slope_of: Callable[[], Tensor],
+    recorded: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """The same.
+
+    Args:
+        times: (B,) of the events, NaN where there is none. y: (n,), the states there, with the graph of a solve to
+            times that are held. slope_of: gives dy/dt there, (B, d).
+        recorded: the states at other times (B,), with the graph of the solve; None where there are no others.
+    """
+    assert p.event_fn is not None
+    B, found_there = p.batch, ~np.isnan(times)
+    t = torch.from_numpy(times).to(p.t)
+    if not torch.is_grad_enabled() or not found_there.any():
         return t, y
-    found = torch.from_numpy(met.found).to(y.device)
+    found = torch.from_numpy(found_there).to(y.device)
     mask = found[:, None]
     # Where there is no event, the start stands for it in what follows.
-    held = torch.from_numpy(np.where(met.found, met.times, p.rows.starts))
-    dt = torch.from_numpy(met.dt)
-    theta = torch.from_numpy(np.where(met.found, (met.times - met.t0) / met.dt, 0.0))
+    held = torch.from_numpy(np.where(found_there, times, rows.starts))
     with torch.no_grad():
-        slope = slopes(maker.P, met.pieces, theta, dt)
+        slope = slope_of()
     start = p.y0.detach().view(B, -1)
     y = torch.where(mask, y.view(B, -1), start)
     at, state = held, y
@@ -201,16 +227,13 @@ def crossing(p: ODEProblem, record: Any, maker: Maker, recorded: bool) -> tuple[
         rate = rate if by_y is None else rate + (by_y * slope).sum(1).to(rate)
         if not value.requires_grad and not (y.requires_grad and bool((rate == 0).any())):
             break
-        still = torch.from_numpy(host(rate) == 0) & torch.from_numpy(met.found)
+        still = torch.from_numpy(host(rate) == 0) & torch.from_numpy(found_there)
         if bool(still.any()):
-            grazing = p.rows.name(int(still.int().argmax()))
+            grazing = rows.name(int(still.int().argmax()))
         rate = torch.where(rate == 0, 1.0, rate)
         residual = value.gather(1, which)[:, 0].to(torch.float64).cpu()
         at = at - (residual - residual.detach()) / rate.cpu()
-        if recorded:
-            state = record.at_events(at) if record.at_events else _near(maker, met, at)
-        else:
-            state = y + slope * (at - at.detach()).to(y)[:, None]
+        state = recorded(at) if recorded else y + slope * (at - at.detach()).to(y)[:, None]
     event_t, states = torch.where(found.cpu(), at, math.nan).to(p.t), torch.where(mask, state, math.nan).view(-1)
     if grazing:
         event_t, states = undifferentiable(

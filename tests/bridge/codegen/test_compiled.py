@@ -84,6 +84,43 @@ def test_states_are_those_of_the_callback(name, method):
     assert torch.allclose(ours.h, native, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("width", [2, 40], ids=["scalar", "array"])
+def test_a_field_that_is_driven_by_samples(width):
+    """As such fields are written: the place of a time among others indexes."""
+    torch.manual_seed(0)
+    places, samples = torch.linspace(0, 2, 9, dtype=F64), torch.randn(9, 2, dtype=F64, requires_grad=True)
+    net = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 2)).to(F64)
+
+    def f(t, h):
+        i = torch.searchsorted(places, t).clamp(1, 8)
+        part = (t - places[i - 1]) / (places[i] - places[i - 1])
+        return net(torch.cat([h, torch.lerp(samples[i - 1], samples[i], part)]))
+
+    def run(**how):
+        solution = solve(f, torch.ones(2, dtype=F64), T, step_t=places[1:-1], adjoint=True, rtol=1e-8, **how)
+        return solution, torch.autograd.grad(solution.h.square().sum(), (samples, *net.parameters()))
+
+    ours, got = run(engine="julia", compile=True)
+    theirs, want = run(engine="torch")
+    assert ours.stats.compiled == ("scalar" if width == 2 else "array")
+    torch.testing.assert_close(ours.h, theirs.h, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_an_index_out_of_range_is_no_number():
+    """PyTorch raises an IndexError, which compiled code cannot: it ends the solve, and is not a wrong number."""
+    samples = torch.ones(4, dtype=F64)
+    edges = torch.linspace(0.25, 1.75, 5, dtype=F64)
+    f = lambda t, h: -h * samples[torch.searchsorted(edges, t)]  # noqa: E731
+    h0 = torch.ones(2, dtype=F64)
+    ended = solve(f, h0, T[:3], engine="julia", compile=True)
+    assert torch.allclose(ended.h[-1], torch.exp(-T[2]).expand(2), rtol=1e-5)
+    with pytest.raises((IndexError, pyjlode.errors.SolveError)):
+        solve(f, h0, T, engine="julia", compile=True)
+    with pytest.raises(IndexError):
+        solve(f, h0, T, engine="torch")
+
+
 @pytest.mark.parametrize("adjoint", ["interpolating", "gauss", "quadrature", "backsolve", "forward"])
 @pytest.mark.parametrize("name", ["mlp", "mlp_batch", "lorenz", "lotka"])
 @pytest.mark.parametrize("mode", ["scalar", "array"])

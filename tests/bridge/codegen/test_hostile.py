@@ -720,8 +720,7 @@ def states(x):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:.*[Ss]parse")
-@pytest.mark.parametrize("rest", [True, False], ids=["from_rest", "moving"])
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(("name", "rest"), [*zip(ZOO, itertools.cycle([True, False]))])
 def test_a_trace_is_the_field_or_none(name, rest):
     """Without Julia: what a trace says at other points, and its reason where there is none."""
     made = ZOO[name]()

@@ -96,6 +96,9 @@ OPS = {
     "slice_step": lambda t, h, p, s, w: h * (h[:, ::2] * p[::2]).sum(),
     "index": lambda t, h, p, s, w: h[:, [2, 0, 1]] * p + h[:, torch.tensor([0, 0, 2])],
     "index_select": lambda t, h, p, s, w: h.index_select(1, torch.tensor([1, 1, 0])) * p,
+    "picked": lambda t, h, p, s, w: h * p[_bin(t)] + h[:, _bin(t) - 2][:, None] * h[0, _bin(t)] + w[..., _bin(t)][2],
+    "picked_rows": lambda t, h, p, s, w: h.index_select(1, _bin(h[0])) * p.index_select(0, _bin(h[0])),
+    "index_add": lambda t, h, p, s, w: torch.zeros_like(h).index_add(1, _bin(h[0]), h * p, alpha=2),
     "gather": lambda t, h, p, s, w: h.gather(1, torch.tensor([[2, 0, 1]]).expand(len(h), 3)) * p,
     "index_put": lambda t, h, p, s, w: (
         torch.zeros_like(h).index_put((torch.tensor([0]), torch.tensor([2])), s * h[0, 0]) + h
@@ -123,6 +126,11 @@ OPS = {
 
 # PyTorch's own derivative of hardsigmoid has 1 / 6 in single precision.
 ROOM = {"hard": 1e-7}
+
+
+def _bin(x):
+    """0, 1 or 2: a number that is computed."""
+    return torch.searchsorted(torch.tensor([-0.2, 0.4], dtype=x.dtype), x.detach())
 
 
 def _in_place(h, p, t):

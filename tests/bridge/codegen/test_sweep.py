@@ -152,9 +152,11 @@ def test_the_system_that_fails_is_named():
 def test_what_a_sweep_cannot_do_is_said():
     h0 = START.expand(7, 3)
     with pytest.raises(BadOption, match="dense=False"):
-        solve(lorenz(RHO), h0, T, **JULIA)
+        solve(lorenz(RHO), h0, T, method="bdf", **JULIA)
     with pytest.raises(BadOption, match="needs compile=True"):
-        odeint(lorenz(RHO), h0, T, engine="julia", options={"batch_dims": 1})
+        odeint(lorenz(RHO), h0, T, engine="julia", method="bdf", options={"batch_dims": 1})
+    with pytest.raises(BadOption, match="needs compile=True"):
+        odeint(lorenz(RHO), h0, T, engine="julia", compile=False, options={"batch_dims": 1})
     with pytest.raises(BadOption, match="has gradients by adjoint=True for explicit methods"):
         odeint(lorenz(RHO), h0, T, adjoint="gauss", **JULIA)
 

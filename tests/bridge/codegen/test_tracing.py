@@ -293,6 +293,85 @@ def test_a_gradient_that_cannot_be_traced_stops_only_itself():
         program.text("vjp")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("inside", [
+    lambda q: nn.functional.scaled_dot_product_attention(q, q.flip(-2), q.cos()),
+    lambda q: nn.functional.scaled_dot_product_attention(q, q.flip(-2), q.cos(), is_causal=True),
+    lambda q: nn.functional.scaled_dot_product_attention(q, q, q, (torch.ones(5, 5).tril() > 0), scale=0.3),
+])  # fmt: skip
+def test_attention_has_a_product(inside, dtype):
+    """As PyTorch computes it, it is fused where it can be: of the kernels there is no Julia."""
+    h = torch.linspace(-1, 2, 60, dtype=dtype).reshape(1, 2, 5, 6)
+    f = lambda t, h: inside(h) - h  # noqa: E731
+    program, _ = program_of(Field(f, h.shape, (f, h.shape)), h.reshape(-1))
+    assert "pull" in program.text("pull")
+    leaf = h.clone().requires_grad_()
+    v = torch.cos(h)
+    (want,) = torch.autograd.grad(f(0.0, leaf), leaf, v)
+    got = program.trace.vjp.module(h[0, 0, 0, 0], h.reshape(-1), v.reshape(-1), *program.trace.tensors)[1]
+    torch.testing.assert_close(got.reshape(h.shape), want)
+
+
+def test_dropout_within_attention_is_refused():
+    q = torch.ones(1, 1, 4, 2)
+    f = lambda t, h: nn.functional.scaled_dot_product_attention(h, h, h, dropout_p=0.5)  # noqa: E731
+    with pytest.raises(NotCompiled, match="random"):
+        program_of(Field(f, q.shape, (f, q.shape)), q.reshape(-1))
+
+
+@pytest.mark.parametrize("error", [NotCompiled("there is no Julia for it"), IndexError("of the compiler")])
+def test_a_function_that_there_is_not_is_not_tried_again(error, monkeypatch):
+    program, _ = program_of(Field(f := lambda t, h: torch.sin(h) * 3, H.shape, (f, H.shape)), H)
+    tried = []
+
+    def fails(self):
+        tried.append(1)
+        raise error
+
+    monkeypatch.setattr(program, "_texts", {})
+    monkeypatch.setattr(Program, "_vjp_text", fails)
+    for _ in range(3):
+        with pytest.raises(NotCompiled, match=str(error)):
+            program.text("vjp")
+    assert len(tried) == 1
+    assert "sin(" in program.text("f")
+
+
+TABLE = torch.arange(24.0, dtype=torch.float64).reshape(4, 3, 2).sin()
+
+
+@pytest.mark.parametrize("pick", [
+    lambda x, i: x[i, 0],
+    lambda x, i: x[i, i - 3],
+    lambda x, i: x[:, i - 2][0],
+    lambda x, i: x[..., i - 2][1, 2, None],
+    lambda x, i: x[None, i][0, -1],
+    lambda x, i: x[1:, i - 1, :][0],
+    lambda x, i: x[i - 4][i - 1],
+])  # fmt: skip
+def test_numbers_that_are_computed_index(pick):
+    """`x[i]` with the place i of a time among others, as fields that are driven by data are written."""
+    edges = torch.tensor([0.2, 0.6], dtype=torch.float64)
+    f = lambda t, h: h * pick(TABLE, torch.searchsorted(edges, t) + 1)  # noqa: E731
+    made, _ = trace(f)
+    for t in (0.1, 0.3, 0.7):
+        t = torch.tensor(t, dtype=torch.float64)
+        assert torch.equal(made.f.module(t, H, *made.tensors), f(t, H))
+
+
+@pytest.mark.parametrize("write", [lambda x: x.add_(1.0), lambda x: x[0].mul_(2.0), lambda x: x.view(2).zero_()])
+def test_what_is_written_into_a_picked_part_is_refused(write):
+    """It would be written into x."""
+
+    def f(t, h):
+        x = h.repeat(2, 1)
+        write(x[torch.searchsorted(H.sort()[0], t)])
+        return x[0]
+
+    with pytest.raises(NotCompiled, match=r"writes into what it indexes|numbers of a tensor"):
+        trace(f)
+
+
 class Reading(torch.autograd.Function):
     """Reads what it holds on its way back."""
 

@@ -1,0 +1,37 @@
+"""Fewer cases than a whole product, in which any two values still meet."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def covering(*axes: Iterable[Any]) -> list[Any]:
+    """Rows of a product of axes in which any two values of different axes stand together at least once, as arguments
+    of `parametrize`: what goes wrong by two of the parameters shows in one of them (Kuhn, Kacker & Lei 2010, Practical
+    Combinatorial Testing, NIST SP 800-142). All pairs of the two longest axes, each with values of the others that
+    meet the most that they have not met.
+    """
+    values = [list(axis) for axis in axes]
+    long = sorted(range(len(values)), key=lambda k: (-len(values[k]), k))
+    sizes = [len(values[k]) for k in long]
+    met: set[tuple[int, int, int, int]] = set()
+
+    def pairs(row: tuple[int, ...]) -> set[tuple[int, int, int, int]]:
+        return {(i, row[i], j, row[j]) for i, j in itertools.combinations(range(len(row)), 2)}
+
+    rows: list[tuple[int, ...]] = []
+    others = list(itertools.product(*map(range, sizes[2:])))
+    for number, start in enumerate(itertools.product(*map(range, sizes[:2]))):
+        turned = [start + others[(number + k) % len(others)] for k in range(len(others))]
+        rows.append(max(turned, key=lambda row: len(pairs(row) - met)))
+        met |= pairs(rows[-1])
+    for row in itertools.product(*map(range, sizes)):  # what the shorter axes have left
+        if pairs(row) - met:
+            rows.append(row)
+            met |= pairs(row)
+    back = [long.index(k) for k in range(len(values))]
+    return [pytest.param(*(values[k][row[at]] for k, at in enumerate(back))) for row in sorted(rows)]
