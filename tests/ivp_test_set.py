@@ -58,59 +58,6 @@ def amplifier(t, y):
     )
 
 
-# --- Ring modulator: 15 equations, stiff and oscillating (II-12) ----------------------------------------------------
-
-RING_START = torch.zeros(15, dtype=F64)
-RING_END = (
-    1e-3,
-    tensor(
-        -0.2339057358486745e-1,
-        -0.7367485485540825e-2,
-        0.2582956709291169,
-        -0.4064465721283450,
-        -0.4039455665149794,
-        0.2607966765422943,
-        0.1106761861269975,
-        0.2939904342435596e-6,
-        -0.2840029933642329e-7,
-        0.7267198267264553e-3,
-        0.7929487196960840e-3,
-        -0.7255283495698965e-3,
-        -0.7941401968526521e-3,
-        0.7088495416976114e-4,
-        0.2390059075236570e-4,
-    ),
-)
-
-
-def ring_modulator(t, y):
-    C, Cs, Cp, Lh, Ls1, Ls2, Ls3 = 1.6e-8, 2e-12, 1e-8, 4.45, 2e-3, 5e-4, 5e-4
-    Rp, R, Rg1, Rg2, Rg3, Ri, Rc = 50.0, 25e3, 36.3, 17.3, 17.3, 50.0, 600.0
-    u, v, a, b, c, d, e, i, j, k, l, m, n, o, p = y.unbind()
-    carrier, signal = 2 * torch.sin(2e4 * math.pi * t), 0.5 * torch.sin(2e3 * math.pi * t)
-    voltages = torch.stack([a - c - e - carrier, -b + d - e - carrier, b + c + e + carrier, -a - d + e + carrier])
-    q1, q2, q3, q4 = (40.67286402e-9 * (torch.exp(17.7493332 * voltages) - 1)).unbind()
-    return torch.stack(
-        [
-            (i - 0.5 * k + 0.5 * l + o - u / R) / C,
-            (j - 0.5 * m + 0.5 * n + p - v / R) / C,
-            (k - q1 + q4) / Cs,
-            (-l + q2 - q3) / Cs,
-            (m + q1 - q3) / Cs,
-            (-n - q2 + q4) / Cs,
-            (-e / Rp + q1 + q2 - q3 - q4) / Cp,
-            -u / Lh,
-            -v / Lh,
-            (0.5 * u - a - Rg2 * k) / Ls2,
-            (-0.5 * u + b - Rg3 * l) / Ls3,
-            (0.5 * v - c - Rg2 * m) / Ls2,
-            (-0.5 * v + d - Rg3 * n) / Ls3,
-            (-u + signal - (Ri + Rg1) * o) / Ls1,
-            (-v - (Rc + Rg1) * p) / Ls1,
-        ]
-    )
-
-
 # --- Andrews' squeezing mechanism: seven bodies and six constraints (II-9; Hairer & Wanner II, VII.7) ----------------
 
 SQUEEZER_START = tensor(

@@ -27,7 +27,6 @@ def end(system, method, tol, mass=None, start=None, atol=None, **options):
 
 SYSTEMS = {
     "amplifier": (ts.amplifier, ts.AMPLIFIER_START, ts.AMPLIFIER_END),
-    "ring": (ts.ring_modulator, ts.RING_START, ts.RING_END),
     "squeezer": (ts.squeezer, ts.SQUEEZER_START, ts.SQUEEZER_END),
 }
 
@@ -45,12 +44,6 @@ def test_transistor_amplifier(method, tol, digits):
     """A DAE of index 1 whose mass matrix has rank 5, with the start as it is published: it is consistent."""
     h = end("amplifier", method, tol, ts.AMPLIFIER_MASS)
     assert float((h[-1] / ts.AMPLIFIER_END[1] - 1).abs().max()) < digits
-
-
-@pytest.mark.slow
-def test_ring_modulator():
-    h = end("ring", "radau5", 1e-6, atol=1e-8)
-    assert float((h[-1] / ts.RING_END[1] - 1).abs().max()) < 1e-3
 
 
 @pytest.mark.parametrize(
