@@ -61,7 +61,7 @@ def study(tolerances: tuple[float, ...], out: str) -> list[float]:
         gaps.append(gap)
     left.plot([-MOON, 1 - MOON], [0, 0], "o", color=INK, markersize=5)
     left.set_aspect("equal")
-    left.legend(fontsize=10, loc="upper left")
+    left.legend(fontsize=10, loc="upper right")
     left.set(title="One period of Arenstorf's orbit", xlabel="x", ylabel="y")
     right.set_title(f"At rtol {tolerances[-1]:.0e} it closes to {gaps[-1]:.0e}")
     right.set_xlabel("t")
