@@ -11,7 +11,7 @@ one. With the same network, the same optimizer and as many steps, 150, three aid
 * collocation: the field is first fitted to the slopes of a smoothed series, without a solve, and then as before.
 
 The fourth, STEER, mends something else. A neural ODE that carries two classes to two points is trained at t = 1. It
-passes them at that time and goes on; with random end times in training it comes to rest there.
+passes near them at that time and goes on; with random end times in training it stays there longer.
 
 Source: Bock & Plitt 1984; Roesch, Rackauckas & Stumpf 2021; Ghosh, Behl, Dupont, Torr & Namboodiri, STEER: simple
 temporal regularization for neural ODEs, 2020.
@@ -199,7 +199,7 @@ def draw(found: Found, seen: tuple[Tensor, ...], curves: dict[str, Tensor], args
         right.plot(ENDS, e.mean(0), color=color, lw=2.6, label=name)
     right.axvline(1, color=FAINT, lw=1.2, zorder=0)
     right.set(
-        title="STEER: at rest where it belongs",
+        title="STEER: it stays where it belongs",
         xlabel="end time",
         ylabel="distance from where it belongs",
         ylim=(0, None),
