@@ -154,7 +154,7 @@ def test_flow_matching(run):
 
 
 def test_training_aids(run):
-    """Fitted at once the curve is nearly flat; each aid gets it right. After its end time STEER's state stays nearer."""
+    """Fitted at once the curve is nearly flat; each aid gets it right. STEER's state stays nearer."""
     found = run("training_aids")
     flat = 0.859
     plain, *aids = (float(e[0]) for e in found.errors.values())
