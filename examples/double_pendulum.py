@@ -1,6 +1,8 @@
 """Learn the friction of a double pendulum: a small network inside a law of motion that is known.
 
-python examples/double_pendulum.py     prints the error of the learned friction and writes double_pendulum.png
+    python examples/double_pendulum.py [--quick] [--out double_pendulum.png]
+
+Prints the error of the learned friction and writes double_pendulum.png.
 
 A universal differential equation (Rackauckas et al. 2020): Lagrange's equations with an unknown torque at each joint,
 which depends on how fast that joint turns. The data are angles and speeds with noise.
@@ -8,7 +10,9 @@ which depends on how fast that joint turns. The data are angles and speeds with 
 
 from __future__ import annotations
 
+import matplotlib
 import torch
+from shared import COLORS, FAINT, INK, STYLE, arguments
 from torch import Tensor, nn
 
 import pyjlode
@@ -65,8 +69,8 @@ class Truth(nn.Module):
         return true_friction(x)
 
 
-def main(warm_up: int = 30, iterations: int = 150, out: str = "double_pendulum.png") -> float:
-    torch.manual_seed(0)
+def main(warm_up: int = 30, iterations: int = 150, out: str = "double_pendulum.png", seed: int = 0) -> float:
+    torch.manual_seed(seed)
     t = torch.linspace(0, 2, 41, dtype=torch.float64)
     h0 = torch.tensor([[1.2, 0.8, 0.0, 0.0], [-0.6, 1.0, 0.0, 0.0], [0.4, -1.2, 0.0, 0.0]], dtype=torch.float64)
     with torch.no_grad():
@@ -106,20 +110,22 @@ def main(warm_up: int = 30, iterations: int = 150, out: str = "double_pendulum.p
     error = float((learned - true_friction(x)).norm() / true_friction(x).norm())
     print(f"the learned friction is off by {100 * error:.1f} % of the true one")
 
-    fig = figure(8, 3.2)
-    left, right = fig.subplots(1, 2)
-    left.plot(t, data[:, 0, :2], ".", color="0.6", markersize=3)
-    left.plot(t, h[:, 0, :2])
-    left.set_xlabel("t")
-    left.set_ylabel("angles")
-    right.plot(x, true_friction(x), "--", color="0.4", label="true")
-    right.plot(x, learned, label="learned")
-    right.set_xlabel("speed of a joint")
-    right.set_ylabel("torque of friction")
-    right.legend(frameon=False)
-    fig.savefig(out, dpi=120)
+    with matplotlib.rc_context(STYLE):
+        fig = figure(10, 4)
+        left, right = fig.subplots(1, 2)
+        left.plot(t, data[:, 0, :2], "o", color=FAINT, markersize=4)
+        for i, name in enumerate(("upper rod", "lower rod")):
+            left.plot(t, h[:, 0, i], color=COLORS[i], lw=2, label=name)
+        left.set(title="From how it swings ...", xlabel="time (s)", ylabel="angle")
+        left.legend()
+        right.plot(x, true_friction(x), "--", color=INK, label="true")
+        right.plot(x, learned, color=COLORS[0], lw=2.6, label="learned")
+        right.set(title=f"... its friction, to {error:.0%}", xlabel="speed of a joint", ylabel="torque of friction")
+        right.legend(loc="upper left")
+        fig.savefig(out, dpi=120)
     return error
 
 
 if __name__ == "__main__":
-    main()
+    args = arguments(__doc__, "double_pendulum", None)
+    main(*((15, 20) if args.quick else (30, 150)), str(args.out), args.seed)

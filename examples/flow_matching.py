@@ -176,7 +176,8 @@ def draw(
         ax.set(xlim=(-4, 4), ylim=(-4, 4))
         ax.spines[:].set_visible(False)
     r = found["digits"]["ot"]
-    made = r.flow.sample(64).reshape(8, 8, 8, 8).permute(0, 2, 1, 3).reshape(64, 64)
+    made = nn.functional.pad(r.flow.sample(64).reshape(64, 8, 8), (1, 1, 1, 1), value=-1.0)
+    made = made.reshape(8, 8, 10, 10).permute(0, 2, 1, 3).reshape(80, 80)
     panels[2].imshow(made.numpy(), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
     panels[2].set(title=f"digits made: {r.nfe} evaluations", xticks=[], yticks=[])
     panels[2].spines[:].set_visible(False)

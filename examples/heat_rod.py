@@ -1,13 +1,17 @@
 """Learn how well each part of a rod conducts heat, from its temperature at a few moments.
 
-python examples/heat_rod.py     prints the error of the profile and writes heat_rod.png
+    python examples/heat_rod.py [--quick] [--out heat_rod.png]
+
+Prints the error of the profile and writes heat_rod.png.
 
 u_t = (D(x) u_x)_x on (0, 1) with both ends held at zero, by the method of lines: stiff, the more so the finer the grid.
 """
 
 from __future__ import annotations
 
+import matplotlib
 import torch
+from shared import COLORS, FAINT, INK, STYLE, arguments
 from torch import Tensor
 
 import pyjlode
@@ -26,8 +30,8 @@ def true_profile(x: Tensor) -> Tensor:
     return 0.3 + 0.7 * torch.exp(-((x - 0.65) ** 2) / 0.02)
 
 
-def main(n: int = 40, steps: int = 60, out: str = "heat_rod.png") -> float:
-    torch.manual_seed(0)
+def main(n: int = 40, steps: int = 60, out: str = "heat_rod.png", seed: int = 0) -> float:
+    torch.manual_seed(seed)
     x = torch.linspace(0, 1, n + 2, dtype=torch.float64)[1:-1]
     between = (torch.arange(n + 1, dtype=torch.float64) + 0.5) / (n + 1)
     t = torch.linspace(0, 0.1, 9, dtype=torch.float64)
@@ -57,20 +61,22 @@ def main(n: int = 40, steps: int = 60, out: str = "heat_rod.png") -> float:
     error = float((D - true_profile(between)).norm() / true_profile(between).norm())
     print(f"the learned profile is off by {100 * error:.1f} %")
 
-    fig = figure(8, 3.2)
-    left, right = fig.subplots(1, 2)
-    left.plot(x, data[::2].T, ".", color="0.7", markersize=3)
-    left.plot(x, solve(log_D).detach()[::2].T)
-    left.set_xlabel("x")
-    left.set_ylabel("temperature")
-    right.plot(between, true_profile(between), "--", color="0.4", label="true")
-    right.plot(between, D, label="learned")
-    right.set_xlabel("x")
-    right.set_ylabel("diffusivity")
-    right.legend(frameon=False)
-    fig.savefig(out, dpi=120)
+    with matplotlib.rc_context(STYLE):
+        fig = figure(10, 4)
+        left, right = fig.subplots(1, 2)
+        left.plot(x, data[::2].T, "o", color=FAINT, markersize=4)
+        for u, color in zip(solve(log_D).detach()[::2], COLORS):
+            left.plot(x, u, color=color, lw=2)
+        left.set(title="From temperatures at a few moments ...", xlabel="x", ylabel="temperature")
+        right.plot(between, true_profile(between), "--", color=INK, label="true")
+        right.plot(between, D, color=COLORS[0], lw=2.6, label="learned")
+        right.set(title=f"... how the rod conducts, to {error:.0%}", xlabel="x", ylabel="diffusivity")
+        right.set_ylim(0, None)
+        right.legend(loc="upper left")
+        fig.savefig(out, dpi=120)
     return error
 
 
 if __name__ == "__main__":
-    main()
+    args = arguments(__doc__, "heat_rod", None)
+    main(*((12, 8) if args.quick else (40, 60)), str(args.out), args.seed)

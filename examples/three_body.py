@@ -1,11 +1,15 @@
 """Arenstorf's orbit: a closed path about earth and moon, and what each tolerance makes of it.
 
-python examples/three_body.py     prints the gap after one period and the drift of the energy; writes three_body.png
+    python examples/three_body.py [--quick] [--out three_body.png]
+
+Prints the gap after one period and the drift of the energy; writes three_body.png.
 """
 
 from __future__ import annotations
 
+import matplotlib
 import torch
+from shared import COLORS, INK, STYLE, arguments
 from torch import Tensor
 
 import pyjlode
@@ -38,21 +42,28 @@ def energy(h: Tensor) -> Tensor:
 
 
 def main(tolerances: tuple[float, ...] = (1e-5, 1e-7, 1e-9, 1e-11), out: str = "three_body.png") -> list[float]:
+    with matplotlib.rc_context(STYLE):
+        return study(tolerances, out)
+
+
+def study(tolerances: tuple[float, ...], out: str) -> list[float]:
     t = torch.linspace(0, PERIOD, 2001, dtype=torch.float64)
-    fig = figure(8, 3.5)
+    fig = figure(11, 4.6)
     left, right = fig.subplots(1, 2)
     gaps = []
-    for tol in tolerances:
+    for tol, color in zip(tolerances, (COLORS[4], *COLORS[1:3], COLORS[0])):
         solution = pyjlode.solve(f, H0, t, method="dopri8", rtol=tol, atol=tol, dense=False)
         gap = float((solution.h[-1] - H0)[:2].norm())
         drift = (energy(solution.h) - energy(H0)).abs()
         print(f"rtol {tol:.0e}: {solution.stats.naccept:4} steps, gap {gap:.1e}, energy drift {float(drift.max()):.1e}")
-        phase_portrait(left, solution.h, label=f"rtol {tol:.0e}", linewidth=1)
-        right.semilogy(t[1:], drift[1:].clamp_min(1e-17), linewidth=1)
+        phase_portrait(left, solution.h, label=f"rtol {tol:.0e}", color=color, linewidth=1.6)
+        right.semilogy(t[1:], drift[1:].clamp_min(1e-17), color=color, linewidth=1.6)
         gaps.append(gap)
-    left.plot([-MOON, 1 - MOON], [0, 0], "o", color="0.3", markersize=4)
+    left.plot([-MOON, 1 - MOON], [0, 0], "o", color=INK, markersize=5)
     left.set_aspect("equal")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(fontsize=10, loc="upper right")
+    left.set(title="One period of Arenstorf's orbit", xlabel="x", ylabel="y")
+    right.set_title(f"At rtol {tolerances[-1]:.0e} it closes to {gaps[-1]:.0e}")
     right.set_xlabel("t")
     right.set_ylabel("drift of the energy")
     fig.savefig(out, dpi=120)
@@ -60,4 +71,5 @@ def main(tolerances: tuple[float, ...] = (1e-5, 1e-7, 1e-9, 1e-11), out: str = "
 
 
 if __name__ == "__main__":
-    main()
+    args = arguments(__doc__, "three_body", None)
+    main((1e-5, 1e-7) if args.quick else (1e-5, 1e-7, 1e-9, 1e-11), str(args.out))

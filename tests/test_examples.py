@@ -9,6 +9,7 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+sys.path.append(str(EXAMPLES))  # an example is a program: it imports its neighbours by their bare names
 
 
 def run(name, tmp_path, **settings):

@@ -139,3 +139,32 @@ def test_hamiltonian(run):
     found = run("hamiltonian")
     for row in found.values():
         assert bool((row.errors[:, 1] < row.errors[:, 0] / 2).all())
+
+
+def test_flow_matching(run):
+    """Straighter paths by optimal pairs, and samples that are much nearer to the data than noise is."""
+    found = run("flow_matching")
+    for name in ("two moons", "eight Gaussians"):
+        ways = found[name]
+        assert ways["ot"].nfe <= ways["independent"].nfe
+        assert ways["ot"].w2_euler < ways["independent"].w2_euler
+        assert ways["ot"].w2 < 2 * ways["ot"].w2_data
+    digits = found["digits"]["ot"]
+    assert digits.w2 < 1.5 * digits.w2_data
+
+
+def test_training_aids(run):
+    """Fitted at once the curve is nearly flat; each aid gets it right. STEER's state stays nearer."""
+    found = run("training_aids")
+    flat = 0.859
+    plain, *aids = (float(e[0]) for e in found.errors.values())
+    assert plain > 0.8 * flat
+    assert max(aids) < 0.25 * flat
+    plain, steer = (e[0] for e in found.ends.values())
+    assert float(steer[-1]) < 0.95 * float(plain[-1])
+
+
+def test_graph_ode(run):
+    found = run("graph_ode")
+    assert float(found["karate club"]["graph ODE"]) > 85
+    assert float(found["blocks"]["graph ODE"]) > float(found["blocks"]["GCN, 16 layers"]) + 10

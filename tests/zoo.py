@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
-from pyjlode.nn import HamiltonianNN, LagrangianNN
+from pyjlode.nn import HamiltonianNN, LagrangianNN, SecondOrder, TimeMLP
 
 F64 = torch.float64
 CONTINUOUS = frozenset({"backsolve", "interpolating", "quadrature", "gauss"})
@@ -501,6 +501,38 @@ def lagrangian_module() -> Specimen:
         return torch.cat(field(t, (h[:1], h[1:])))
 
     return Specimen(f, start(), list(field.parameters()))
+
+
+@kind
+def second_order_module() -> Specimen:
+    net = nn.Sequential(linear(4, 5), nn.Tanh(), linear(5, 2))
+    field = SecondOrder(lambda t, q, v: net(torch.cat([q, v])) - q + torch.sin(t))
+    return Specimen(field, (start(), start(0.1, 0.4)), list(net.parameters()))
+
+
+class GraphConvolution(nn.Module):
+    """Kipf & Welling's layer as a field, on four nodes of a path: tanh(A h W + b) - h."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        A = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1]], dtype=F64)
+        root = A.sum(1).rsqrt()
+        self.register_buffer("A", root[:, None] * A * root)
+        self.layer = linear()
+
+    def forward(self, t: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(self.layer(self.A @ h)) - h
+
+
+@kind
+def graph_convolution() -> Specimen:
+    return of(GraphConvolution(), h0=torch.randn(4, 2, dtype=F64))
+
+
+@kind
+def augmented_state() -> Specimen:
+    field = TimeMLP([4, 5, 4]).double()
+    return of(field, h0=nn.functional.pad(start(), (0, 2)))
 
 
 @kind
