@@ -79,7 +79,9 @@ def run(name: str, kind: str, args: argparse.Namespace) -> Numbers:
 def main(argv: Sequence[str] | None = None) -> dict[tuple[str, ...], list[Numbers]]:
     args = arguments(__doc__, "densities", argv)
     names = (*PLANE, TABLE)
-    found = Runs(args).all([(name, kind) for name in names for kind in WEIGHTS], run)
+    runs, found = Runs(args), {}
+    for name in names:  # all seeds of one before the next
+        found |= runs.all([(name, kind) for kind in WEIGHTS], run)
     head = ["density", *(f"{what}, {kind}" for what in ("nats", "evaluations", "training, CPU s") for kind in WEIGHTS)]
     forms = {"nats": ".3f", "nfe": ".0f", "cpu_seconds": ".0f"}
     print(
