@@ -13,7 +13,9 @@ training for a CPU.
 from __future__ import annotations
 
 import argparse
+import gc
 import time
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -129,12 +131,11 @@ def run(name: str, args: argparse.Namespace) -> Numbers:
 def saved(name: str, depth: int) -> float:
     """MB that the forward pass of a batch keeps for the backward pass, within the block, at this depth: blocks of the
     residual network, steps of `rk4` of the ODE."""
-    kept: dict[int, int] = {}
+    kept: weakref.WeakSet[Kept] = weakref.WeakSet()  # what the graph has let go of is not kept
 
-    def pack(x: Tensor) -> Tensor:
-        if not isinstance(x, nn.Parameter):
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
+    def pack(x: Tensor) -> Kept:
+        kept.add(entry := Kept(x.detach()))  # with its graph it would hold itself alive
+        return entry
 
     h = torch.randn(BATCH, WIDTH, 6, 6, requires_grad=True)
     if name == "ResNet":
@@ -143,9 +144,20 @@ def saved(name: str, depth: int) -> float:
         adjoint = "backsolve" if name == "ODE-Net" else False
         options = {"step_size": 1 / depth}
         net = NeuralODE(Field(), method="rk4", adjoint=adjoint, options=options, engine="torch")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        net(h)
-    return sum(kept.values()) / 2**20
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda entry: entry.x):
+        out = net(h)
+    gc.collect()
+    storages = {x.data_ptr(): x.nbytes() for x in (entry.x.untyped_storage() for entry in kept)}
+    for p in (*net.parameters(), out):
+        storages.pop(p.untyped_storage().data_ptr(), None)
+    return sum(storages.values()) / 2**20
+
+
+class Kept:
+    """A tensor that the backward pass will ask for."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
 
 
 def main(argv: Sequence[str] | None = None) -> dict[tuple[str, ...], list[Numbers]]:

@@ -167,3 +167,14 @@ def test_without_gradients_any_adjoint_has_their_numbers():
 def test_methods_without_an_estimate_make_no_use_of_it():
     with pytest.warns(UserWarning, match="no use of the options"):
         odeint(lambda t, h: -h, torch.ones(2), (0.0, 1.0), method="rk4", options={"estimates": True})
+
+
+def test_julias_solvers_are_not_asked_for_them():
+    """`engine="auto"` takes the native engine, and `engine="julia"` is an error, wherever Julia is."""
+    from pyjlode.bridge import engine
+    from pyjlode.problem import Equation
+    from pyjlode.solver import Solver
+
+    solver = Solver(engine="torch", options={"estimates": True})
+    made = solver._prepare(Equation(lambda t, h: -h, torch.ones(2), (0.0, 1.0)), "torch")
+    assert "estimates" in engine.cannot(made.problem, None)
