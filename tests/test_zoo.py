@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -107,8 +108,16 @@ def check(kind: str, tolerance: float = 0.0, **kwargs) -> None:
     assert close(found, reference(kind), max(x.tolerance, tolerance))
 
 
-@every_kind
-@pytest.mark.parametrize("adjoint", DIFFERENT, ids=str)
+def in_turn():
+    """Every kind with every gradient; of the continuous ones, which ask f for the same products, two kinds in turn."""
+    pairs = itertools.cycle([{"backsolve", "gauss"}, {"interpolating", "quadrature"}])
+    for kind, now in zip(ZOO, pairs):
+        for adjoint in DIFFERENT:
+            marks = [pytest.mark.slow] if adjoint in CONTINUOUS - now else []
+            yield pytest.param(kind, adjoint, marks=marks)
+
+
+@pytest.mark.parametrize(("kind", "adjoint"), [*in_turn()], ids=str)
 def test_every_gradient_is_the_same(kind, adjoint):
     check(kind, adjoint=adjoint)
 

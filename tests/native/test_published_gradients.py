@@ -36,8 +36,8 @@ def test_robertson_as_a_dae(method, adjoint):
         return torch.stack([second - first, first - second - third, a + b + c - 1, c])
 
     h = odeint(
-        f, y0, vector(0, 50), method=method, adjoint=adjoint, engine="torch", rtol=1e-9,
-        atol=vector(1e-9, 1e-14, 1e-9, 1e-8),
+        f, y0, vector(0, 50), method=method, adjoint=adjoint, engine="torch", rtol=1e-8,
+        atol=vector(1e-8, 1e-13, 1e-8, 1e-7),
         mass_matrix=torch.diag(vector(1, 1, 0, 1)), options={"consistent": "compute"},
     )  # fmt: skip
     by_p, by_y0 = torch.autograd.grad(h[-1, 3], [p, y0])

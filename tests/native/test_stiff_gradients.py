@@ -103,14 +103,18 @@ TOLERANCES = {
 }
 
 
-def rates_to(accuracy, adjoints):
+def rates_to(accuracy, adjoints, methods=STIFF):
     slow = [pytest.mark.slow] if accuracy < 1e-4 else []
-    return [pytest.param(accuracy, method, adjoint, marks=slow) for method in STIFF for adjoint in adjoints]
+    return [pytest.param(accuracy, method, adjoint, marks=slow) for method in methods for adjoint in adjoints]
 
 
-@pytest.mark.parametrize(
-    ("accuracy", "method", "adjoint"), [*rates_to(1e-3, DIFFERENT), *rates_to(1e-6, ADJOINTS)], ids=str
-)
+# To 1e-6 "quadrature" takes the methods whose dense output is of low order up to half a minute.
+EXACTLY = [x for x in DIFFERENT if x != "quadrature"]
+TO_THREE_DIGITS = [*rates_to(1e-3, EXACTLY), *rates_to(1e-3, ["quadrature"], ["rodas5p", "radau5", "kencarp4"])]
+TO_SIX_DIGITS = [*rates_to(1e-6, EXACTLY), *rates_to(1e-6, ["quadrature"], ["rodas5p", "radau5", "bdf", "auto"])]
+
+
+@pytest.mark.parametrize(("accuracy", "method", "adjoint"), [*TO_THREE_DIGITS, *TO_SIX_DIGITS], ids=str)
 def test_robertsons_rate_constants(accuracy, method, adjoint):
     """To 1e-6 relative, and to 1e-3 at looser tolerances; the continuous adjoints of the methods of order 2 to ten
     times that, which is nine seconds there: their error falls with rtol to the power 2/3, so that 1e-6 takes four to
@@ -174,17 +178,16 @@ def dae_reference(name):
     return which, differences(values, n + len(which), 1e-2)
 
 
-def index_1_to(accuracy, adjoints):
-    slow = [pytest.mark.slow] if accuracy < 1e-5 else []
-    cases = itertools.product([accuracy], DAES, MASS, adjoints)
-    return [pytest.param(*case, marks=slow) for case in cases]
+INDEX_1 = [
+    *covering([1e-4], DAES, MASS, DIFFERENT),
+    *(
+        pytest.param(1e-6, *case, marks=pytest.mark.slow)
+        for case in itertools.product(DAES, MASS, ["discrete", "gauss"])
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("accuracy", "name", "method", "adjoint"),
-    [*index_1_to(1e-4, DIFFERENT), *index_1_to(1e-6, ["discrete", "gauss"])],
-    ids=str,
-)
+@pytest.mark.parametrize(("accuracy", "name", "method", "adjoint"), INDEX_1, ids=str)
 def test_systems_of_index_1(accuracy, name, method, adjoint):
     """With respect to parameters and to the start (Cao, Li, Petzold & Serban 2003): the start's algebraic component has
     no derivative, because it is computed from the others."""

@@ -157,7 +157,7 @@ def test_matrix_free(method, monkeypatch):
         h = odeint(
             lambda t, h: scale * sp.heat(t, h, torch) - h**3,
             start,
-            tensor(0.0, 0.1),
+            tensor(0.0, 0.02),
             method=method,
             rtol=1e-5,
             atol=1e-6,
@@ -408,14 +408,14 @@ def test_wrong_argument(case):
 @METHOD
 def test_blow_up_and_nan(method):
     with pytest.raises(errors.SolveError) as caught:
-        odeint(lambda t, h: h * h, tensor(1.0), 2 * T, method=method)
+        odeint(lambda t, h: h * h, tensor(1.0), 2 * T, method=method, rtol=1e-4, atol=1e-4)
     assert caught.value.t == pytest.approx(1.0, abs=1e-2)
 
     def cliff(t, h):
         return torch.where(t < 0.5, -h, h * math.nan)
 
     with pytest.raises(errors.NonFiniteState) as caught:
-        odeint(cliff, tensor(1.0), T, method=method)
+        odeint(cliff, tensor(1.0), T, method=method, rtol=1e-4, atol=1e-4)
     assert caught.value.t == pytest.approx(0.5, abs=1e-3)
 
 
