@@ -144,7 +144,7 @@ def test_calls_are_counted():
         solution.h.sum().backward()
         counts.append(solution.stats.nfe_backward)
     assert counts[0] == pytest.approx(20, abs=1)  # of each step one stage is computed again; the others were kept
-    assert 0 < counts[1] <= 20 * 6  # steps, stages; there the graph of the first steps is kept
+    assert counts[1] <= 20 * 6  # steps, stages; there the graph of the first steps is kept, and there are no others
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,6 @@ def allowed(method, problem, dtype, backward):
 
 
 @met(method=FIRST_ORDER, problem=PROBLEMS, dtype=DTYPES, backward=[False, True])
-@pytest.mark.filterwarnings("ignore:reversible_midpoint")  # says that Bernoulli's equation forgets too fast for it
 def test_closed_form(method, problem, dtype, backward):
     """The solution is the exact one within what order, tolerance and precision allow for."""
     t = grid(method, problem, backward)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyjlode import errors, methods, odeint, odeint_event, solve
+from pyjlode import errors, methods, notices, odeint, odeint_event, solve
 from pyjlode.native.checkpoints import Reversed
 from pyjlode.native.reversible import Other, Reversible
 from pyjlode.native.step import Interval
@@ -124,8 +124,9 @@ def test_no_state_of_a_step_is_kept():
     assert [k.interval.t0 for k in kept.last_first(0, again=False)] == [i / 100 for i in reversed(range(300))]
 
 
-def test_where_it_cannot_be_followed():
+def test_where_it_cannot_be_followed(monkeypatch):
     """A system that forgets fast makes the two states part; roundings grow by 1 % a step on the way back."""
+    monkeypatch.setattr(notices, "_warned", set())
     with pytest.warns(UserWarning, match="parted by"):
         odeint(lambda t, y: -8 * y, H0, T, method="reversible_rk4", options={"step_size": 0.1})
     h0 = H0.clone().requires_grad_()
