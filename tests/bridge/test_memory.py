@@ -55,7 +55,8 @@ def test_lent_tensors_live_as_long_as_the_solution(monkeypatch):
 
     class Watched(memory.Request):
         def lend(self, **tensors):
-            lent.append(weakref.ref(tensors["u0"]))
+            if "u0" in tensors:
+                lent.append(weakref.ref(tensors["u0"]))
             super().lend(**tensors)
 
     def solution():

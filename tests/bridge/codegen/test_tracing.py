@@ -560,7 +560,8 @@ def test_one_number_is_reduced(f, mode, monkeypatch):
     made, _ = trace(f)
     program = Program(made)
     for name in FUNCTIONS:
-        assert f"function {name}" in program.text(name)
+        if mode == "scalar" or name != "bend":  # which sweeps alone need, of straight-line code
+            assert f"function {name}" in program.text(name)
 
 
 def code_of(f, h=H):
