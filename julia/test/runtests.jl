@@ -198,10 +198,10 @@ end
     end
 
     @testset "the layouts are those of C" begin
-        @test sizeof(Request) == 9 * 16 + 13 * 8
+        @test sizeof(Request) == 13 * 16 + 16 * 8
         @test sizeof(ReplayRequest) == 7 * 16 + 8
         @test sizeof(Replayed) == 16
-        @test sizeof(AdjointRequest) == 8 * 16 + 9 * 8
+        @test sizeof(AdjointRequest) == 9 * 16 + 9 * 8
         @test sizeof(Functions) == 12 * 8
         @test sizeof(Outcome) == 12 * 8
         @test sizeof(Systems) == 8 + 3 * 16
