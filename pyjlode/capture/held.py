@@ -79,7 +79,7 @@ class Root:
             NotCompiled: that is not to be used.
         """
         for captures in self.captures:
-            found = captures.find(f)
+            found = captures.find(f) if captures.entries else None
             if found is not None and (held := self._held(f, captures, *found)) is not None:
                 self.fruitless = 0
                 return held
@@ -118,7 +118,8 @@ class Root:
 
         ways = [dynamo.WITH_GRAPH] if self.differentiates else [dynamo.BOTH, dynamo.VALUE]
         if not self.captures or sum(len(x.entries) for x in self.captures) >= _ENTRIES:
-            self.captures = [dynamo.Captures(how, *_example(self.layout), self.picks) for how in ways]
+            picks = [False, True] if self.picks else [False]  # not all that is captured plainly is captured so
+            self.captures = [dynamo.Captures(how, *_example(self.layout), x) for x in picks for how in ways]
         self.fruitless += 1
         varying = self._varying(f)
         reason: NotCompiled | None = None
@@ -137,7 +138,7 @@ class Root:
                 assert held is not None
                 return held
         assert reason is not None
-        if isinstance(reason, dynamo.Picks):
+        if isinstance(reason, dynamo.Picks) and not self.picks:
             self.picks, self.captures = True, []
             return self._capture(f)
         if not self.differentiates and "does not require grad" in str(reason):

@@ -157,6 +157,7 @@ def test_op(check, name, dtype, mode):
 @hypothesis.settings(max_examples=3, suppress_health_check=list(hypothesis.HealthCheck))
 @hypothesis.given(rows=st.integers(1, 5), name=st.sampled_from(sorted(OPS)))
 def test_shapes(check, rows, name, mode):
+    hypothesis.assume(name != "group_norm" or rows > 1)  # PyTorch refuses one value for each group
     h0 = torch.randn(rows, 3, dtype=torch.float64) * 0.6
     check(cast(OPS[name], torch.float64), h0, mode, points=1, room=ROOM.get(name, 0.0))
 
