@@ -21,7 +21,7 @@ _LIMIT = 10_000
 # What every module has, besides its parameters, buffers and submodules: none of it holds tensors, unless hooks do.
 _MODULE = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}
 HOOKS = tuple(name for name in _MODULE if name.endswith("hooks"))
-_LIBRARIES = ("torch", "numpy", "builtins", "math", "functools", "pyjlode")
+_LIBRARIES = ("torch", "numpy", "builtins", "math", "functools", "pyjlode", "_pytest")
 _ATOMS = (str, bytes, int, float, complex)
 
 

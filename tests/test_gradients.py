@@ -1184,3 +1184,14 @@ def test_parameters_without_effect_do_not_stop_an_adjoint(method, adjoint):
     assert float(of_h0) == pytest.approx(1.0)
     assert float(of_a) == pytest.approx(7.0)
     assert abs(float(of_b)) < 1e-9
+
+
+@pytest.mark.parametrize("other", [torch.ones(2, requires_grad=True)])
+def test_an_assertion_in_f_holds_nothing(other):
+    """pytest rewrites it to calls of its own, from which all that the session's tests hold can be reached."""
+
+    def f(t, h):
+        assert h.shape == (2,)
+        return -h
+
+    assert pyjlode.parameters.Held(f).bindings == []
