@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from pyjlode.tools.demo import FAINT, INK, SHADE, STYLE
 
-__all__ = ["COLORS", "FAINT", "INK", "SHADE", "STYLE", "arguments", "fit", "table"]
+__all__ = ["COLORS", "FAINT", "INK", "SHADE", "STYLE", "arguments", "fit", "parsed", "parser", "table"]
 
 COLORS = ("#1b6ca8", "#d9730d", "#2e8b57", "#6b4c9a", "#c2334d", "#8a8f99")
 
@@ -25,16 +25,31 @@ def arguments(doc: str | None, name: str, argv: Sequence[str] | None) -> argpars
         name: of the example, and of its picture.
         argv: as typed; None is the command line.
     """
+    return parsed(parser(doc, Path(f"{name}.png"), "the picture"), name, argv)
+
+
+def parser(doc: str | None, out: Path, made: str) -> argparse.ArgumentParser:
+    """Of the arguments that examples and tables have.
+
+    Args:
+        doc: of the program; its first line is the description.
+        out: where it writes what is `made`.
+    """
     parser = argparse.ArgumentParser(
         description=(doc or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="seconds of training, for a rougher result")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints of an earlier run")
+    parser.add_argument("--resume", action="store_true", help="go on from what an earlier run has kept")
     parser.add_argument("--seed", type=int, default=0, help="for data, first weights and batches")
-    parser.add_argument("--out", type=Path, default=Path(f"{name}.png"), metavar="FILE", help="the picture")
+    parser.add_argument("--out", type=Path, default=out, metavar="FILE", help=made)
     parser.add_argument(
         "--checkpoints", type=Path, default=Path("checkpoints"), metavar="DIR", help="where training is kept"
     )
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, name: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """What was typed, with the name of the program; and PyTorch told to use one thread."""
     args = parser.parse_args(argv)
     args.name = name
     torch.set_num_threads(1)  # these networks are too small to be shared out

@@ -330,10 +330,8 @@ def options_said(given: Any, method: Method) -> tuple[dict[str, Any], str]:
     read: dict[str, Any] = {name: given[name] for name in given if name not in unused and name != "dtype"}
     read = {name: value for name, value in read.items() if value is not None}
 
-    if method.kind in (
-        "second",
-        "reversible",
-    ):  # straight lines between the points of the grid would cost them their order
+    # Straight lines between the points of the grid would cost these their order.
+    if method.kind in ("second", "reversible"):
         read.setdefault("interp", "cubic")
 
     for name in ("first_step", "step_size", "max_step", "ifactor", "safety"):

@@ -19,7 +19,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "examples"))
 
-from shared import fit, table  # noqa: E402  # of the examples: training with checkpoints, and rows under a head
+import shared  # noqa: E402  # of the examples
+from shared import fit, table  # noqa: E402  # training with checkpoints, and rows under a head
 
 __all__ = ["ROOT", "Numbers", "Runs", "arguments", "example", "fit", "pm", "table"]
 
@@ -39,22 +40,11 @@ def arguments(doc: str | None, name: str, argv: Sequence[str] | None) -> argpars
         name: of the table, and of its results.
         argv: as typed; None is the command line.
     """
-    parser = argparse.ArgumentParser(
-        description=(doc or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="seconds, on a part of the data: only to see that it runs")
-    parser.add_argument("--resume", action="store_true", help="keep the runs that are in --out, go on with the others")
-    parser.add_argument("--seed", type=int, default=0, help="the first one")
-    parser.add_argument("--seeds", type=int, default=3, help="how many; one with --quick")
-    parser.add_argument("--out", type=Path, default=Path(f"{name}.json"), metavar="FILE", help="the results")
-    parser.add_argument(
-        "--checkpoints", type=Path, default=Path("checkpoints"), metavar="DIR", help="where training is kept"
-    )
-    args = parser.parse_args(argv)
-    args.name = name
+    parser = shared.parser(doc, Path(f"{name}.json"), "the results")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on; one with --quick")
+    args = shared.parsed(parser, name, argv)
     if args.quick:
         args.seeds = 1
-    torch.set_num_threads(1)  # these networks are too small to be shared out
     return args
 
 

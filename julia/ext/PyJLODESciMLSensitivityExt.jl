@@ -6,8 +6,8 @@ using CommonSolve: CommonSolve, init, solve!
 using ConstructionBase: setproperties
 using OrdinaryDiffEqCore: CompositeAlgorithm, isimplicit
 using PrecompileTools: @compile_workload, @setup_workload
-using PyJLODE: PyJLODE, AdjointRequest, FAILURE, Field, IMPLICIT, Outcome, Solve, Source, beside, borrow, call_adjoint,
-    ode_function, solve_linear, stepping, structure, succeeded, tolerance, vectors
+using PyJLODE: PyJLODE, AdjointRequest, Field, IMPLICIT, Outcome, Solve, Source, adjoint_linear, beside, borrow,
+    ode_function, solve_linear, stepping, succeeded, tolerance, vectors
 using SciMLBase: ODEProblem, SciMLBase, remake
 using SciMLSensitivity: BacksolveAdjoint, GaussAdjoint, InterpolatingAdjoint, QuadratureAdjoint,
     ReverseDiffVJP, adjoint_sensitivities
@@ -110,24 +110,6 @@ function PyJLODE.adjoint!(s::Solve{T}, name::String, alg, r::AdjointRequest) whe
     copyto!(borrow(V, r.du0), vec(du0))
     m == 0 || copyto!(borrow(V, r.dp), vec(dp))
     return solver.outcome[]
-end
-
-"The gradient of half the sum of squares at the outputs of a linear problem."
-function adjoint_linear(::Type{T}, name, text) where {T}
-    du0, dp, rtol, atol = zeros(T, 1), zeros(T, 1), [1.0e-4], [1.0e-6]
-    solve_linear(T, text; dense = true) do s, alg, times, out
-        outcome = Vector{Outcome}(undef, 1)
-        GC.@preserve du0 dp rtol atol name outcome begin
-            request = [
-                structure(AdjointRequest; du0, dp, g = out, times, rtol, atol, max_step = Inf, max_steps = 1000),
-            ]
-            GC.@preserve request begin
-                done = call_adjoint(s, Cstring(pointer(name)), alg, pointer(request), pointer(outcome))
-                done == 0 && error(FAILURE[])
-            end
-        end
-    end
-    return du0
 end
 
 @setup_workload begin

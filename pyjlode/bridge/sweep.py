@@ -410,7 +410,7 @@ def uncompiled(p: ODEProblem, gradient: str | None) -> str:
     """Why the systems of `p` would not be compiled, as far as that is known before they are solved; empty where they
     would be. A field that is met for the first time is not: it may be solved but once.
     """
-    from ..capture.held import held_by, root_of  # half the cost of importing this package
+    from ..capture.held import root_of  # half the cost of importing this package
     from ..capture.surroundings import surroundings
 
     try:
@@ -421,10 +421,7 @@ def uncompiled(p: ODEProblem, gradient: str | None) -> str:
         if not root.met:
             root.met = True
             return "f is solved for the first time; the next solve compiles it"
-        known = (*_known(p, held_by(p.f, p.y0.dtype, patient=False)), p.method.name, gradient)
-        if p.event_source is not None:
-            of = _of_events(p)
-            known = (*known, *_known(of, held_by(of.f, p.y0.dtype, patient=False)))
+        known = _known_solve(p, gradient, patient=False)
     except NotCompiled as error:
         return str(error)
     if known not in _refused:
@@ -459,13 +456,16 @@ def _refusal(p: ODEProblem, gradient: str | None) -> str:
 
 def refuse(p: ODEProblem, gradient: str | None, why: str) -> None:
     """Have systems like those of `p` not be compiled again, unless that is asked for."""
+    _refused[_known_solve(p, gradient)] = why
+
+
+def _known_solve(p: ODEProblem, gradient: str | None, *, patient: bool = True) -> tuple[Any, ...]:
+    """What solves of such systems have in common; as `_known`, of their event function too."""
     from ..capture.held import held_by
 
-    known = (*_known(p, held_by(p.f, p.y0.dtype)), p.method.name, gradient)
-    if p.event_source is not None:
-        of = _of_events(p)
-        known = (*known, *_known(of, held_by(of.f, p.y0.dtype)))
-    _refused[known] = why
+    watched = [] if p.event_source is None else [_of_events(p)]
+    fields = [_known(q, held_by(q.f, p.y0.dtype, patient=patient)) for q in (p, *watched)]
+    return p.method.name, gradient, *fields
 
 
 def _known(p: ODEProblem, source: Any) -> tuple[Any, ...]:

@@ -586,13 +586,12 @@ class _Emission:
         dim %= max(len(v.shape), 1)
         if not isinstance(index, Value):
             return self.do_index_put(x, [*[None] * dim, index], added, True)
-        order = [dim, *(d for d in range(len(v.shape)) if d != dim)]
+        added, back = self.led(added, dim)
         n, rest = v.shape[dim], [1] * (len(v.shape) - 1)
         columns = self.viewed(aten.view.default, self.stored(index), ([1, -1, *rest],))
         hit = self.elementwise("eq", (columns, torch.arange(n).reshape(n, 1, *rest)), {})
-        whole = self.viewed(aten.unsqueeze.default, self.viewed(aten.permute.default, added, (order,)), (0,))
+        whole = self.viewed(aten.unsqueeze.default, added, (0,))
         total = self.do_sum(self.elementwise("where", (hit, whole, 0.0), {}), [1])
-        back = [order.index(d) for d in range(len(order))]
         return self.elementwise("add", (x, self.viewed(aten.permute.default, total, (back,))), {})
 
     def do_scatter_add(self, x: Any, dim: int, index: Any, source: Any) -> Value:
@@ -636,13 +635,16 @@ class _Emission:
         x = self.viewed(aten.unsqueeze.default, self.value(x), (-1,))
         return self.do_sum(self.elementwise(before, (edges, x), {}), [-1])
 
+    def led(self, x: Value, dim: int) -> tuple[Value, list[int]]:
+        """x with one of its dimensions first, and how `permute` puts it back."""
+        order = [dim, *(d for d in range(len(x.shape)) if d != dim)]
+        return self.viewed(aten.permute.default, x, (order,)), [order.index(d) for d in range(len(order))]
+
     def do_index_select(self, x: Any, dim: int, index: Any) -> Any:
         """By numbers that are computed: of all elements, the sum of those at the index; NaN where there is none."""
         if not isinstance(index, Value):
             return self.moved(aten.index_select.default, (x, dim, index), {})
-        value = self.value(x)
-        order = [dim, *(d for d in range(len(value.shape)) if d != dim)]
-        value = self.viewed(aten.permute.default, value, (order,))
+        value, back = self.led(self.value(x), dim)
         n, rest = value.shape[0], [1] * (len(value.shape) - 1)
         rows = self.viewed(aten.view.default, self.stored(index), ([-1, 1, *rest],))
         hit = self.elementwise("eq", (rows, torch.arange(n).reshape(1, n, *rest)), {})
@@ -652,7 +654,6 @@ class _Emission:
         bounds = [self.elementwise(op, (each, bound), {}) for op, bound in (("ge", 0.0), ("lt", float(n)))]
         there = self.elementwise("logical_and", tuple(bounds), {})
         picked = self.elementwise("where", (there, picked, math.nan), {})
-        back = [order.index(d) for d in range(len(order))]
         return self.viewed(aten.permute.default, picked, (back,))
 
     def do__unsafe_index(self, x: Any, indices: Sequence[Any]) -> Any:
