@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import NotCompiled
 from ..signals import of_a_signal
+from .composed import Composed
 from .held import Held
 
 aten = torch.ops.aten
@@ -111,7 +112,7 @@ class Trace:
                 values.append(counters[which[0]])
             else:
                 values.append(by_place[self.order[which[0] + (numbers if kind == "number" else 0)]])
-        with torch.no_grad():
+        with torch.no_grad(), Composed():
             return self.entry.module(*values)
 
     def _leaves(self, h: Tensor) -> list[Tensor]:

@@ -635,6 +635,9 @@ class _Emission:
         x = self.viewed(aten.unsqueeze.default, self.value(x), (-1,))
         return self.do_sum(self.elementwise(before, (edges, x), {}), [-1])
 
+    def do_bucketize(self, x: Any, edges: Any, *, right: bool = False, **kwargs: Any) -> Value:
+        return self.do_searchsorted(edges, x, right=right)
+
     def led(self, x: Value, dim: int) -> tuple[Value, list[int]]:
         """x with one of its dimensions first, and how `permute` puts it back."""
         order = [dim, *(d for d in range(len(x.shape)) if d != dim)]

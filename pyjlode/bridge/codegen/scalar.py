@@ -266,6 +266,9 @@ class _Evaluation:
         x = Sym(self.symbolic(x).places[..., None])
         return self.sum(self.elementwise(before, (edges, x), {}), [-1])
 
+    def bucketize(self, x: Any, edges: Any, *, right: bool = False, **kwargs: Any) -> Sym:
+        return self.searchsorted(edges, x, right=right)
+
     def _to_copy(self, x: Sym, dtype: torch.dtype | None = None, **kwargs: Any) -> Sym:
         if dtype is None or dtype == self.args[1].dtype:
             return self._map(self.code.number, x)
@@ -523,6 +526,7 @@ _SPECIAL = {
         "scatter_add"
     ),
     "searchsorted",
+    "bucketize",
     *words("fill copy trace reflection_pad1d_backward reflection_pad2d_backward replication_pad1d_backward"),
     *words("replication_pad2d_backward"),
 }

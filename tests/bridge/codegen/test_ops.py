@@ -117,6 +117,19 @@ OPS = {
     "diagonal": lambda t, h, p, s, w: h * torch.diagonal(w.T @ w) + torch.diag(p).sum(0),
     "tril": lambda t, h, p, s, w: h @ torch.tril(w[:3]) + h @ torch.triu(w[1:]),
     "repeat": lambda t, h, p, s, w: h.repeat(2, 1)[: len(h)] * p.repeat(2)[:3],
+    "solve": lambda t, h, p, s, w: (
+        torch.linalg.solve(_square(h, p, w), h.mT).mT + torch.linalg.solve(_square(h, p, w), p)
+    ),
+    "inverse": lambda t, h, p, s, w: h @ torch.inverse(_square(h, p, w)) * torch.linalg.det(_square(h, p, w)),
+    "determinants": lambda t, h, p, s, w: (
+        h * _square(h, p, w).slogdet()[1] + torch.logdet(w.T @ w + torch.eye(3).to(w))
+    ),
+    "cholesky": lambda t, h, p, s, w: _by_cholesky(h, w.T @ w + (1 + h[0, 0] ** 2) * torch.eye(3).to(w)),
+    "cdist": lambda t, h, p, s, w: torch.cdist(h, w) @ w + torch.cdist(h, h).sum(1, keepdim=True),
+    "batch_norm": lambda t, h, p, s, w: F.batch_norm(h, p.detach(), p.detach() ** 2 + 1, p, w[0]),
+    "embedding": lambda t, h, p, s, w: F.embedding(torch.tensor([1, 3, 1]), w).sum(0) * h,
+    "bilinear": lambda t, h, p, s, w: F.bilinear(h, h * p, (w.T @ w).expand(3, 3, 3), p),
+    "bucketize": lambda t, h, p, s, w: h * p[torch.bucketize(t, torch.tensor([-0.2, 0.4]).to(h))],
     "t": lambda t, h, p, s, w: h * torch.sin(t * p) + t**2,
     "literals": lambda t, h, p, s, w: h * torch.tensor([1.0, 2.0, 3.0]).to(h) + torch.arange(3).to(h) * p,
     "constant": lambda t, h, p, s, w: torch.ones_like(h) * torch.exp(t) + torch.zeros_like(h),
@@ -131,6 +144,17 @@ ROOM = {"hard": 1e-7}
 def _bin(x):
     """0, 1 or 2: a number that is computed."""
     return torch.searchsorted(torch.tensor([-0.2, 0.4], dtype=x.dtype), x.detach())
+
+
+def _square(h, p, w):
+    """A matrix that has to be pivoted."""
+    return torch.eye(3).to(w).flip(0) * 2 + w[:3] * h[0] + torch.diag(p) * 0.1
+
+
+def _by_cholesky(h, a):
+    factor = torch.linalg.cholesky(a)
+    solved = torch.cholesky_solve(h.mT, factor) + torch.linalg.solve_triangular(factor.mT, h.mT, upper=True)
+    return solved.mT + h @ factor
 
 
 def _in_place(h, p, t):
