@@ -26,9 +26,8 @@ def called(capsys, *arguments):
     return (status, *capsys.readouterr())
 
 
-def test_version():
-    done = run("--version")
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"pyjlode {pyjlode.__version__}\n", "")
+def test_version(capsys):
+    assert called(capsys, "--version") == (0, f"pyjlode {pyjlode.__version__}\n", "")
 
 
 def test_help_names_the_commands_and_their_options(capsys):

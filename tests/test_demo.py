@@ -141,7 +141,7 @@ def test_panels_have_titles_labels_and_legends(outcome):
 def briefly(monkeypatch):
     """A training of a few iterations."""
     train = demo.train
-    monkeypatch.setattr(demo, "train", lambda *data, iterations: train(*data, iterations=25))
+    monkeypatch.setattr(demo, "train", lambda *data, iterations: train(*data, iterations=12))
 
 
 def test_the_seed_decides_the_numbers_and_leaves_the_users_alone(tmp_path, briefly):
@@ -157,5 +157,5 @@ def test_the_seed_decides_the_numbers_and_leaves_the_users_alone(tmp_path, brief
 def test_other_solvers_and_gradients(method, adjoint, tmp_path, capsys, briefly):
     result = demo.run(tmp_path / "demo.png", quick=True, method=method, adjoint=adjoint)
     assert f"solver      {method}, adjoint={adjoint}" in capsys.readouterr().out
-    assert min(result.history.loss) < 0.8 * result.history.loss[0]
+    assert min(result.history.loss) < 0.9 * result.history.loss[0]
     assert (sum(result.history.nfe_backward) > 0) == (adjoint == "backsolve")

@@ -507,7 +507,7 @@ def test_a_fixed_method_without_options_steps_over_t(method):
 @pytest.mark.parametrize("method", ["euler", "rk4", "implicit_euler"])
 def test_a_backward_solve_goes_over_the_forward_grid(method, adjoint, outputs):
     """y' = -3 y: dL/dy0 with the steps of the grid, and not with one step for each interval."""
-    grid = torch.linspace(0, 1, 101, dtype=F64)
+    grid = torch.linspace(0, 1, 51, dtype=F64)
     h0 = torch.ones(1, dtype=F64, requires_grad=True)
     h = odeint(
         lambda t, h: -3 * h,
@@ -519,10 +519,10 @@ def test_a_backward_solve_goes_over_the_forward_grid(method, adjoint, outputs):
     )
     h[-1].sum().backward()
     assert float(h0.grad) == pytest.approx(
-        float(torch.exp(torch.tensor(-3.0))), rel=0.05 if "euler" in method else 1e-7
+        float(torch.exp(torch.tensor(-3.0))), rel=0.1 if "euler" in method else 1e-6
     )
     if method == "euler":  # the linear problem's adjoint by the same steps is the derivative of the numbers
-        assert float(h0.grad) == pytest.approx(0.97**100, rel=1e-12)
+        assert float(h0.grad) == pytest.approx(0.94**50, rel=1e-12)
 
 
 def test_a_backward_grid_of_its_own():

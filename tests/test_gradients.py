@@ -145,12 +145,12 @@ TIGHT = {"rtol": 1e-12, "atol": 1e-13}
 
 # method -> (times, arguments, how far the gradient may be from that of the exact solution).
 ADAPTIVE = {
-    "dopri5": (SPARSE, {"rtol": 1e-8, "atol": 1e-10}, 1e-6),
-    "tsit5": (SPARSE, {"rtol": 1e-8, "atol": 1e-10}, 1e-6),
-    "dopri8": (SPARSE, {"rtol": 1e-8, "atol": 1e-10}, 1e-6),
+    "dopri5": (SPARSE, {"rtol": 1e-7, "atol": 1e-9}, 1e-5),
+    "tsit5": (SPARSE, {"rtol": 1e-7, "atol": 1e-9}, 1e-5),
+    "dopri8": (SPARSE, {"rtol": 1e-7, "atol": 1e-9}, 1e-5),
     "bosh3": (SPARSE, {"rtol": 1e-5, "atol": 1e-7}, 1e-3),
-    "vern7": (SPARSE, {"rtol": 1e-8, "atol": 1e-10}, 1e-6),
-    "vern9": (SPARSE, {"rtol": 1e-8, "atol": 1e-10}, 1e-6),
+    "vern7": (SPARSE, {"rtol": 1e-7, "atol": 1e-9}, 1e-5),
+    "vern9": (SPARSE, {"rtol": 1e-7, "atol": 1e-9}, 1e-5),
 }
 # The same for fixed steps of about 1/8: C h^p.
 FIXED = {
@@ -202,8 +202,8 @@ def test_gradient_is_the_finite_difference(kind, adjoint, method):
 @pytest.mark.parametrize("kind", FIELDS)
 @pytest.mark.parametrize("adjoint", [True, "backsolve", "interpolating"], ids=label)
 def test_scipy_gradient_is_the_finite_difference(kind, adjoint):
-    found = gradient_of(kind, SPARSE, method="scipy_solver", adjoint=adjoint, rtol=1e-9, atol=1e-11)
-    assert distance(found, exact(kind)) < 1e-6
+    found = gradient_of(kind, SPARSE, method="scipy_solver", adjoint=adjoint, rtol=1e-7, atol=1e-9)
+    assert distance(found, exact(kind)) < 1e-5
 
 
 @pytest.mark.parametrize("adjoint", ["discrete", "quadrature", "gauss", "forward"])
@@ -223,9 +223,9 @@ def test_gradcheck(adjoint, kind):
     leaves = inputs(kind, SPARSE)
 
     def solve(h0, t, *params):
-        return pyjlode.odeint(FIELDS[kind](*params), h0, t, adjoint=adjoint, rtol=1e-9, atol=1e-10)
+        return pyjlode.odeint(FIELDS[kind](*params), h0, t, adjoint=adjoint, rtol=1e-7, atol=1e-9)
 
-    assert torch.autograd.gradcheck(solve, leaves, fast_mode=True, rtol=1e-5, atol=1e-6)
+    assert torch.autograd.gradcheck(solve, leaves, fast_mode=True, eps=1e-4, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["rk4", "implicit_adams", "gl4"])
@@ -244,7 +244,7 @@ def test_gradcheck_of_fixed_steps_entry_by_entry(adjoint, method):
 
 @functools.cache
 def between_grid_points(method: str, interp: str) -> tuple[dict, list[Tensor]]:
-    kwargs = {"method": method, "options": {"step_size": 0.07, "interp": interp}}
+    kwargs = {"method": method, "options": {"step_size": 0.11, "interp": interp}}
     return kwargs, differences("closure", SPARSE, **kwargs)
 
 
@@ -260,7 +260,7 @@ def test_gradient_through_output_between_the_grid_points(method, adjoint, interp
         assert distance(found, wanted) < 1e-8
     else:
         # The derivative in an output time is the slope: that of a straight line between grid points is off by h/2 f'.
-        assert distance([found[0], *found[2:]], [wanted[0], *wanted[2:]]) < 2e-2
+        assert distance([found[0], *found[2:]], [wanted[0], *wanted[2:]]) < 3e-2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,16 +279,16 @@ def test_adjoint_true_is_the_recommended_one(method):
 def test_gradient_of_a_solve_there_and_back_is_the_identity(adjoint):
     net, h0 = Net(), torch.tensor([0.8, -0.5], dtype=F64, requires_grad=True)
     t = torch.tensor([0.0, 1.0], dtype=F64)
-    there = pyjlode.odeint(net, h0, t, adjoint=adjoint, rtol=1e-9, atol=1e-11)[-1]
-    back = pyjlode.odeint(net, there, t.flip(0), adjoint=adjoint, rtol=1e-9, atol=1e-11)[-1]
+    there = pyjlode.odeint(net, h0, t, adjoint=adjoint, rtol=1e-6, atol=1e-8)[-1]
+    back = pyjlode.odeint(net, there, t.flip(0), adjoint=adjoint, rtol=1e-6, atol=1e-8)[-1]
     rows = [torch.autograd.grad(back[i], h0, retain_graph=True)[0] for i in range(2)]
-    torch.testing.assert_close(torch.stack(rows), torch.eye(2, dtype=F64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.stack(rows), torch.eye(2, dtype=F64), rtol=0, atol=1e-5)
 
 
 @every_gradient
 def test_decreasing_time(adjoint):
-    found = gradient_of("closure", SPARSE.flip(0), adjoint=adjoint, rtol=1e-8, atol=1e-10)
-    assert distance(found, exact("closure", backward=True)) < 1e-6
+    found = gradient_of("closure", SPARSE.flip(0), adjoint=adjoint, rtol=1e-7, atol=1e-9)
+    assert distance(found, exact("closure", backward=True)) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
@@ -582,6 +582,7 @@ def way_leaf_used_late():
 
 
 WAYS = {name.removeprefix("way_"): make for name, make in list(globals().items()) if name.startswith("way_")}
+OF_WAYS: dict[str, tuple[Tensor, ...]] = {}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -592,15 +593,17 @@ def test_every_tensor_that_f_uses_gets_its_gradient(adjoint, way):
     h0.requires_grad_(way != "buffer")
     t = torch.tensor([0.0, 0.5, 1.0], dtype=F64)
     kept = [x for x in (*leaves, h0) if x.requires_grad]
-    wanted = torch.autograd.grad((by_hand(f, h0, t) ** 2).sum(), kept, retain_graph=True)
+    if way not in OF_WAYS:  # all gradients are compared with one
+        OF_WAYS[way] = torch.autograd.grad((by_hand(f, h0, t) ** 2).sum(), kept, retain_graph=True)
+    wanted = OF_WAYS[way]
     for x in kept:
         x.grad = None
-    ys = pyjlode.odeint(f, h0, t, adjoint=adjoint, rtol=1e-8, atol=1e-9)
+    ys = pyjlode.odeint(f, h0, t, adjoint=adjoint, rtol=1e-6, atol=1e-7)
     (ys**2).sum().backward()
     found = [x.grad for x in kept]
     WORLD.grad = None
     assert all(g is not None for g in found)
-    assert distance(found, list(wanted)) < 1e-6
+    assert distance(found, list(wanted)) < 1e-4
 
 
 @every_gradient
@@ -705,7 +708,7 @@ def test_object_that_keeps_its_last_loss(adjoint, name):
 
         def run(self) -> list[Tensor]:
             self.net.zero_grad()
-            self.last, self.loss = self.loss, pyjlode.odeint(self.slope, h0, SPARSE, adjoint=adjoint).square().sum()
+            self.last, self.loss = self.loss, solve(self.slope).square().sum()
             self.loss.backward()
             return [q.grad.clone() for q in self.net.parameters()]
 
@@ -713,7 +716,10 @@ def test_object_that_keeps_its_last_loss(adjoint, name):
             self.history = [self.loss]
             return self.run()
 
-    h0, trainer = torch.tensor([0.8, -0.5], dtype=F64), Trainer()
+    def solve(f):
+        return pyjlode.odeint(f, torch.tensor([0.8, -0.5], dtype=F64), SPARSE, adjoint=adjoint, rtol=1e-3, atol=1e-4)
+
+    trainer = Trainer()
     run = trainer.run if name == "one" else trainer.run_beside_a_copy
     first, *more = [run() for _ in range(3)]
     assert all(torch.equal(a, b) for grads in more for a, b in zip(first, grads))
@@ -729,8 +735,8 @@ def test_checkpointed_field(adjoint):
     leaves = [leaf(0.8, -0.5), *net.parameters()]
     h0, t = leaves[0], torch.tensor([0.0, 1.0], dtype=F64)
     wanted = torch.autograd.grad(by_hand(net, h0, t).sum(), leaves)
-    found = torch.autograd.grad(pyjlode.odeint(f, h0, t, adjoint=adjoint).sum(), leaves)
-    assert distance(list(found), list(wanted)) < 1e-6
+    found = torch.autograd.grad(pyjlode.odeint(f, h0, t, adjoint=adjoint, rtol=1e-5, atol=1e-6).sum(), leaves)
+    assert distance(list(found), list(wanted)) < 1e-4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -774,7 +780,7 @@ def test_complex_tensors_beside_any_number_of_reals(adjoint, before, after):
         return -w * x * z.abs().sum(), 1j * w * z + x.sum(), z.real.sum() - y
 
     found = beside_reals(by_complex, BESIDE, before, after, adjoint)
-    assert distance(found, in_real_numbers(before, after)) < 1e-6
+    assert distance(found, in_real_numbers(before, after)) < 1e-4
 
 
 BESIDE = torch.tensor([1 + 1j, 0.3 - 0.2j], dtype=torch.complex128)
@@ -785,7 +791,7 @@ def beside_reals(f, z: Tensor, before: int, after: int, adjoint: bool | str) -> 
     w = leaf(0.7)
     h0 = (torch.ones(before, dtype=F64), z.clone(), torch.ones(after, dtype=F64))
     h0 = tuple(x.requires_grad_() for x in h0)
-    ys = pyjlode.odeint(lambda t, h: f(w, *h), h0, SPARSE, rtol=1e-8, atol=1e-10, adjoint=adjoint)
+    ys = pyjlode.odeint(lambda t, h: f(w, *h), h0, SPARSE, rtol=1e-6, atol=1e-8, adjoint=adjoint)
     parts = torch.view_as_real(ys[1]) if z.is_complex() else ys[1]
     loss = ys[0].sum() + parts[..., 0].square().sum() + parts[..., 1].sum() + ys[2].sum()
     grads = torch.autograd.grad(loss, [w, *h0], allow_unused=True)
@@ -856,7 +862,7 @@ def test_one_time_is_the_identity(adjoint, method):
 
 
 @every_gradient
-@pytest.mark.parametrize("n", [2, 250])
+@pytest.mark.parametrize("n", [2, 100])
 def test_two_times_and_many(n, adjoint):
     t = torch.linspace(0, 1, n, dtype=F64, requires_grad=True)
     w, h0 = leaf(0.4, -0.9), leaf(0.8, -0.5)
@@ -867,9 +873,10 @@ def test_two_times_and_many(n, adjoint):
     weights = torch.cos(7 * t.detach())[:, None]
     leaves = [w, h0, t]
     wanted = torch.autograd.grad((weights * by_hand(f, h0, t, n=20 if n == 2 else 1)).mean(), leaves)
-    found = torch.autograd.grad((weights * pyjlode.odeint(f, h0, t, adjoint=adjoint)).mean(), leaves)
-    assert distance(list(found), list(wanted)) < 1e-6
-    assert float((found[2] - wanted[2]).abs().max()) < 1e-6 / n**0.5
+    h = pyjlode.odeint(f, h0, t, adjoint=adjoint, rtol=1e-5, atol=1e-7)
+    found = torch.autograd.grad((weights * h).mean(), leaves)
+    assert distance(list(found), list(wanted)) < 1e-4
+    assert float((found[2] - wanted[2]).abs().max()) < 2e-3 / n
 
 
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "rk4", "implicit_adams", "gl4"])
@@ -912,7 +919,7 @@ def test_loss_that_does_not_depend_on_a_leaf_of_the_state(adjoint):
 @every_gradient
 def test_backward_twice(adjoint):
     leaves = inputs("mlp", SPARSE)
-    loss = loss_of("mlp", leaves, adjoint=adjoint)
+    loss = loss_of("mlp", leaves, adjoint=adjoint, rtol=1e-4)
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
     again = torch.autograd.grad(loss, leaves)
     assert all(torch.equal(a, b) for a, b in zip(first, again))
@@ -921,7 +928,7 @@ def test_backward_twice(adjoint):
 @every_gradient
 def test_backward_twice_without_keeping_the_graph_is_refused(adjoint):
     leaves = inputs("mlp", SPARSE)
-    loss = loss_of("mlp", leaves, adjoint=adjoint)
+    loss = loss_of("mlp", leaves, adjoint=adjoint, rtol=1e-4)
     torch.autograd.grad(loss, leaves)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, leaves)
@@ -1012,18 +1019,18 @@ def test_adjoint_callbacks_are_not_called_where_there_is_no_backward_solve():
 def test_adjoint_method_and_tolerances_are_those_of_the_backward_solve(adjoint):
     def run(**kwargs):
         net, h0 = Net(), leaf(0.8, -0.5)
-        solution = pyjlode.solve(net, h0, SPARSE, adjoint=adjoint, rtol=1e-9, atol=1e-11, **kwargs)
+        solution = pyjlode.solve(net, h0, SPARSE, adjoint=adjoint, rtol=1e-7, atol=1e-9, **kwargs)
         grads = torch.autograd.grad(solution.h.sum(), [h0, *net.parameters()])
         return list(grads), solution.stats.nfe_backward
 
     exact, cost = run()
     loose, less = run(adjoint_rtol=1e-3, adjoint_atol=1e-3)
-    other, _ = run(adjoint_method="vern7", adjoint_rtol=1e-9, adjoint_atol=1e-11)
+    other, _ = run(adjoint_method="vern7", adjoint_rtol=1e-7, adjoint_atol=1e-9)
     assert less < cost
-    assert 1e-9 < distance(loose, exact) < 1e-1
-    assert distance(other, exact) < 1e-6
-    fixed, _ = run(adjoint_method="rk4", adjoint_options={"step_size": 0.02})
-    assert distance(fixed, exact) < 1e-5
+    assert 1e-6 < distance(loose, exact) < 1e-1
+    assert distance(other, exact) < 1e-5
+    fixed, _ = run(adjoint_method="rk4", adjoint_options={"step_size": 0.05})
+    assert distance(fixed, exact) < 1e-4
 
 
 @every_gradient
@@ -1143,7 +1150,7 @@ def test_solve_is_freed_without_the_garbage_collector(adjoint, only_new):
     def once(with_t: bool, backward: bool) -> weakref.ref:
         f, h0 = Watched(), leaf(0.8, -0.5)
         t = SPARSE.clone().requires_grad_(with_t)
-        solution = pyjlode.solve(f, h0, t, adjoint=adjoint)
+        solution = pyjlode.solve(f, h0, t, adjoint=adjoint, rtol=1e-3)
         if backward:
             solution.h.sum().backward()
         return weakref.ref(f)

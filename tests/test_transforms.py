@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -72,7 +70,7 @@ class TestEveryMethod:
 
     def test_grad_and_vjp(self, method):
         def f(p, h0, t):
-            return loss(p, h0, t, method)
+            return loss(p, h0, t, method, rtol=LOOSE)
 
         expected = autograd(f, P, H0, T)
         for got in (grad(f, (0, 1, 2))(P, H0, T), vjp(f, P, H0, T)[1](torch.ones((), dtype=F64))):
@@ -80,16 +78,19 @@ class TestEveryMethod:
                 close(a, b)
 
     def test_grad_of_what_only_f_holds(self, method):
-        close(grad(lambda p: loss(p, H0, T, method))(P), autograd(lambda p: loss(p, H0, T, method), P)[0])
+        def f(p):
+            return loss(p, H0, T, method, rtol=LOOSE)
+
+        close(grad(f)(P), autograd(f, P)[0])
 
     def test_tangents(self, method):
         def f(p, h0, t):
-            return loss(p, h0, t, method, rtol=LOOSE if method == "rosenbrock23" else 1e-6)
+            return loss(p, h0, t, method, rtol=LOOSE)
 
         direction = (PS[1], H0S[1], torch.tensor([0.1, -0.2, 0.3], dtype=F64))
         expected = sum((g * d).sum() for g, d in zip(autograd(f, P, H0, T), direction))
         value, tangent = jvp(f, (P, H0, T), direction)
-        close(value, f(P, H0, T), 1e-8)
+        close(value, f(P, H0, T))
         close(tangent, expected)
         with forward_ad.dual_level():
             out = f(*(forward_ad.make_dual(x, d) for x, d in zip((P, H0, T), direction)))
@@ -123,7 +124,7 @@ class TestEveryMethod:
 @pytest.mark.parametrize("method", BRIEF)
 def test_nested_transforms(method):
     def f(p, h0=H0):
-        return loss(p, h0, T, method)
+        return loss(p, h0, T, method, rtol=LOOSE)
 
     expected = torch.autograd.functional.hessian(f, P)
     close(hessian(f)(P), expected)
@@ -144,7 +145,7 @@ def test_nested_transforms(method):
 def test_third_derivative(method):
     def f(a):
         return pyjlode.odeint(
-            lambda t, h: -a * h * h, H0[:1], T, method=method, rtol=1e-9, atol=1e-11, options=METHODS[method]
+            lambda t, h: -a * h * h, H0[:1], T, method=method, rtol=1e-8, atol=1e-10, options=METHODS[method]
         )[-1, 0]
 
     # h = 1 / (1 + a t): f''' = -6 t³ / (1 + a t)⁴; fixed steps are of order 4.
@@ -220,7 +221,7 @@ def test_times_of_each_sample(method):
     options = None if METHODS[method] is None else {}
 
     def f(t, h0):
-        return pyjlode.odeint(field(P), h0, t, method=method, rtol=1e-9, atol=1e-11, options=options)
+        return pyjlode.odeint(field(P), h0, t, method=method, rtol=1e-7, atol=1e-9, options=options)
 
     close(vmap(f)(ts, H0S), torch.stack([f(t, h0) for t, h0 in zip(ts, H0S)]))
     each = torch.stack([jacobian(lambda t, h0=h0: f(t, h0), t) for t, h0 in zip(ts, H0S)])
@@ -256,6 +257,7 @@ def test_events(method):
             method=method,
             options=options,
             adjoint=adjoint,
+            rtol=1e-7 if method == "bdf" else 1e-5,  # of the others a step is exact here
         )
         return torch.stack([t, h[-1, 1]])
 
@@ -293,13 +295,13 @@ def test_dense_output(method):
     options = {"step_size": 0.05, "interp": "cubic"} if method == "rk4" else None
 
     def f(p, h0, t):
-        return pyjlode.solve(field(p), h0, T, method=method, rtol=1e-6, atol=1e-8, options=options).interpolate(t)
+        return pyjlode.solve(field(p), h0, T, method=method, rtol=1e-5, atol=1e-7, options=options).interpolate(t)
 
     expected = jacobian(f, (P, H0, points))
     for transform in (jacrev, jacfwd):
         for a, b in zip(transform(f, (0, 1, 2))(P, H0, points), expected):
             close(a, b)
-    close(vmap(f, (0, 0, None))(PS, H0S, points), torch.stack([f(p, h0, points) for p, h0 in zip(PS, H0S)]), 1e-5)
+    close(vmap(f, (0, 0, None))(PS, H0S, points), torch.stack([f(p, h0, points) for p, h0 in zip(PS, H0S)]), 1e-4)
     with pytest.raises(errors.BadTime, match="differ between the samples"):
         vmap(f, (None, None, 0))(P, H0, torch.stack([points, points / 2]))
 
@@ -342,8 +344,8 @@ def test_mass_matrix(method, consistent):
             T,
             method=method,
             mass_matrix=M,
-            rtol=1e-9,
-            atol=1e-11,
+            rtol=1e-7,
+            atol=1e-9,
             options={"consistent": consistent},
         )[-1]
 
@@ -376,7 +378,8 @@ def test_batch_dims_and_jac_under_transforms():
         close(jacrev(solved)(p), expected)
         close(jacfwd(solved)(p), expected)
         close(vmap(solved)(p[None])[0], solved(p))
-    close(jacfwd(lambda h0: states(P, h0, T, "kvaerno5"))(H0), jacobian(lambda h0: states(P, h0, T, "kvaerno5"), H0))
+    solved = functools.partial(states, P, method="kvaerno5", rtol=LOOSE)
+    close(jacfwd(solved)(H0), jacobian(solved, H0))
     assert f(p, "kvaerno5", jac).isfinite().all()
 
 
@@ -391,8 +394,8 @@ def test_stiff_problems(method):
             return torch.stack([third - first, first - second - third, second])
 
         h0 = torch.tensor([1.0, 0.0, 0.0], dtype=F64)
-        t = torch.tensor([0.0, 0.1, 1.0], dtype=F64)
-        return pyjlode.odeint(rhs, h0, t, method=method, rtol=1e-6, atol=1e-10)[-1]
+        t = torch.tensor([0.0, 0.1], dtype=F64)
+        return pyjlode.odeint(rhs, h0, t, method=method, rtol=1e-5, atol=1e-9)[-1]
 
     k = torch.tensor([0.04, 0.05], dtype=F64)
     expected = torch.stack([jacobian(f, q) for q in k])
@@ -597,8 +600,3 @@ def test_compiled_f(method, adjoint):
     ]
     for a, b in zip(*results):
         close(b, a, 1e-7)
-
-
-def test_import_loads_no_dynamo():
-    code = "import sys, pyjlode; sys.exit('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

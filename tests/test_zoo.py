@@ -23,7 +23,9 @@ from pyjlode.errors import GradientUnavailable, NotCompiled
 from pyjlode.native import sensitivity
 
 TIMES = torch.tensor([0.0, 0.35, 0.7, 1.0], dtype=F64)
-TIGHT = {"rtol": 1e-8, "atol": 1e-10}
+TIGHT = {"rtol": 1e-7, "atol": 1e-9}
+# What is compared to four digits. Julia's are asked for more, against the same.
+LOOSE = {"rtol": 1e-6, "atol": 1e-8}
 
 # PyTorch's own: by torch.func.jvp, and by batched backward passes.
 pytestmark = [
@@ -40,7 +42,7 @@ every_kind = pytest.mark.parametrize("kind", ZOO)
 def loss_of(x: Specimen, **kwargs) -> Tensor:
     """A loss of all states at all times."""
     with x.around():
-        ys = pyjlode.odeint(x.f, x.h0, kwargs.pop("t", TIMES), **{**TIGHT, **kwargs})
+        ys = pyjlode.odeint(x.f, x.h0, kwargs.pop("t", TIMES), **{**LOOSE, **kwargs})
     x.after()
     total = torch.zeros((), dtype=F64)
     for leaf in pytree.tree_leaves(ys):
@@ -75,7 +77,7 @@ def test_there_are_many_kinds():
 
 @pytest.mark.parametrize("kind", [name for name, make in ZOO.items() if make().smooth])
 def test_differentiating_through_the_solver_is_right(kind):
-    eps, directions = 1e-4, None
+    eps, directions = 1e-3, None
     values = []
     for k in (-2, -1, 1, 2):
         x = ZOO[kind]()
@@ -85,7 +87,7 @@ def test_differentiating_through_the_solver_is_right(kind):
             for q, d in zip(x.leaves, directions):
                 q += k * eps * d
         try:
-            values.append(loss_of(x, rtol=1e-10, atol=1e-12).detach())
+            values.append(loss_of(x, rtol=1e-8, atol=1e-10).detach())
         finally:
             with torch.no_grad():  # some are global
                 for q, d in zip(x.leaves, directions):
@@ -142,12 +144,13 @@ def test_every_gradient_is_the_same_on_julia(kind, adjoint, compile, julia):
     # SciML's quadrature in each step does not see the kinks of f.
     tolerance = 1e-3 if kind == "interpolated_data" and adjoint == "gauss" else 0.0
     for _ in range(2 if compile is None else 1):  # the second solve of a field is compiled
-        check(kind, tolerance, adjoint=adjoint, engine="julia", compile=compile)
+        check(kind, tolerance, adjoint=adjoint, engine="julia", compile=compile, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("adjoint", [True, *(x for x in julia_engine.GRADIENTS if x != "discrete")])
 def test_kinks_at_known_times_are_seen_on_julia(adjoint, julia):
-    check("interpolated_data", adjoint=adjoint, engine="julia", options={"jump_t": TIMES.new_tensor([0.25, 0.5, 0.75])})
+    options = {"jump_t": TIMES.new_tensor([0.25, 0.5, 0.75])}
+    check("interpolated_data", adjoint=adjoint, engine="julia", rtol=1e-8, atol=1e-10, options=options)
 
 
 # The stages of one step as one graph: where tensors lie, what is kept of a call, and what the call does.
@@ -179,7 +182,7 @@ NO_GRAPHS = [
 @pytest.mark.parametrize("kind", IN_GRAPHS)
 def test_every_gradient_is_the_same_in_compiled_steps(kind, monkeypatch):
     monkeypatch.setattr(torch._inductor, "compile", lambda module, inputs, options: module)  # as it is: seconds faster
-    how = {"method": "adaptive_heun", "rtol": 1e-4, "atol": 1e-6, "adjoint": True}
+    how = {"method": "adaptive_heun", "rtol": 1e-2, "atol": 1e-4, "adjoint": True}
     assert close(gradient_of(kind, compile=True, **how), gradient_of(kind, **how), 1e-10)
 
 
@@ -241,7 +244,7 @@ def train(adjoint, *, steps: int = 3, around=None, method: str = "dopri5") -> Te
 def test_the_graph_of_a_long_solve_fits_on_the_stack():
     """PyTorch frees it in a recursion."""
     net = nn.Sequential(*[layer for _ in range(8) for layer in (nn.Linear(1, 1, dtype=F64), nn.Tanh())])
-    options = {"step_size": 1 / 800}
+    options = {"step_size": 1 / 500}
     ys = pyjlode.odeint(
         lambda t, h: net(h), torch.ones(1, dtype=F64), TIMES, method="rk4", adjoint=True, options=options
     )
@@ -250,7 +253,7 @@ def test_the_graph_of_a_long_solve_fits_on_the_stack():
 
 @every_adjoint
 def test_training_ends_where_it_ends_through_the_solver(adjoint):
-    assert close(train(adjoint), train(False), 1e-6)
+    assert close(train(adjoint), train(False), 1e-5)
 
 
 @every_adjoint
@@ -315,18 +318,18 @@ def test_freezing_in_between_takes_no_gradient_from_the_rest(adjoint):
     loss.backward()
     assert frozen.grad is None
     found = torch.cat([q.grad.reshape(-1) for q in rest])
-    assert close(found, reference("module")[frozen.numel() :], 1e-5)
+    assert close(found, reference("module")[frozen.numel() :], 1e-4)
 
 
 @every_adjoint
 def test_checkpointing_the_solve_itself(adjoint):
     x = ZOO["module"]()
     ys = checkpoint(
-        lambda h: pyjlode.odeint(x.f, h, TIMES, adjoint=adjoint, **TIGHT), x.h0.requires_grad_(), use_reentrant=False
+        lambda h: pyjlode.odeint(x.f, h, TIMES, adjoint=adjoint, **LOOSE), x.h0.requires_grad_(), use_reentrant=False
     )
     loss = (torch.linspace(1, 2, ys.numel(), dtype=F64) * ys.reshape(-1)).sum()
     grads = torch.autograd.grad(loss, x.leaves)
-    assert close(torch.cat([g.reshape(-1) for g in grads]), reference("module"), 1e-5)
+    assert close(torch.cat([g.reshape(-1) for g in grads]), reference("module"), 1e-4)
 
 
 @every_adjoint

@@ -25,7 +25,7 @@ def seir(t, h, rates):
 
 
 @functools.cache
-def seir_gradient(adjoint, tol=1e-6, factor=1.0, unit=1.0, **kwargs):
+def seir_gradient(adjoint, tol=1e-5, factor=1.0, unit=1.0, **kwargs):
     """Of `(h / people).square().sum() * factor` by the rates, with the state counted in `unit`."""
     rates = RATES.clone().requires_grad_()
     start = torch.tensor([PEOPLE - 10, 0.0, 10.0, 0.0], dtype=F64, requires_grad=True)
@@ -50,9 +50,9 @@ def test_a_loss_of_normalised_populations(adjoint, method):
     """The adjoint is some 1e-7 of what atol is for."""
     if method == "rodas5p" and adjoint == "backsolve":
         pytest.skip("a stiff method does not solve backward")
-    for gradient, expected in zip(seir_gradient(adjoint, method=method), seir_gradient(False, 1e-9)):
+    for gradient, expected in zip(seir_gradient(adjoint, method=method), seir_gradient(False, 1e-8)):
         size = float(expected.abs().max())  # a state that is solved backward loses a factor of 100
-        torch.testing.assert_close(gradient, expected, rtol=0, atol=(3e-2 if adjoint == "backsolve" else 2e-4) * size)
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=(3e-1 if adjoint == "backsolve" else 2e-3) * size)
 
 
 @pytest.mark.parametrize(("adjoint", "factor"), [*zip(CONTINUOUS, [1e-9, 1e9, -1e-30, 1e-9])])
@@ -100,8 +100,8 @@ def test_adjoint_atol_is_absolute():
     assert float((loose - expected).abs().max()) > 1e-2
 
 
-# Methods over a grid, and what a step of a hundredth leaves of e^-3.
-GRIDDED = {"euler": 5e-2, "midpoint": 1e-3, "rk4": 1e-6, "implicit_adams": 1e-6, "trapezoid": 1e-3, "gl4": 1e-6}
+# Methods over a grid, and what a step of a fortieth leaves of e^-3.
+GRIDDED = {"euler": 0.2, "midpoint": 6e-3, "rk4": 1e-5, "implicit_adams": 1e-5, "trapezoid": 6e-3, "gl4": 1e-5}
 
 
 @pytest.mark.parametrize(
@@ -109,14 +109,14 @@ GRIDDED = {"euler": 5e-2, "midpoint": 1e-3, "rk4": 1e-6, "implicit_adams": 1e-6,
     covering(CONTINUOUS, GRIDDED, [[0.0, 1.0], [0.0, 0.35, 0.5, 1.0]], [1.0, -1.0]),
 )
 def test_the_backward_solve_goes_over_the_forward_solves_grid(adjoint, method, times, sign):
-    """101 points over [0, 1], whatever the outputs are; forward and backward in time."""
+    """41 points over [0, 1], whatever the outputs are; forward and backward in time."""
     h0 = torch.ones(1, dtype=F64, requires_grad=True)
     k = torch.tensor(3.0, dtype=F64, requires_grad=True)
     made = []
 
     def grid(f, h, t):
         made.append(t.tolist())
-        return torch.linspace(0, sign, 101, dtype=F64)
+        return torch.linspace(0, sign, 41, dtype=F64)
 
     h = odeint(
         lambda t, h: -sign * k * h,
@@ -231,15 +231,15 @@ def robertson_gradient(method, adjoint, tol):
     return torch.autograd.grad(h[-1, 3] + h[1, 0], logs)[0]
 
 
+@pytest.mark.parametrize("tol", [1e-4, pytest.param(1e-5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("adjoint", ["quadrature", "gauss"])  # which is "interpolating" of these methods
 @pytest.mark.parametrize("method", ["rodas5p", "radau5", "bdf"])
-def test_an_integral_beside_algebraic_equations(method, adjoint):
+def test_an_integral_beside_algebraic_equations(method, adjoint, tol):
     """The adjoint of an integral is constant, and that of all else starts from nothing: f's dependence on time cannot
     be seen at the start, and the backward solve must not conclude that there is none."""
     expected = torch.tensor([5.11600, 1.79850, -3.59677], dtype=F64)
-    for tol in (1e-4, 1e-5):
-        gradient = robertson_gradient(method, adjoint, tol)
-        torch.testing.assert_close(gradient, expected, rtol=max(30 * tol, 1e-4), atol=0)
+    gradient = robertson_gradient(method, adjoint, tol)
+    torch.testing.assert_close(gradient, expected, rtol=max(30 * tol, 1e-4), atol=0)
 
 
 def test_an_f_that_begins_to_read_the_time_as_a_number_later():

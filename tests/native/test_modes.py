@@ -26,14 +26,14 @@ def options_of(method):
 def gradient(method, adjoint, moving=False):
     weight = torch.tensor([[-1.0, 0.5], [0.2, -0.7]], dtype=F64, device="cpu", requires_grad=True)
     h0 = torch.tensor([1.0, 0.5], dtype=F64, device="cpu", requires_grad=True)
-    t = torch.tensor([0.0, 0.5, 1.0], dtype=F64, device="cpu", requires_grad=moving)
+    t = torch.tensor([0.0, 0.25, 0.5], dtype=F64, device="cpu", requires_grad=moving)
     h = odeint(
         lambda t, h: torch.tanh(h) @ weight + torch.sin(t),
         h0,
         t,
         method=method,
-        rtol=1e-4,
-        atol=1e-4,
+        rtol=1e-2,
+        atol=1e-2,
         adjoint=adjoint,
         options=options_of(method),
         engine="torch",
@@ -59,6 +59,7 @@ def test_training_after_a_solve_in_inference_mode(method):
             options=options_of(method),
             adjoint=True,
             engine="torch",
+            rtol=1e-4,
         )
 
     with warnings.catch_warnings(), torch.inference_mode():
@@ -128,8 +129,11 @@ def robertson(t, h):
     return torch.stack([back - slow, slow - back - fast, fast])
 
 
-@pytest.mark.parametrize("tol", [1e-4, 1e-7])
-@pytest.mark.parametrize("method", ["dopri5", "tsit5", "dopri8", "vern7", "vern9"])
+CRAWLING = [*zip(["dopri5", "tsit5", "dopri8", "vern7", "vern9"], [1e-4, 1e-7, 1e-4, 1e-7, 1e-4])]
+CRAWLING += [pytest.param(method, 1e-11 / tol, marks=pytest.mark.slow) for method, tol in CRAWLING]
+
+
+@pytest.mark.parametrize(("method", "tol"), CRAWLING)
 def test_an_explicit_method_that_crawls_says_so_early_and_once(method, tol):
     """Robertson to t = 400 takes an explicit method 1e5 steps and more."""
     with warnings.catch_warnings(record=True) as caught:

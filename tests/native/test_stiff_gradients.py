@@ -265,8 +265,8 @@ def test_discrete_is_the_derivative_of_the_numbers_that_came_out(method):
 def test_batches(method, adjoint):
     """The gradient of a batch is that of its systems."""
     k = RATES * torch.logspace(-0.5, 0.5, 3, dtype=F64)[:, None]
-    h0, t = tensor(1.0, 0.0, 0.0).repeat(3, 1), tensor(0.0, 0.5)
-    kwargs = {"method": method, "rtol": 1e-6, "atol": 1e-10, "adjoint": adjoint}
+    h0, t = tensor(1.0, 0.0, 0.0).repeat(3, 1), tensor(0.0, 0.1)
+    kwargs = {"method": method, "rtol": 1e-5, "atol": 1e-9, "adjoint": adjoint}
 
     def gradient(h0, k, **more):
         logs = torch.zeros_like(k, requires_grad=True)
@@ -352,14 +352,14 @@ REPLAYED = {
         lambda t, h, p: robertson(h, p),
         RATES,
         tensor(1.0, 0.0, 0.0),
-        tensor(0.0, 40.0, 4e3, 4e5),
+        tensor(0.0, 40.0, 4e3),
         tensor(1.0, 1e-4, 1.0),
     ),
     "van der Pol": (
         driven,
         tensor(100.0, 1.0),
         tensor(2.0, 0.0),
-        torch.linspace(0, 60, 5, dtype=F64),
+        torch.linspace(0, 20, 5, dtype=F64),
         tensor(1.0, 1e2),
     ),
 }
@@ -391,7 +391,7 @@ LONG = [pytest.param(method, "robertson", 1e-6, marks=pytest.mark.slow) for meth
 
 @pytest.mark.parametrize(
     ("method", "name", "rtol"),
-    [*covering(STIFF, ["relaxing", "van der Pol"], [1e-3, 1e-6]), *covering(STIFF, ["robertson"], [1e-3]), *LONG],
+    [*covering(STIFF, ["relaxing", "van der Pol"], [1e-3, 1e-5]), *covering(STIFF, ["robertson"], [1e-3]), *LONG],
 )
 def test_a_replay_is_the_step_that_was_taken(method, name, rtol):
     """However loosely its equations were solved: the gradient is that of the recorded solve, which solves them to
@@ -410,7 +410,7 @@ def test_a_replay_is_the_step_that_was_taken(method, name, rtol):
 def test_the_derivative_by_a_slow_rate_is_not_lost_to_a_fast_one(method):
     """d sum(h) / d p[1] is -2.863 where p[0] = 1e5."""
     f, p, start, t, _ = REPLAYED["relaxing"]
-    p, options, tolerances = p.clone().requires_grad_(), None, (1e-3, 1e-6)
+    p, options, tolerances = p.clone().requires_grad_(), None, (1e-3, 1e-5)
     if METHODS[method].kind == "implicit":  # it solves its equations further than any tolerance asks
         t, options = tensor(0.0, 0.5, 1.0, 1.5, 2.0), {"step_size": 0.02 if METHODS[method].order == 1 else 0.05}
         tolerances = (1e-3,)
@@ -448,6 +448,6 @@ def test_gradients_of_stiffly_accurate_steps_pass_jumps_and_times(method):
     gradients = []
     for adjoint in (False, "discrete"):
         x = JUMPING.clone().requires_grad_()
-        gradients.append(torch.autograd.grad(jumping(x, method, adjoint, 1e-7), x)[0])
+        gradients.append(torch.autograd.grad(jumping(x, method, adjoint, 1e-7 if method == "kvaerno5" else 1e-6), x)[0])
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients[1], jumping_reference(), rtol=1e-3, atol=1e-3)
