@@ -29,7 +29,7 @@ from .function import JuliaFunction
 from .memory import AdjointRequest, Outcome, ReplayRequest, Request
 from .packages import SECOND_ORDER as _SECOND
 from .rhs import RHS, Callbacks, Source
-from .sweep import Sweep, abreast, controlled, weights
+from .sweep import Sweep, abreast, alone, controlled, may_be_alone, weights
 
 log = logging.getLogger("pyjlode")
 
@@ -197,13 +197,18 @@ def called_back(p: ODEProblem, gradient: str | None) -> str:
 
     A solve without a gradient is faster here even so: benchmarks/julia.py --part call.
     """
-    if gradient is None or p.compile is not None or p.method.kind not in ("adaptive", "fixed"):
+    if gradient is None or p.compile is not None or isinstance(p.f.f, JuliaFunction):
         return ""
-    if isinstance(p.f.f, JuliaFunction):
-        return ""
-    from .codegen.field import called_back  # half the cost of importing this package
+    if p.method.kind in ("adaptive", "fixed"):
+        from .codegen.field import called_back  # half the cost of importing this package
 
-    return called_back(p, gradient)
+        return called_back(p, gradient)
+    if gradient != "gauss" or not may_be_alone(p):
+        return ""
+    from .codegen.program import FirstTime
+
+    # The next solve has its exact gradient: to load SciMLSensitivity for this one takes longer than to solve it.
+    return str(p.f.program) if isinstance(p.f.program, FirstTime) else ""
 
 
 def _solves(p: ODEProblem) -> list[ODEProblem | AdjointSettings]:
@@ -247,7 +252,7 @@ def _cannot_differentiate_masses(p: ODEProblem, gradient: str) -> str | None:
 
 
 def _cannot_replay(p: ODEProblem) -> str | None:
-    if p.batch > 1 and isinstance(p.method.tableau, RosenbrockTableau):
+    if isinstance(p.method.tableau, RosenbrockTableau) and (p.batch > 1 or alone(p)):
         return None  # of a sweep, whose other needs `_cannot_sweep` knows
     if not isinstance(p.method.tableau, ExplicitTableau):
         return f"with {p.method.name!r}, which is not an explicit Runge-Kutta method of both engines"
@@ -260,6 +265,11 @@ def _cannot_replay(p: ODEProblem) -> str | None:
     if p.t.requires_grad and not p.method.adaptive:
         return "where fixed steps move with t"
     return None
+
+
+def _is_alone(p: ODEProblem, gradient: str | None) -> bool:
+    """Whether one system is solved as a sweep, which has the exact gradient of stiff steps."""
+    return gradient == "discrete" and p.batch == 1 and isinstance(p.method.tableau, RosenbrockTableau)
 
 
 def _cannot_sweep(p: ODEProblem, gradient: str | None) -> str | None:
@@ -321,7 +331,7 @@ def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = F
         if repeated.replay is None:
             repeated.replay = replay_request(p)
         return Memory(p, Record(found[0]), gradient, repeated.again(p, found[2]), found[1])
-    if p.batch > 1:
+    if p.batch > 1 or _is_alone(p, gradient):
         swept: list[Sweep] = []
         record, rhs, solution = _solve(p, stats, gradient, dense, swept=swept)
         return Memory(p, record, gradient, rhs, solution, systems=swept[0] if swept else None)
@@ -505,7 +515,7 @@ def _solve(
     points = len(p.times) if p.own_times is None else p.own_times.shape[1]
     if len(p.times) == 1 or p.y0.numel() == 0:
         return Record(p.y0.detach().expand(points, -1).clone()), None, None
-    o = p.options
+    o, as_sweep = p.options, p.batch > 1 or _is_alone(p, gradient)
     y0 = p.y0.detach().contiguous()
     out = y0.new_empty(points, y0.numel())
     # A method of the user's own keeps to a grid if it is given one.
@@ -515,7 +525,7 @@ def _solve(
         **_stepping(p.method, o),
         fixed=fixed,
         dense=dense or gradient not in (None, "discrete"),
-        keep=gradient == "discrete" or (dense and p.batch > 1),
+        keep=gradient == "discrete" or (dense and as_sweep),
         full=o.specialize == "full",
     )
     # Beside the user's tensors there may be sensitivities; and a sweep's norm is of one system.
@@ -543,7 +553,7 @@ def _solve(
         algorithm = _algorithm(calls, p.method, gradient)
         solution, known = None, 1
         output: DenseOutput | SweptOutput | None = None
-        if p.batch > 1:
+        if as_sweep:
             systems = Sweep(p, differentiated=gradient is not None)
             rhs = _field(calls, systems.first, gradient, stats)
             solution, outcome = systems.solve(calls, rhs, algorithm, request, stats)
@@ -572,7 +582,7 @@ def _solve(
         count((of or p).f, outcome.nf)
     _look_at(outcome, p, stats)
     event_t = outcome.event_time
-    if dense and solution and p.batch == 1:
+    if dense and solution and not as_sweep:
         output = DenseOutput(rhs, solution)
     record = Record(out, output, None if math.isnan(event_t) else event_t)
     if p.batch > 1 and p.event_fn is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ..capture.surroundings import surroundings
 from ..errors import NonFiniteState, NotCompiled
 from ..methods import Method, hairer
 from ..methods.explicit import ExplicitTableau
@@ -22,6 +23,7 @@ from ..parameters import by_tensor
 from ..problem import Field, Layout, ODEProblem, SolverOptions, like
 from ..solution import Stats, SystemStats
 from .calls import Calls, Held
+from .function import JuliaFunction
 from .memory import Abreast, Outcome, PullRequest, Request, Systems
 
 
@@ -68,6 +70,9 @@ class Sweep:
 
         assert p.layout is not None
         self.p, self.differentiated = p, differentiated
+        if p.batch == 1 and not p.options.batch_dims:
+            self._of_one()
+            return
         shape, dims = p.layout.shapes[0], p.options.batch_dims
         batch, one = shape[:dims], (slice(0, 1),) * dims
         source = held_by(p.f, p.y0.dtype)
@@ -112,6 +117,16 @@ class Sweep:
                 self.first.f(p.time(p.times[0]), y0)
             except Exception as error:  # f itself was called before, for all systems
                 raise _not_independent(0, error) from error
+
+    def _of_one(self) -> None:
+        """A system that lies in no batch: it is the first, and f is its field."""
+        _, source = _program(self.p)
+        self.known, self.proven, self.apart = (), True, frozenset()
+        self.tensors = source.tensors
+        self.held = [x.detach() for x in source.tensors]
+        self.varying = [False] * len(self.held)
+        y0 = self.p.y0.detach()
+        self.first = replace(self.p, y0=y0, layout=Layout(y0), compile=True)
 
     def _is_apart(self, x: Tensor) -> bool:
         """Whether no system has a part in another's of a tensor, at some points of the solve: the first has none in the
@@ -237,7 +252,7 @@ class Sweep:
             self.event_times = watched["event_times"].numpy()
             self.event_slopes = watched["event_slopes"]
             self._compare_events(watched["event_margins"], request.tensors["out"])
-        if whole or _succeeded(outcome):
+        if count > 1 and (whole or _succeeded(outcome)):
             self._account(stats, naccept, nreject, codes, ends)
         return held, outcome
 
@@ -411,7 +426,6 @@ def uncompiled(p: ODEProblem, gradient: str | None) -> str:
     would be. A field that is met for the first time is not: it may be solved but once.
     """
     from ..capture.held import root_of  # half the cost of importing this package
-    from ..capture.surroundings import surroundings
 
     try:
         if why := surroundings():
@@ -456,6 +470,9 @@ def _refusal(p: ODEProblem, gradient: str | None) -> str:
 
 def refuse(p: ODEProblem, gradient: str | None, why: str) -> None:
     """Have systems like those of `p` not be compiled again, unless that is asked for."""
+    if p.batch == 1:
+        _program(p)[0].refused["pull"] = why
+        return
     _refused[_known_solve(p, gradient)] = why
 
 
@@ -490,6 +507,41 @@ def abreast(p: ODEProblem) -> bool:
         return p.y0.numel() <= _STIFF * p.batch and p.mass is None and p.jac is None
     return isinstance(tab, ExplicitTableau) and tab.E is not None and p.options.step_size is None
 
+
+def may_be_alone(p: ODEProblem) -> bool:
+    """Whether one system, in no batch, may be solved as a sweep of one by a Rosenbrock method, as far as that is known
+    before f is compiled."""
+    o = p.options
+    plain = p.layout is not None and p.layout.bare and not (p.event_fn or o.batch_dims or o.step_t or o.jump_t)
+    tolerances = isinstance(p.rtol, float) and isinstance(p.atol, float)
+    where = p.y0.device.type == "cpu" and p.y0.numel() > 0 and not isinstance(p.f.f, JuliaFunction)
+    return p.batch == 1 and p.compile is not False and plain and tolerances and where and abreast(p)
+
+
+def alone(p: ODEProblem) -> bool:
+    """Whether it is: f is compiled number by number, with its derivatives."""
+    if not may_be_alone(p) or surroundings():
+        return False
+    try:
+        program, _ = _program(p)
+        if program.mode != "scalar" or not program.refused.keys().isdisjoint(_OF_STIFF):
+            return False
+        for name in _OF_STIFF:
+            program.text(name)
+    except NotCompiled:
+        return False
+    return True
+
+
+def _program(p: ODEProblem) -> Any:
+    """The program of the field of one system, and what it holds."""
+    from .codegen.program import program_of  # half the cost of importing this package
+
+    return program_of(p.f, p.y0, at_once=bool(p.compile))
+
+
+# Functions of a program that the steps of Rosenbrock methods and their gradient take.
+_OF_STIFF = ("f", "jac", "tgrad", "pull", "bend")
 
 # Numbers in a system whose matrices are factorised in the lanes of vectors.
 _STIFF = 20

@@ -410,6 +410,10 @@ def some_outputs(times: Sequence[float], states: Tensor) -> list[tuple[float, Te
 _NOTED, _OUTPUTS = 200_000, 6
 
 
+class FirstTime(NotCompiled):
+    """A field that is met for the first time is not compiled: it may be solved but once."""
+
+
 def program_of(field: Field, like: Tensor, *, at_once: bool = True) -> tuple[Program, Held]:
     """The program for a vector field, and what the field holds now.
 
@@ -429,8 +433,8 @@ def program_of(field: Field, like: Tensor, *, at_once: bool = True) -> tuple[Pro
     if not at_once and not root.met:
         root.met, root.seen = True, Seen()
         field.seen = root.seen
-        field.program = NotCompiled("it is solved for the first time; the next solve compiles it")
-        raise NotCompiled(*field.program.args)
+        field.program = FirstTime("it is solved for the first time; the next solve compiles it")
+        raise field.program
     root.met = True
     held = held_by(field, like.dtype, patient=at_once)
     programs = held.entry.programs
