@@ -518,9 +518,7 @@ def test_a_backward_solve_goes_over_the_forward_grid(method, adjoint, outputs):
         options={"grid_constructor": lambda f, h0, t: grid},
     )
     h[-1].sum().backward()
-    assert float(h0.grad) == pytest.approx(
-        float(torch.exp(torch.tensor(-3.0))), rel=0.1 if "euler" in method else 1e-6
-    )
+    assert float(h0.grad) == pytest.approx(float(torch.exp(torch.tensor(-3.0))), rel=0.1 if "euler" in method else 1e-6)
     if method == "euler":  # the linear problem's adjoint by the same steps is the derivative of the numbers
         assert float(h0.grad) == pytest.approx(0.94**50, rel=1e-12)
 

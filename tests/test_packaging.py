@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import sysconfig
@@ -31,6 +32,27 @@ model(torch.ones(3, 2)).sum().backward()
 assert all(p.grad is not None for p in model.parameters())
 print(len(pyjlode.nn.__all__))
 """
+
+
+def test_what_is_published_has_absolute_links():
+    """Where PyPI shows the README there are no files beside it."""
+    made = runpy.run_path(str(ROOT / ".ci/published.py"))
+    where = ("https://example.org/me/pyjlode", "v9.8.7")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    published = made["absolute"](text, *where)
+    links = re.findall(r"\]\(([^)\s]+)\)", published)
+    assert len(links) == len(re.findall(r"\]\(([^)\s]+)\)", text)) > 30
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+    assert f"({where[0]}/raw/{where[1]}/docs/speed.png)" in published
+    assert f"({where[0]}/blob/{where[1]}/docs/speed.md)" in published
+    project = made["addressed"]((ROOT / "pyproject.toml").read_text(encoding="utf-8"), *where)
+    section = project.split("[project.urls]\n")[1].split("\n\n")[0]
+    assert [line.split(" = ")[0] for line in section.splitlines()] == [
+        "Repository",
+        "Documentation",
+        "Changelog",
+        "Issues",
+    ]
 
 
 def test_the_julia_package_is_found():

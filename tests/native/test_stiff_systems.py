@@ -141,9 +141,9 @@ def test_time_that_f_reads_as_a_number(method):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        a, b = (solve(g, tensor(0.0), 3 * T, method=method, rtol=1e-6, atol=1e-6, dense=False) for g in (f, seen))
+        a, b = (solve(g, tensor(0.0), 3 * T, method=method, rtol=1e-5, atol=1e-5, dense=False) for g in (f, seen))
     assert a.stats.naccept <= 1.1 * b.stats.naccept + 2
-    assert float((a.h[-1] - b.h[-1]).abs()) < 1e-5
+    assert float((a.h[-1] - b.h[-1]).abs()) < 1e-4
 
 
 @METHOD
@@ -157,10 +157,10 @@ def test_matrix_free(method, monkeypatch):
         h = odeint(
             lambda t, h: scale * sp.heat(t, h, torch) - h**3,
             start,
-            tensor(0.0, 0.02),
+            tensor(0.0, 0.01),
             method=method,
-            rtol=1e-5,
-            atol=1e-6,
+            rtol=1e-4,
+            atol=1e-5,
             adjoint=True,
         )
         return h[-1].detach(), torch.autograd.grad(h[-1].square().sum(), scale)[0]
@@ -168,8 +168,8 @@ def test_matrix_free(method, monkeypatch):
     dense, slope = run()
     monkeypatch.setattr(linear, "DENSE_LIMIT", 4)
     free, slope_free = run()
-    torch.testing.assert_close(free, dense, rtol=3e-4, atol=3e-5)
-    torch.testing.assert_close(slope_free, slope, rtol=3e-4, atol=3e-5)
+    torch.testing.assert_close(free, dense, rtol=3e-3, atol=3e-4)
+    torch.testing.assert_close(slope_free, slope, rtol=3e-3, atol=3e-4)
 
 
 @METHOD
