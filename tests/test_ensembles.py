@@ -158,7 +158,7 @@ def test_what_was_interrupted_goes_on_from_its_directory(tmp_path, interruptible
     before = sorted((tmp_path / "kept").glob("*.npz"))
     assert len(before) == 3
     stamps = [x.stat().st_mtime_ns for x in before]
-    made = ensemble(work.lorenz, h0, T, executor=2, **settings)
+    made = ensemble(work.lorenz, h0, T, executor=lambda: ThreadPoolExecutor(2), **settings)
     whole = ensemble(work.lorenz, h0, T, params=params, chunk=5, rtol=1e-6)
     assert torch.equal(made.h, whole.h)
     assert torch.equal(made.naccept, whole.naccept)
@@ -227,9 +227,10 @@ def data_sets(rates):
     return [(t, torch.exp(-rate * t)) for rate in rates]
 
 
-def test_fits_are_shared_out(tmp_path):
+@pytest.mark.parametrize("executor", [None, pytest.param(2, marks=pytest.mark.slow)])
+def test_fits_are_shared_out(executor, tmp_path):
     rates = [0.3, 1.1]
-    found = ensemble_map(work.fit, data_sets(rates), executor=2, directory=tmp_path / "fits")
+    found = ensemble_map(work.fit, data_sets(rates), executor=executor, directory=tmp_path / "fits")
     assert found == pytest.approx(rates, rel=1e-4)
     assert len(list((tmp_path / "fits").glob("*.pkl"))) == 2
     assert ensemble_map(work.fit, data_sets(rates), directory=tmp_path / "fits") == found
