@@ -293,11 +293,14 @@ def test_a_gradient_that_cannot_be_traced_stops_only_itself():
         program.text("vjp")
 
 
+attend = nn.functional.scaled_dot_product_attention
+
+
 @pytest.mark.parametrize(("inside", "dtype"), [
-    (lambda q: nn.functional.scaled_dot_product_attention(q, q.flip(-2), q.cos()), torch.float32),
-    (lambda q: nn.functional.scaled_dot_product_attention(q, q.flip(-2), q.cos()), torch.float64),
-    (lambda q: nn.functional.scaled_dot_product_attention(q, q.flip(-2), q.cos(), is_causal=True), torch.float32),
-    (lambda q: nn.functional.scaled_dot_product_attention(q, q, q, torch.ones(5, 5).tril() > 0, scale=3), torch.float64),
+    (lambda q: attend(q, q.flip(-2), q.cos()), torch.float32),
+    (lambda q: attend(q, q.flip(-2), q.cos()), torch.float64),
+    (lambda q: attend(q, q.flip(-2), q.cos(), is_causal=True), torch.float32),
+    (lambda q: attend(q, q, q, torch.ones(5, 5).tril() > 0, scale=0.3), torch.float64),
 ])  # fmt: skip
 def test_attention_has_a_product(inside, dtype):
     """As PyTorch computes it, it is fused where it can be: of the kernels there is no Julia."""
@@ -314,7 +317,7 @@ def test_attention_has_a_product(inside, dtype):
 
 def test_dropout_within_attention_is_refused():
     q = torch.ones(1, 1, 4, 2)
-    f = lambda t, h: nn.functional.scaled_dot_product_attention(h, h, h, dropout_p=0.5)  # noqa: E731
+    f = lambda t, h: attend(h, h, h, dropout_p=0.5)  # noqa: E731
     with pytest.raises(NotCompiled, match="random"):
         program_of(Field(f, q.shape, (f, q.shape)), q.reshape(-1))
 
