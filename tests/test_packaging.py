@@ -124,6 +124,29 @@ def test_the_versions_in_use_are_within_the_bounds(julia):
     assert [(name, used[name], bounds) for name, bounds in known.items() if not within(used[name], bounds)] == []
 
 
+def resolved(julia, root):
+    """Pkg's resolver on the bounds in `root`, with the versions in use as all that there is."""
+    env = {**os.environ, "JULIA_LOAD_PATH": "@stdlib"}
+    call = [julia.executable, "--startup-file=no", str(root / ".ci/resolve.jl"), str(julia.project)]
+    return subprocess.run(call, capture_output=True, text=True, env=env, timeout=300)
+
+
+def test_pkg_resolves_the_bounds(julia, tmp_path):
+    """And sees bounds that cannot be met. Whether the general registry has what they allow is not asked."""
+    done = resolved(julia, ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^resolved: \d\d\d? packages, SciMLSensitivity 7\.", done.stdout, re.MULTILINE), done.stdout
+    assert "left out: PyJLODE" not in done.stdout
+    for name in (".ci/resolve.jl", "julia/Project.toml", "pyjlode/juliapkg.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(
+            re.sub(r'^SciMLBase = ".+"', 'SciMLBase = "99"', (ROOT / name).read_text(), flags=re.M)
+        )
+    done = resolved(julia, tmp_path)
+    assert done.returncode != 0
+    assert "SciMLBase" in done.stderr
+
+
 @pytest.mark.slow
 def test_an_installed_wheel_works_outside_of_the_checkout(tmp_path):
     """`pip install .` in an environment of its own. The dependencies are this environment's, of which torch alone would
