@@ -115,11 +115,12 @@ def test_an_executor_of_the_users_that_breaks_loses_what_it_had_and_no_more():
     torch.testing.assert_close(made.h[-1, :10, 0], (-T[-1]).exp().expand(10), rtol=1e-5, atol=1e-6)
 
 
-def test_a_mistake_in_f_is_raised_as_such():
-    for executor in (None, 1):
-        with pytest.raises(KeyError, match="no such thing") as caught:
-            ensemble(work.mistaken, ONES, T, executor=executor)
-    assert "ensemble_work.py" in str(caught.value.__cause__)  # the line in the worker
+@pytest.mark.parametrize("executor", [None, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_mistake_in_f_is_raised_as_such(executor):
+    with pytest.raises(KeyError, match="no such thing") as caught:
+        ensemble(work.mistaken, ONES, T, executor=executor)
+    if executor:
+        assert "ensemble_work.py" in str(caught.value.__cause__)  # the line in the worker
 
 
 class Interrupted(ThreadPoolExecutor):

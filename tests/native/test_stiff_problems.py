@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import stiff_problems as sp
 import torch
-from designs import covering
+from designs import covering, latin
 from scipy.integrate import solve_ivp
 
 from pyjlode import METHODS, solve
@@ -89,9 +89,8 @@ def test_reference_value_of_a_dae(method):
         assert problem.error(h, tol) < 30
 
 
-@each(STIFF)
 @pytest.mark.parametrize(("method", "theirs"), [("radau5", "Radau"), ("bdf", "BDF")])
-@pytest.mark.parametrize("tol", [1e-4, 1e-5, pytest.param(1e-6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("problem", "tol"), latin(STIFF, [1e-4, 1e-5, 1e-6]), ids=named)
 def test_as_few_steps_as_scipy(problem, method, theirs, tol):
     atol = problem.atol(tol).numpy()
     steps = len(solve_ivp(problem.f_numpy, (0, problem.t1), problem.h0, method=theirs, rtol=tol, atol=atol).t) - 1
