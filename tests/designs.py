@@ -9,6 +9,19 @@ from typing import Any
 import pytest
 
 
+def latin(rows: Iterable[Any], columns: Iterable[Any]) -> list[Any]:
+    """All pairs as arguments of `parametrize`. Those in which each row and each column has its turn are quick, as many
+    as the longer of the two has values; the others are slow.
+    """
+    rows, columns = list(rows), list(columns)
+    quick = {(k % len(rows), k % len(columns)) for k in range(max(len(rows), len(columns)))}
+    return [
+        pytest.param(row, column, marks=() if (i, j) in quick else pytest.mark.slow)
+        for i, row in enumerate(rows)
+        for j, column in enumerate(columns)
+    ]
+
+
 def covering(*axes: Iterable[Any]) -> list[Any]:
     """Rows of a product of axes in which any two values of different axes stand together at least once, as arguments
     of `parametrize`: what goes wrong by two of the parameters shows in one of them (Kuhn, Kacker & Lei 2010, Practical

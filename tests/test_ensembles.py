@@ -115,11 +115,12 @@ def test_an_executor_of_the_users_that_breaks_loses_what_it_had_and_no_more():
     torch.testing.assert_close(made.h[-1, :10, 0], (-T[-1]).exp().expand(10), rtol=1e-5, atol=1e-6)
 
 
-def test_a_mistake_in_f_is_raised_as_such():
-    for executor in (None, 1):
-        with pytest.raises(KeyError, match="no such thing") as caught:
-            ensemble(work.mistaken, ONES, T, executor=executor)
-    assert "ensemble_work.py" in str(caught.value.__cause__)  # the line in the worker
+@pytest.mark.parametrize("executor", [None, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_mistake_in_f_is_raised_as_such(executor):
+    with pytest.raises(KeyError, match="no such thing") as caught:
+        ensemble(work.mistaken, ONES, T, executor=executor)
+    if executor:
+        assert "ensemble_work.py" in str(caught.value.__cause__)  # the line in the worker
 
 
 class Interrupted(ThreadPoolExecutor):
@@ -158,7 +159,7 @@ def test_what_was_interrupted_goes_on_from_its_directory(tmp_path, interruptible
     before = sorted((tmp_path / "kept").glob("*.npz"))
     assert len(before) == 3
     stamps = [x.stat().st_mtime_ns for x in before]
-    made = ensemble(work.lorenz, h0, T, executor=2, **settings)
+    made = ensemble(work.lorenz, h0, T, executor=lambda: ThreadPoolExecutor(2), **settings)
     whole = ensemble(work.lorenz, h0, T, params=params, chunk=5, rtol=1e-6)
     assert torch.equal(made.h, whole.h)
     assert torch.equal(made.naccept, whole.naccept)
@@ -227,9 +228,10 @@ def data_sets(rates):
     return [(t, torch.exp(-rate * t)) for rate in rates]
 
 
-def test_fits_are_shared_out(tmp_path):
+@pytest.mark.parametrize("executor", [None, pytest.param(2, marks=pytest.mark.slow)])
+def test_fits_are_shared_out(executor, tmp_path):
     rates = [0.3, 1.1]
-    found = ensemble_map(work.fit, data_sets(rates), executor=2, directory=tmp_path / "fits")
+    found = ensemble_map(work.fit, data_sets(rates), executor=executor, directory=tmp_path / "fits")
     assert found == pytest.approx(rates, rel=1e-4)
     assert len(list((tmp_path / "fits").glob("*.pkl"))) == 2
     assert ensemble_map(work.fit, data_sets(rates), directory=tmp_path / "fits") == found

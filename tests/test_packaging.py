@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import sysconfig
@@ -31,6 +32,27 @@ model(torch.ones(3, 2)).sum().backward()
 assert all(p.grad is not None for p in model.parameters())
 print(len(pyjlode.nn.__all__))
 """
+
+
+def test_what_is_published_has_absolute_links():
+    """Where PyPI shows the README there are no files beside it."""
+    made = runpy.run_path(str(ROOT / ".ci/published.py"))
+    where = ("https://example.org/me/pyjlode", "v9.8.7")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    published = made["absolute"](text, *where)
+    links = re.findall(r"\]\(([^)\s]+)\)", published)
+    assert len(links) == len(re.findall(r"\]\(([^)\s]+)\)", text)) > 30
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+    assert f"({where[0]}/raw/{where[1]}/docs/speed.png)" in published
+    assert f"({where[0]}/blob/{where[1]}/docs/speed.md)" in published
+    project = made["addressed"]((ROOT / "pyproject.toml").read_text(encoding="utf-8"), *where)
+    section = project.split("[project.urls]\n")[1].split("\n\n")[0]
+    assert [line.split(" = ")[0] for line in section.splitlines()] == [
+        "Repository",
+        "Documentation",
+        "Changelog",
+        "Issues",
+    ]
 
 
 def test_the_julia_package_is_found():
@@ -100,6 +122,29 @@ def test_the_versions_in_use_are_within_the_bounds(julia):
     known = {name: bounds for name, bounds in compat().items() if name in used}
     assert {"julia", "OrdinaryDiffEqCore", "SciMLBase", "SciMLSensitivity"} <= set(known)
     assert [(name, used[name], bounds) for name, bounds in known.items() if not within(used[name], bounds)] == []
+
+
+def resolved(julia, root):
+    """Pkg's resolver on the bounds in `root`, with the versions in use as all that there is."""
+    env = {**os.environ, "JULIA_LOAD_PATH": "@stdlib"}
+    call = [julia.executable, "--startup-file=no", str(root / ".ci/resolve.jl"), str(julia.project)]
+    return subprocess.run(call, capture_output=True, text=True, env=env, timeout=300)
+
+
+def test_pkg_resolves_the_bounds(julia, tmp_path):
+    """And sees bounds that cannot be met. Whether the general registry has what they allow is not asked."""
+    done = resolved(julia, ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^resolved: \d\d\d? packages, SciMLSensitivity 7\.", done.stdout, re.MULTILINE), done.stdout
+    assert "left out: PyJLODE" not in done.stdout
+    for name in (".ci/resolve.jl", "julia/Project.toml", "pyjlode/juliapkg.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(
+            re.sub(r'^SciMLBase = ".+"', 'SciMLBase = "99"', (ROOT / name).read_text(), flags=re.M)
+        )
+    done = resolved(julia, tmp_path)
+    assert done.returncode != 0
+    assert "SciMLBase" in done.stderr
 
 
 @pytest.mark.slow

@@ -138,12 +138,13 @@ def test_the_call_of_the_readme():
 @pytest.mark.parametrize("method", [*ADAPTIVE, None], ids=str)
 def test_adaptive_solutions_are_the_same_within_the_tolerances(peer, method, backward):
     t = T.flip(0) if backward else T
+    rtol = 1e-5 if method == "adaptive_heun" else 1e-6
     ours, theirs = (
-        interface(pendulum, H0, t, rtol=1e-6, atol=1e-8, method=method) for interface in (odeint, peer.odeint)
+        interface(pendulum, H0, t, rtol=rtol, atol=1e-2 * rtol, method=method) for interface in (odeint, peer.odeint)
     )
-    assert_close([ours], [theirs], ADAPTIVE[method or "dopri5"])
+    assert_close([ours], [theirs], max(ADAPTIVE[method or "dopri5"], rtol))
     exact = odeint(pendulum, H0, t, method="vern9", rtol=1e-12, atol=1e-13)
-    assert_close([ours], [exact], 1e-4 if method == "fehlberg2" else 2e-6)
+    assert_close([ours], [exact], 1e-4 if method == "fehlberg2" else 2 * rtol)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["", "backward"])
@@ -164,10 +165,10 @@ def test_fixed_steps_are_the_same_to_rounding(peer, method, options, backward):
 @pytest.mark.parametrize("method", TSIT5_AND_IMPLICIT)
 def test_methods_of_the_development_version(method):
     """By its names, with its options, for tensors and tuples."""
-    o = {} if method == "tsit5" else {"step_size": 0.01, "interp": "cubic", "max_iters": 100}
+    o = {} if method == "tsit5" else {"step_size": 0.02, "interp": "cubic", "max_iters": 100}
     exact = odeint(coupled, PAIR, T, method="vern9", rtol=1e-12, atol=1e-13)
     assert_close(
-        odeint(coupled, PAIR, T, method=method, options=o), exact, 1e-2 if method == "implicit_euler" else 1e-4
+        odeint(coupled, PAIR, T, method=method, options=o), exact, 2e-2 if method == "implicit_euler" else 4e-4
     )
 
 
@@ -674,7 +675,7 @@ def test_callbacks_of_fixed_steps(peer, method, backward):
 def test_callbacks_of_adaptive_steps(method):
     """Each step is announced, then accepted or rejected; so too backward, beginning at the last time."""
     f = CalledAdaptive()
-    h = odeint_adjoint(f, H0, T, method=method, rtol=1e-5, atol=1e-6)
+    h = odeint_adjoint(f, H0, T, method=method, rtol=1e-3, atol=1e-4)
     assert {name for name, *_ in f.calls} <= {"step", "accept", "reject"}
     h.sum().backward()
     for suffix in ("", "_adjoint"):

@@ -111,9 +111,9 @@ def check(kind: str, tolerance: float = 0.0, **kwargs) -> None:
 
 
 def in_turn():
-    """Every kind with every gradient; of the continuous ones, which ask f for the same products, two kinds in turn."""
-    pairs = itertools.cycle([{"backsolve", "gauss"}, {"interpolating", "quadrature"}])
-    for kind, now in zip(ZOO, pairs):
+    """Every kind with every gradient; of the continuous ones, which ask f for the same products, one in turn."""
+    turns = itertools.cycle([{name} for name in sorted(CONTINUOUS)])
+    for kind, now in zip(ZOO, turns):
         for adjoint in DIFFERENT:
             marks = [pytest.mark.slow] if adjoint in CONTINUOUS - now else []
             yield pytest.param(kind, adjoint, marks=marks)
@@ -156,17 +156,22 @@ def test_kinks_at_known_times_are_seen_on_julia(adjoint, julia):
 # The stages of one step as one graph: where tensors lie, what is kept of a call, and what the call does.
 IN_GRAPHS = [
     "closure",
-    "behind_a_weak_reference",
     "counts_its_calls",
-    "encoded_and_direct",
-    "context_exchanged_before_backward",
-    "hypernetwork",
     "hamiltonian",
-    "written_in_place",
-    "attention",
     "partly_detached",
-    "shared_and_unused",
     "interpolated_data",
+    *(
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in (
+            "behind_a_weak_reference",
+            "encoded_and_direct",
+            "context_exchanged_before_backward",
+            "hypernetwork",
+            "written_in_place",
+            "attention",
+            "shared_and_unused",
+        )
+    ),
 ]
 NO_GRAPHS = [
     "keeps_its_last_result",

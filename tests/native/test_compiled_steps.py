@@ -21,7 +21,7 @@ from pyjlode.native import compiled
 F64 = torch.float64
 EXPLICIT = [name for name, row in METHODS.items() if row.kind in ("adaptive", "fixed")]
 TIMES = torch.tensor([0.0, 0.3, 0.55, 1.0], dtype=F64)
-HOW = {"engine": "torch", "rtol": 1e-5, "atol": 1e-7}
+HOW = {"engine": "torch", "rtol": 1e-4, "atol": 1e-6}
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 

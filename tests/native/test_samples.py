@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from designs import covering
+from designs import covering, latin
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -70,9 +70,9 @@ def side_by_side(solutions, n):
 # --- Steps and states -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("t", TIMES.values(), ids=TIMES)
-@pytest.mark.parametrize("method", OWN_STEPS)
-def test_each_is_solved_as_if_alone(method, t):
+@pytest.mark.parametrize(("method", "which"), latin(OWN_STEPS, TIMES))
+def test_each_is_solved_as_if_alone(method, which):
+    t = TIMES[which]
     kwargs = {"method": method, "rtol": 1e-4, "atol": 1e-6}
     with torch.no_grad():
         together = solve(Field(), H0, t, options=OWN, dense=False, **kwargs)
@@ -323,7 +323,7 @@ def test_gradcheck_and_second_derivatives():
     rows = torch.stack([ROWS[0], tensor(0.5, 0.7, 0.9, 1.2)])
 
     def f(h0, mu, t):
-        return odeint(lambda t, h: van_der_pol(t, h, mu), h0, t, options=OWN, rtol=1e-8, atol=1e-8)[1:]
+        return odeint(lambda t, h: van_der_pol(t, h, mu), h0, t, options=OWN, rtol=1e-6, atol=1e-6)[1:]
 
     inputs = [x.clone().requires_grad_() for x in (H0[:2], MU[:2] / 6, rows)]
     assert torch.autograd.gradcheck(f, inputs, eps=1e-5, atol=1e-4)
@@ -338,11 +338,11 @@ def test_other_adjoints(adjoint):
 
     def of(adjoint):
         f, h0 = Field(MU / 6), H0.clone().requires_grad_()
-        h = odeint(f, h0, T, adjoint=adjoint, rtol=1e-8, atol=1e-10, options=OWN)
+        h = odeint(f, h0, T, adjoint=adjoint, rtol=1e-6, atol=1e-8, options=OWN)
         return torch.autograd.grad(h.square().sum(), (h0, f.mu))
 
     for a, b in zip(of(adjoint), of("discrete")):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     for more in ({"t": ROWS}, {"t": T, "options": NAN}, {"t": T[:2], "event_fn": lambda t, h: h[..., 0]}):
         with pytest.raises(errors.BadOption, match="common steps"):
             odeint(Field(), H0, adjoint=adjoint, **{"options": OWN, **more})
@@ -571,14 +571,14 @@ def test_torch_func():
     load_forward_mode()  # torch warns of a deprecation of its own
 
     def end(h0):
-        return odeint(lambda t, h: van_der_pol(t, h, MU / 6), h0, ROWS, options=OWN)[-1]
+        return odeint(lambda t, h: van_der_pol(t, h, MU / 6), h0, ROWS, rtol=1e-5, options=OWN)[-1]
 
     h0 = H0.clone().requires_grad_()
     want = torch.autograd.grad(end(h0).square().sum(), h0)[0]
     torch.testing.assert_close(torch.func.grad(lambda h: end(h).square().sum())(H0), want)
     torch.testing.assert_close(torch.func.jacfwd(end)(H0), torch.func.jacrev(end)(H0))
     both = torch.func.vmap(end)(torch.stack([H0, H0 + 1]))
-    torch.testing.assert_close(both, torch.stack([end(H0), end(H0 + 1)]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(both, torch.stack([end(H0), end(H0 + 1)]), rtol=1e-4, atol=1e-4)
     with pytest.raises(errors.BadOption, match="vmap"):
         torch.func.grad(lambda h: odeint_event(fall, h, 0.0, event_fn=lambda t, h: h[..., 0], options=OWN)[0].sum())(H0)
 
@@ -587,7 +587,7 @@ def test_torch_func():
 
 
 def test_methods_with_common_steps_say_so():
-    stats = solve(Field(), H0, T, method="radau5", options=OWN, dense=False).stats
+    stats = solve(Field(), H0, T[:2], method="radau5", rtol=1e-3, options=OWN, dense=False).stats
     assert "common steps: radau5" in stats.reason
     assert stats.systems is None
     ask = {"rows": {"t": ROWS}, "nan": {"options": NAN}, "event": {"t": T[:2], "event_fn": lambda t, h: h[..., 0]}}

@@ -110,18 +110,22 @@ def rates_to(accuracy, adjoints, methods=STIFF):
 
 # To 1e-6 "quadrature" takes the methods whose dense output is of low order up to half a minute.
 EXACTLY = [x for x in DIFFERENT if x != "quadrature"]
-TO_THREE_DIGITS = [*rates_to(1e-3, EXACTLY), *rates_to(1e-3, ["quadrature"], ["rodas5p", "radau5", "kencarp4"])]
+TO_TWO_DIGITS = [*rates_to(1e-2, EXACTLY), *rates_to(1e-2, ["quadrature"], ["rodas5p", "radau5", "kencarp4"])]
 TO_SIX_DIGITS = [*rates_to(1e-6, EXACTLY), *rates_to(1e-6, ["quadrature"], ["rodas5p", "radau5", "bdf", "auto"])]
 
 
-@pytest.mark.parametrize(("accuracy", "method", "adjoint"), [*TO_THREE_DIGITS, *TO_SIX_DIGITS], ids=str)
+@pytest.mark.parametrize(("accuracy", "method", "adjoint"), [*TO_TWO_DIGITS, *TO_SIX_DIGITS], ids=str)
 def test_robertsons_rate_constants(accuracy, method, adjoint):
-    """To 1e-6 relative, and to 1e-3 at looser tolerances; the continuous adjoints of the methods of order 2 to ten
+    """To 1e-6 relative, and to 1e-2 at looser tolerances; the continuous adjoints of the methods of order 2 to ten
     times that, which is nine seconds there: their error falls with rtol to the power 2/3, so that 1e-6 takes four to
     eight times as long."""
     logs = torch.zeros(3, dtype=F64, requires_grad=True)
     h0, t = tensor(1.0, 0.0, 0.0), tensor(0.0, 1.0, 40.0)
-    looser = 1 if accuracy == 1e-6 else 3e3 if method in ("rosenbrock23", "trbdf2_adaptive", "kencarp4") else 3e4
+    looser = (
+        1
+        if accuracy == 1e-6
+        else {"rosenbrock23": 2e4, "trbdf2_adaptive": 2e4, "kencarp4": 2e4, "radau5": 4e4}.get(method, 2e5)
+    )
     tol = looser * TOLERANCES[method][adjoint in CONTINUOUS]
     value = loss(robertson, logs, h0, RATES, t, method, adjoint, tol, tol * 1e-4, WEIGHTS)
     (grad,) = torch.autograd.grad(value, logs)
@@ -179,7 +183,7 @@ def dae_reference(name):
 
 
 INDEX_1 = [
-    *covering([1e-4], DAES, MASS, DIFFERENT),
+    *covering([1e-3], DAES, MASS, DIFFERENT),
     *(
         pytest.param(1e-6, *case, marks=pytest.mark.slow)
         for case in itertools.product(DAES, MASS, ["discrete", "gauss"])
@@ -193,7 +197,7 @@ def test_systems_of_index_1(accuracy, name, method, adjoint):
     no derivative, because it is computed from the others."""
     f, mass, scale, h0, weights, small, end = DAES[name]
     logs, start = torch.zeros(len(scale), dtype=F64, requires_grad=True), h0.clone().requires_grad_()
-    tol = accuracy / (100 if method == "bdf" else 10)
+    tol = accuracy / (100 if method == "bdf" else 30)
     t = tensor(0.0, end / 4, end)
     value = loss(f, logs, start, scale, t, method, adjoint, tol, small * tol, weights, mass)
     of_logs, of_start = torch.autograd.grad(value, (logs, start))
@@ -207,7 +211,7 @@ def forced(t, h, p):
     return torch.stack([-p[0] * h[0] ** 2 + torch.sin(p[1] * t), p[1] * h[0] * h[1] - h[1] ** 3])
 
 
-def forced_loss(h0, t, p, method, adjoint, tol=1e-8):
+def forced_loss(h0, t, p, method, adjoint, tol=1e-7):
     h = odeint(lambda t, h: forced(t, h, p), h0, t, method=method, rtol=tol, atol=tol, adjoint=adjoint)
     return h[1].square().sum() + 2 * h[-1].prod()
 
@@ -229,7 +233,7 @@ def forced_reference():
 def test_times_start_and_parameters(method, adjoint):
     inputs = [x.clone().requires_grad_() for x in FORCED]
     grads = torch.autograd.grad(forced_loss(*inputs, method, adjoint), inputs)
-    torch.testing.assert_close(torch.cat(grads), forced_reference(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(grads), forced_reference(), rtol=1e-4, atol=1e-4)
 
 
 @functools.cache
@@ -264,8 +268,8 @@ def test_discrete_is_the_derivative_of_the_numbers_that_came_out(method):
 @pytest.mark.parametrize("method", ["rodas5p", "radau5", "bdf", "kvaerno5"])
 def test_batches(method, adjoint):
     """The gradient of a batch is that of its systems."""
-    k = RATES * torch.logspace(-0.5, 0.5, 3, dtype=F64)[:, None]
-    h0, t = tensor(1.0, 0.0, 0.0).repeat(3, 1), tensor(0.0, 0.1)
+    k = RATES * torch.logspace(-0.5, 0.5, 2, dtype=F64)[:, None]
+    h0, t = tensor(1.0, 0.0, 0.0).repeat(2, 1), tensor(0.0, 0.1)
     kwargs = {"method": method, "rtol": 1e-5, "atol": 1e-9, "adjoint": adjoint}
 
     def gradient(h0, k, **more):
@@ -275,7 +279,7 @@ def test_batches(method, adjoint):
         return torch.autograd.grad((h[-1] @ WEIGHTS).sum(), logs)[0]
 
     together = gradient(h0, k, options={"batch_dims": 1})
-    for i in range(3):
+    for i in range(2):
         torch.testing.assert_close(together[i], gradient(h0[i], k[i]), rtol=1e-3, atol=1e-6)
 
 
@@ -406,20 +410,24 @@ def test_a_replay_is_the_step_that_was_taken(method, name, rtol):
         torch.testing.assert_close(gradient, expected, rtol=30 * rtol, atol=30 * rtol * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("method", [*STIFF, *(m.name for m in METHODS.values() if m.kind == "implicit")])
-def test_the_derivative_by_a_slow_rate_is_not_lost_to_a_fast_one(method):
+@pytest.mark.parametrize(
+    ("method", "rtol"),
+    [
+        *((m.name, 1e-3) for m in METHODS.values() if m.controlled or m.kind == "implicit"),
+        *(pytest.param(method, 1e-6, marks=pytest.mark.slow) for method in STIFF),
+    ],
+)
+def test_the_derivative_by_a_slow_rate_is_not_lost_to_a_fast_one(method, rtol):
     """d sum(h) / d p[1] is -2.863 where p[0] = 1e5."""
     f, p, start, t, _ = REPLAYED["relaxing"]
-    p, options, tolerances = p.clone().requires_grad_(), None, (1e-3, 1e-5)
+    p, options = p.clone().requires_grad_(), None
     if METHODS[method].kind == "implicit":  # it solves its equations further than any tolerance asks
         t, options = tensor(0.0, 0.5, 1.0, 1.5, 2.0), {"step_size": 0.02 if METHODS[method].order == 1 else 0.05}
-        tolerances = (1e-3,)
-    for rtol in tolerances:
-        h = odeint(
-            lambda t, h: f(t, h, p), start, t, method=method, rtol=rtol, adjoint=True, engine="torch", options=options
-        )
-        (grad,) = torch.autograd.grad(h.sum(), p)
-        assert abs(float(grad[1]) + 2.863) < 0.03
+    h = odeint(
+        lambda t, h: f(t, h, p), start, t, method=method, rtol=rtol, adjoint=True, engine="torch", options=options
+    )
+    (grad,) = torch.autograd.grad(h.sum(), p)
+    assert abs(float(grad[1]) + 2.863) < 0.03
 
 
 def jumping(x, method, adjoint, rtol):

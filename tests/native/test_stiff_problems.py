@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import stiff_problems as sp
 import torch
-from designs import covering
+from designs import covering, latin
 from scipy.integrate import solve_ivp
 
 from pyjlode import METHODS, solve
@@ -38,7 +38,11 @@ def end(problem, method, tol):
 
 @pytest.mark.parametrize(
     ("problem", "method", "tol"),
-    [*covering(STIFF, ACCURATE, [1e-4, 1e-6]), (sp.VAN_DER_POL_SCALED, "rodas5p", 1e-6)],
+    [
+        *covering(STIFF, ACCURATE, [1e-4, 1e-5]),
+        (sp.VAN_DER_POL_SCALED, "rodas5p", 1e-6),
+        *(pytest.param(*row.values[:2], 1e-6, marks=pytest.mark.slow) for row in covering(STIFF, ACCURATE)),
+    ],
     ids=named,
 )
 def test_reference_value(problem, method, tol):
@@ -46,7 +50,7 @@ def test_reference_value(problem, method, tol):
     assert problem.error(end(problem, method, tol).h[-1], tol) < 30
 
 
-@each([sp.ROBERTSON_40, sp.HIRES, sp.VAN_DER_POL])
+@each([sp.ROBERTSON_40, *(pytest.param(x, marks=pytest.mark.slow) for x in (sp.HIRES, sp.VAN_DER_POL))])
 @pytest.mark.parametrize("method", ["radau5", "bdf"])
 def test_tight_tolerance(problem, method):
     assert problem.error(end(problem, method, 1e-8).h[-1], 1e-8) < 30
@@ -72,22 +76,21 @@ def test_stiff_oscillation(method):
     start, last = ((np.array([np.cos(t), 0]) + (smooth * np.exp(1j * t)).real).tolist() for t in (0.0, 1.0))
     problem = sp.Stiff("stiff oscillation", sp.stiff_oscillation, start, 1.0, last)
     # The formulas of bdf above order 2 are unstable here, and tight tolerances need them.
-    for tol in (1e-4, 1e-6) if method == "bdf" else (1e-4, 1e-6, 1e-8):
+    for tol in (1e-4, 1e-6) if method == "bdf" else (1e-4, 1e-7):
         assert problem.error(end(problem, method, tol).h[-1], tol) < 30
 
 
 @pytest.mark.parametrize("method", ["rodas5p", "radau5", "bdf"])
 def test_reference_value_of_a_dae(method):
     problem, M = sp.AKZO_NOBEL, torch.diag(torch.tensor([1.0, 1, 1, 1, 1, 0], dtype=F64))
-    for tol in (1e-4, 1e-6, 1e-8):
+    for tol in (1e-4, 1e-7):
         atol = problem.atol(tol)
         h = solve(problem.f, problem.y0, problem.times, method=method, rtol=tol, atol=atol, mass_matrix=M).h[-1]
         assert problem.error(h, tol) < 30
 
 
-@each(STIFF)
 @pytest.mark.parametrize(("method", "theirs"), [("radau5", "Radau"), ("bdf", "BDF")])
-@pytest.mark.parametrize("tol", [1e-4, 1e-6])
+@pytest.mark.parametrize(("problem", "tol"), latin(STIFF, [1e-4, 1e-5, 1e-6]), ids=named)
 def test_as_few_steps_as_scipy(problem, method, theirs, tol):
     atol = problem.atol(tol).numpy()
     steps = len(solve_ivp(problem.f_numpy, (0, problem.t1), problem.h0, method=theirs, rtol=tol, atol=atol).t) - 1
@@ -120,7 +123,7 @@ def test_auto_switches_at_the_jumps_of_van_der_pol():
     assert solution.stats.naccept < 600
 
 
-@pytest.mark.parametrize("tol", [1e-5, 1e-8, 1e-10])
+@pytest.mark.parametrize("tol", [1e-5, 1e-8, pytest.param(1e-10, marks=pytest.mark.slow)])
 def test_auto_finds_stiffness_at_every_tolerance(tol):
     """The stiff component has no part in the solution, the less the tighter the tolerance; explicit steps to the end
     would be tens of thousands."""
@@ -131,7 +134,7 @@ def test_auto_finds_stiffness_at_every_tolerance(tol):
 
 @each([sp.ARENSTORF, sp.TWO_BODY])
 def test_auto_stays_explicit_on_orbits_which_close(problem):
-    solution = end(problem, "auto", 1e-10)
+    solution = end(problem, "auto", 1e-9)
     assert solution.stats.switches == []
     # The orbits are unstable: HNW II.0 and Kepler's third law say by how much.
     assert float((solution.h[-1] - torch.tensor(problem.end, dtype=F64)).abs().max()) < 1e-3

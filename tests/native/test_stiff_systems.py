@@ -1,16 +1,15 @@
 """What a stiff method is given: Jacobians, mass matrices, starts of algebraic equations, and input that is wrong."""
 
 import math
-import subprocess
-import sys
 import warnings
 
+import numpy as np
 import pytest
 import stiff_problems as sp
 import torch
 
 import pyjlode
-from pyjlode import METHODS, errors, odeint, solve
+from pyjlode import METHODS, errors, notices, odeint, solve
 from pyjlode.native import linear
 
 F64 = torch.float64
@@ -42,22 +41,19 @@ def test_users_jacobian_is_used(method):
     assert float((h.h[-1] - tensor(0.0, math.exp(-1))).abs().max()) < 1e-4
 
 
-def test_what_autograd_refuses_is_differenced_with_one_warning():
-    code = (
-        "import warnings, numpy as np, torch, pyjlode\n"
-        "def f(t, h):\n"
-        "    a, b = h.numpy()\n"
-        "    return torch.from_numpy(np.array([-1e4 * (a - np.cos(t.numpy())), -b * a]))\n"
-        "h0, t = torch.tensor([1.0, 1.0], dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)\n"
-        "with warnings.catch_warnings(record=True) as w:\n"
-        "    warnings.simplefilter('always')\n"
-        "    for method in ('rodas5p', 'radau5', 'bdf', 'kvaerno5'):\n"
-        "        h = pyjlode.odeint(f, h0, t, method=method, rtol=1e-7, atol=1e-7)[-1]\n"
-        "        assert abs(float(h[1]) - 0.43107) < 1e-4, h\n"
-        "print(sum('finite differences' in str(x.message) for x in w))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "1"
+def test_what_autograd_refuses_is_differenced_with_one_warning(monkeypatch):
+    monkeypatch.setattr(notices, "_warned", set())  # as in a process that has just begun
+
+    def f(t, h):
+        a, b = h.numpy()
+        return torch.from_numpy(np.array([-1e4 * (a - np.cos(t.numpy())), -b * a]))
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for method in ("rodas5p", "radau5", "bdf", "kvaerno5"):
+            h = odeint(f, tensor(1.0, 1.0), tensor(0.0, 1.0), method=method, rtol=1e-6, atol=1e-6)[-1]
+            assert abs(float(h[1]) - 0.43107) < 1e-4, h
+    assert sum("finite differences" in str(x.message) for x in told) == 1
 
 
 class Opaque(torch.autograd.Function):
@@ -141,9 +137,9 @@ def test_time_that_f_reads_as_a_number(method):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        a, b = (solve(g, tensor(0.0), 3 * T, method=method, rtol=1e-6, atol=1e-6, dense=False) for g in (f, seen))
+        a, b = (solve(g, tensor(0.0), 3 * T, method=method, rtol=1e-5, atol=1e-5, dense=False) for g in (f, seen))
     assert a.stats.naccept <= 1.1 * b.stats.naccept + 2
-    assert float((a.h[-1] - b.h[-1]).abs()) < 1e-5
+    assert float((a.h[-1] - b.h[-1]).abs()) < 1e-4
 
 
 @METHOD
@@ -157,10 +153,10 @@ def test_matrix_free(method, monkeypatch):
         h = odeint(
             lambda t, h: scale * sp.heat(t, h, torch) - h**3,
             start,
-            tensor(0.0, 0.02),
+            tensor(0.0, 0.01),
             method=method,
-            rtol=1e-5,
-            atol=1e-6,
+            rtol=1e-4,
+            atol=1e-5,
             adjoint=True,
         )
         return h[-1].detach(), torch.autograd.grad(h[-1].square().sum(), scale)[0]
@@ -168,8 +164,8 @@ def test_matrix_free(method, monkeypatch):
     dense, slope = run()
     monkeypatch.setattr(linear, "DENSE_LIMIT", 4)
     free, slope_free = run()
-    torch.testing.assert_close(free, dense, rtol=3e-4, atol=3e-5)
-    torch.testing.assert_close(slope_free, slope, rtol=3e-4, atol=3e-5)
+    torch.testing.assert_close(free, dense, rtol=3e-3, atol=3e-4)
+    torch.testing.assert_close(slope_free, slope, rtol=3e-3, atol=3e-4)
 
 
 @METHOD

@@ -21,7 +21,7 @@ def field(s, u):
 
 def run(method, time=1.0, state=1.0, f=field, adjoint=False, start=(1.0, 0.5), k=None, **options):
     if METHODS[method].kind in ("fixed", "implicit", "adams", "reversible"):
-        options["step_size"] = time / (200 if METHODS[method].kind in ("adams", "reversible") else 20)
+        options["step_size"] = time / (200 if METHODS[method].kind in ("adams", "reversible") else 10)
     k = torch.ones((), dtype=F64) if k is None else k
     solution = solve(
         lambda t, h: state / time * k * f(t / time, h / state),

@@ -293,11 +293,14 @@ def test_a_gradient_that_cannot_be_traced_stops_only_itself():
         program.text("vjp")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("inside", [
-    lambda q: nn.functional.scaled_dot_product_attention(q, q.flip(-2), q.cos()),
-    lambda q: nn.functional.scaled_dot_product_attention(q, q.flip(-2), q.cos(), is_causal=True),
-    lambda q: nn.functional.scaled_dot_product_attention(q, q, q, (torch.ones(5, 5).tril() > 0), scale=0.3),
+attend = nn.functional.scaled_dot_product_attention
+
+
+@pytest.mark.parametrize(("inside", "dtype"), [
+    (lambda q: attend(q, q.flip(-2), q.cos()), torch.float32),
+    (lambda q: attend(q, q.flip(-2), q.cos()), torch.float64),
+    (lambda q: attend(q, q.flip(-2), q.cos(), is_causal=True), torch.float32),
+    (lambda q: attend(q, q, q, torch.ones(5, 5).tril() > 0, scale=0.3), torch.float64),
 ])  # fmt: skip
 def test_attention_has_a_product(inside, dtype):
     """As PyTorch computes it, it is fused where it can be: of the kernels there is no Julia."""
@@ -314,7 +317,7 @@ def test_attention_has_a_product(inside, dtype):
 
 def test_dropout_within_attention_is_refused():
     q = torch.ones(1, 1, 4, 2)
-    f = lambda t, h: nn.functional.scaled_dot_product_attention(h, h, h, dropout_p=0.5)  # noqa: E731
+    f = lambda t, h: attend(h, h, h, dropout_p=0.5)  # noqa: E731
     with pytest.raises(NotCompiled, match="random"):
         program_of(Field(f, q.shape, (f, q.shape)), q.reshape(-1))
 
@@ -534,27 +537,30 @@ def written(t, h):
     return d
 
 
-@pytest.mark.parametrize("mode", ["scalar", "array"])
-@pytest.mark.parametrize(
-    "f",
-    [
-        written,
-        lambda t, h: -h * POINT.sum(),
-        lambda t, h: -h * POINT.sum(0),
-        lambda t, h: -h * t.sum(-1, keepdim=True),
-        lambda t, h: -h * POINT.mean(),
-        lambda t, h: -h * torch.softmax(POINT * 2, 0),
-        lambda t, h: -h * torch.log_softmax(POINT, -1),
-        lambda t, h: -h * POINT.amax(),
-        lambda t, h: -h * (t * POINT).max(),
-        lambda t, h: -h * (POINT * t).prod(),
-        lambda t, h: -h * torch.linalg.vector_norm(POINT),
-        lambda t, h: -h * torch.logsumexp(POINT, 0),
-        lambda t, h: -h * POINT.cumsum(0),
-        lambda t, h: -h * POINT.var(correction=0),
-        lambda t, h: torch.where((POINT > 0).any(), -h, h),
-    ],
-)
+ONE_NUMBER = [
+    written,
+    lambda t, h: -h * POINT.sum(),
+    lambda t, h: -h * POINT.sum(0),
+    lambda t, h: -h * t.sum(-1, keepdim=True),
+    lambda t, h: -h * POINT.mean(),
+    lambda t, h: -h * torch.softmax(POINT * 2, 0),
+    lambda t, h: -h * torch.log_softmax(POINT, -1),
+    lambda t, h: -h * POINT.amax(),
+    lambda t, h: -h * (t * POINT).max(),
+    lambda t, h: -h * (POINT * t).prod(),
+    lambda t, h: -h * torch.linalg.vector_norm(POINT),
+    lambda t, h: -h * torch.logsumexp(POINT, 0),
+    lambda t, h: -h * POINT.cumsum(0),
+    lambda t, h: -h * POINT.var(correction=0),
+    lambda t, h: torch.where((POINT > 0).any(), -h, h),
+]
+# Each as one of the two kinds of code, in turn; as the other one where there is time.
+KINDS = ("scalar", "array")
+IN_TURN = [(f, KINDS[i % 2]) for i, f in enumerate(ONE_NUMBER)]
+IN_TURN += [pytest.param(f, KINDS[1 - i % 2], marks=pytest.mark.slow) for i, f in enumerate(ONE_NUMBER)]
+
+
+@pytest.mark.parametrize(("f", "mode"), IN_TURN)
 def test_one_number_is_reduced(f, mode, monkeypatch):
     monkeypatch.setattr(scalar, "LIMIT", -1 if mode == "array" else 1 << 20)
     made, _ = trace(f)
