@@ -121,7 +121,7 @@ def main(warm_up: int = 30, iterations: int = 150, out: str = "double_pendulum.p
         right.plot(x, true_friction(x), "--", color=INK, label="true")
         right.plot(x, learned, color=COLORS[0], lw=2.6, label="learned")
         right.set(title=f"... its friction, to {error:.0%}", xlabel="speed of a joint", ylabel="torque of friction")
-        right.legend(loc="upper left")
+        right.legend(loc="upper right")
         fig.savefig(out, dpi=120)
     return error
 

@@ -70,7 +70,7 @@ def main(steps: int = 60, out: str = "robertson_fit.png", seed: int = 0) -> Tens
             ax.semilogx(t[1:], h[1:, i] / SCALE[i], color=COLORS[i], lw=2, label=name if i != 1 else "B / 4e-5")
         ax.set(title=f"Three rate constants over nine orders of magnitude, each to within {off:.0%}", xlabel="time")
         ax.set_ylabel("concentration")
-        ax.legend(loc="center left")
+        ax.legend(loc="center", bbox_to_anchor=(0.36, 0.42))
         fig.savefig(out, dpi=120)
     return k
 

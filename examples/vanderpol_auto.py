@@ -39,7 +39,7 @@ def main(mu: float = 1000.0, out: str = "vanderpol_auto.png") -> list[tuple[floa
                 ax.plot(at, solution.interpolate(at)[:, 0], "o", color=color, label=f"to {name}, {kind}")
         title = f"Explicit steps for the jumps, implicit ones between: {len(switches)} switches"
         ax.set(title=title, xlabel="t", ylabel="x")
-        ax.legend(loc="center right")
+        ax.legend(loc="lower left")
         fig.savefig(out, dpi=120)
     return switches
 

@@ -174,3 +174,202 @@ def squeezer(t, y):
 
 
 SQUEEZER_MASS = torch.diag(torch.cat([torch.ones(14, dtype=F64), torch.zeros(13, dtype=F64)]))
+
+# --- Ring modulator: two transformers and four diodes; 15 equations, very stiff and oscillating (II-12) -------------
+
+RING_START = torch.zeros(15, dtype=F64)
+RING_END = (
+    1e-3,
+    tensor(
+        -0.2339057358486745e-1,
+        -0.7367485485540825e-2,
+        0.2582956709291169,
+        -0.4064465721283450,
+        -0.4039455665149794,
+        0.2607966765422943,
+        0.1106761861269975,
+        0.2939904342435596e-6,
+        -0.2840029933642329e-7,
+        0.7267198267264553e-3,
+        0.7929487196960840e-3,
+        -0.7255283495698965e-3,
+        -0.7941401968526521e-3,
+        0.7088495416976114e-4,
+        0.2390059075236570e-4,
+    ),
+)
+# Voltages at four nodes of the ring and at its load, seen by the diodes; and the currents that charge those nodes.
+_DIODES = tensor(1, 0, -1, 0, -1, 0, -1, 0, 1, -1, 0, 1, 1, 0, 1, -1, 0, 0, -1, 1).view(4, 5)
+_SIGNAL = tensor(-1, -1, 1, 1)
+
+
+def ring_modulator(t, y):
+    """(15,): the voltages y1 to y7, and the currents y8 to y15."""
+    load, tap = y[:2], 0.5 * torch.stack([y[0], -y[0], y[1], -y[1]])
+    nodes, rest, coils, ends = y[2:7], y[7:9], y[9:13], y[13:15]
+    source = torch.stack([0.5 * torch.sin(2e3 * math.pi * t), torch.zeros_like(t)])
+    across = _DIODES @ nodes + 2 * torch.sin(2e4 * math.pi * t) * _SIGNAL
+    through = 40.67286402e-9 * (torch.exp(17.7493332 * across) - 1)
+    charged = -(through @ _DIODES)
+    wound = coils * _TURNS
+    into = torch.cat([wound + charged[:4], (charged[4] - nodes[4] / 50)[None]])
+    return torch.cat(
+        [
+            (rest - 0.5 * torch.stack([coils[0] - coils[1], coils[2] - coils[3]]) + ends - load / 25e3) / 1.6e-8,
+            into / tensor(2e-12, 2e-12, 2e-12, 2e-12, 1e-8),
+            -load / 4.45,
+            (tap - _TURNS * nodes[:4] - 17.3 * coils) / 5e-4,
+            (source - load - tensor(50 + 36.3, 600 + 36.3) * ends) / 2e-3,
+        ]
+    )
+
+
+_TURNS = tensor(1, -1, 1, -1)
+
+
+# --- Slider crank: a rigid crank that turns at a given speed, an elastic rod and a block (II-19; Simeon 1996) --------
+
+# The test set computes with this number.
+_PI = 3.1415927
+_CRANK, _ROD, _DENSITY, _SPEED = 0.15, 0.30, 7870.0, 150.0
+_M_ROD, _M_BLOCK, _J_CRANK, _J_ROD = 0.151104, 0.075552, 0.002727, 0.0045339259
+_VOLUME, _STIFFNESS = 0.008**2 * _ROD, 0.2e12 * 0.008**2 / _ROD
+# The rod: two sines across it, a quadratic along it.
+_ROD_MASS = _DENSITY * _VOLUME * tensor(0.5, 0, 0, 0, 0, 0.5, 0, 0, 0, 0, 8, 1, 0, 0, 1, 2).view(4, 4)
+_BEND = _PI**4 / 24 * (0.008 / _ROD) ** 2
+_ROD_STIFF = tensor(_BEND, 0, 0, 0, 0, 16 * _BEND, 0, 0, 0, 0, 16 / 3, -8 / 3, 0, 0, -8 / 3, 7 / 3).view(4, 4)
+_ROD_TURN = torch.zeros(4, 4, dtype=F64)
+_ROD_TURN[0, 2:] = _VOLUME * tensor(-16 / _PI**3, 8 / _PI**3 - 1 / _PI)
+_ROD_TURN[1, 3] = _VOLUME * 0.5 / _PI
+_ROD_TURN -= _ROD_TURN.T.clone()
+_ALONG, _ACROSS = _VOLUME * tensor(0, 0, 2 / 3, 1 / 6), _VOLUME * tensor(2 / _PI, 0, 0, 0)
+_ALONG_X, _ACROSS_X = _ROD * _VOLUME * tensor(0, 0, 1 / 3, 1 / 6), _ROD * _VOLUME * tensor(1 / _PI, -0.5 / _PI, 0, 0)
+
+# Angles of crank and rod, place of the block, the rod's shape; and their velocities. The rest is computed.
+CRANK_START = tensor(
+    0,
+    0,
+    0.450016933,
+    0,
+    0,
+    0.103339863e-4,
+    0.169327969e-4,
+    150,
+    -0.749957670e2,
+    -0.268938672e-5,
+    0.444896105,
+    0.463434311e-2,
+    -0.178591076e-5,
+    -0.268938672e-5,
+)
+CRANK_END = (
+    0.1,
+    tensor(
+        0.1500000000000104e2,
+        -0.3311734988256260,
+        0.1697373328427860,
+        0.1893192899613509e-3,
+        0.2375751249879174e-4,
+        -0.5323896770569702e-5,
+        -0.8363313279112129e-5,
+    ),
+)
+# The velocities there; and the accelerations and the forces in the joints, at the start and there.
+CRANK_END_VELOCITIES = tensor(
+    0.1500000000000000e3,
+    0.6025346755138369e2,
+    -0.8753116326670527e1,
+    -0.3005541400289738e-1,
+    -0.5500431812571696e-2,
+    0.4974111734266989e-3,
+    0.1105560003626645e-2,
+)
+CRANK_FORCES = (
+    tensor(
+        0,
+        -1.344541576008661e-3,
+        -5.062194923138079e3,
+        -6.833142732779555e-5,
+        1.449382650173157e-8,
+        -4.268463211410861,
+        2.098334687947376e-1,
+        -6.397251492537153e-8,
+        3.824589508329281e2,
+        -4.376060460948886e-9,
+    ),
+    tensor(
+        0,
+        0.6488737541276957e4,
+        0.2167938629509884e4,
+        0.3391137060286523e2,
+        0.1715134772216488,
+        -0.1422449408912512e1,
+        0.1003946428124810e1,
+        -0.6232935833287916e2,
+        -0.1637920993367306e3,
+        0.2529857947066878e2,
+    ),
+)
+
+
+def crank_inertia(x):
+    """(7,) -> (7, 7)."""
+    q, c, s = x[3:], torch.cos(x[0] - x[1]), torch.sin(x[0] - x[1])
+    zero = torch.zeros_like(c)
+    both = 0.5 * _CRANK * _ROD * _M_ROD * c + _DENSITY * _CRANK * (s * (_ACROSS @ q) + c * (_ALONG @ q))
+    rod = _J_ROD + q @ _ROD_MASS @ q + 2 * _DENSITY * (_ALONG_X @ q)
+    rigid = torch.stack(
+        [zero + _J_CRANK + _M_ROD * _CRANK**2, both, zero, both, rod, zero, zero, zero, zero + _M_BLOCK]
+    ).view(3, 3)
+    of_crank = _DENSITY * _CRANK * (c * _ACROSS - s * _ALONG)
+    side = torch.stack([of_crank, _DENSITY * (_ACROSS_X + q @ _ROD_TURN), torch.zeros_like(q)])
+    return torch.cat([torch.cat([rigid, side], 1), torch.cat([side.T, _ROD_MASS], 1)])
+
+
+def crank_force(x, v):
+    """(7,): what the motion gives, and the rod's springs; there is no gravity."""
+    q, w, c, s = x[3:], v[3:], torch.cos(x[0] - x[1]), torch.sin(x[0] - x[1])
+    first, second = v[0], v[1]
+    across, along = _ACROSS @ q, _ALONG @ q
+    turn, arm = 0.5 * _CRANK * _ROD * _M_ROD * s, _DENSITY * _CRANK
+    on_crank = second**2 * (arm * (c * across - s * along) - turn) - 2 * arm * second * (
+        c * (_ALONG @ w) + s * (_ACROSS @ w)
+    )
+    on_rod = first**2 * (turn + arm * (s * along - c * across)) - 2 * second * (
+        _DENSITY * (_ALONG_X @ w) + w @ _ROD_MASS @ q
+    )
+    within = second**2 * (_ROD_MASS @ q + _DENSITY * _ALONG_X) - _STIFFNESS * (_ROD_STIFF @ q)
+    within = within + arm * first**2 * (c * _ALONG + s * _ACROSS) + 2 * _DENSITY * second * (_ROD_TURN @ w)
+    return torch.cat([torch.stack([on_crank, on_rod, torch.zeros_like(c)]), within])
+
+
+def crank_constraints(t, x):
+    """(7,) -> (3,): the block slides on a line, the rod ends in it, the crank turns."""
+    (c1, c2), (s1, s2), rod = torch.cos(x[:2]), torch.sin(x[:2]), _ROD + x[6]
+    return torch.stack([_CRANK * s1 + rod * s2, x[2] - _CRANK * c1 - rod * c2, x[0] - _SPEED * t])
+
+
+def slider_crank(t, y):
+    """Of index 1, the constraints differentiated twice: y = (x, v, w, λ), with M = diag(I, I, 0, 0)."""
+    x, v, w, force = y.split([7, 7, 7, 3])
+    (c1, c2), (s1, s2), rod = torch.cos(x[:2]), torch.sin(x[:2]), _ROD + x[6]
+    zero, one = torch.zeros_like(c1), torch.ones_like(c1)
+    G = torch.stack(
+        [
+            torch.stack([_CRANK * c1, rod * c2, zero, zero, zero, zero, s2]),
+            torch.stack([_CRANK * s1, rod * s2, one, zero, zero, zero, -c2]),
+            torch.stack([one, zero, zero, zero, zero, zero, zero]),
+        ]
+    )
+    first, second, longer = v[0] ** 2, v[1] ** 2, 2 * v[1] * v[6]
+    curved = torch.stack(
+        [
+            longer * c2 - _CRANK * first * s1 - rod * second * s2,
+            longer * s2 + _CRANK * first * c1 + rod * second * c2,
+            zero,
+        ]
+    )
+    return torch.cat([v, w, crank_inertia(x) @ w - crank_force(x, v) + force @ G, G @ w + curved])
+
+
+CRANK_MASS = torch.diag(torch.cat([torch.ones(14, dtype=F64), torch.zeros(10, dtype=F64)]))

@@ -28,6 +28,7 @@ def end(system, method, tol, mass=None, start=None, atol=None, **options):
 SYSTEMS = {
     "amplifier": (ts.amplifier, ts.AMPLIFIER_START, ts.AMPLIFIER_END),
     "squeezer": (ts.squeezer, ts.SQUEEZER_START, ts.SQUEEZER_END),
+    "crank": (ts.slider_crank, ts.CRANK_START, ts.CRANK_END),
 }
 
 
@@ -68,3 +69,27 @@ def test_squeezer(method, tol, digits):
 def test_the_equations_at_the_published_solution():
     """The loops close at the published end, whose numbers were found without these equations."""
     assert float(ts.squeezer_constraints(ts.SQUEEZER_END[1]).abs().max()) < 1e-15
+
+
+@pytest.mark.parametrize("at", ["start", "end"])
+def test_slider_crank_at_the_published_states(at):
+    """Accelerations and the forces in the joints follow from places and velocities, and are those published; the start
+    is printed with nine digits."""
+    k = ("start", "end").index(at)
+    t = torch.tensor(0.1 * k, dtype=F64)
+    x, v = ts.CRANK_START.split(7) if at == "start" else (ts.CRANK_END[1], ts.CRANK_END_VELOCITIES)
+    y = torch.cat([x, v, torch.zeros(10, dtype=F64)])
+    J = torch.func.jacrev(ts.slider_crank, 1)(t, y)[14:, 14:]
+    found = -torch.linalg.solve(J, ts.slider_crank(t, y)[14:])  # the equations are linear in them
+    assert torch.allclose(found, ts.CRANK_FORCES[k], rtol=1e-7 if at == "end" else 2e-6, atol=1e-6)
+    assert float(ts.crank_constraints(t, x).abs().max()) < (1e-8 if at == "end" else 1e-7)
+
+
+@pytest.mark.slow
+def test_slider_crank():
+    """Its index reduced from 2 to 1, with undamped vibrations of the rod: 200 of them until the end."""
+    y0 = torch.cat([ts.CRANK_START, torch.zeros(10, dtype=F64)])
+    h = end("crank", "rodas5p", 1e-5, ts.CRANK_MASS, start=y0, atol=1e-9, consistent="compute")
+    x = ts.CRANK_END[1]
+    assert float((h[-1, :7] / x - 1).abs().max()) < 2e-4
+    assert float(ts.crank_constraints(torch.tensor(0.1), h[-1, :7]).abs().max()) < 1e-6
