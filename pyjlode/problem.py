@@ -205,6 +205,7 @@ class Field:
         source: what `f` is made of: the user's function, and the shape or the `Layout` of its state; None where a
             capture of the user's function would not show what `f` does.
         parts: tensors that `source` holds, by their `id`, and what stands for them in `f`.
+        one: how the state of one system lies, where f is that of one system of a batch and `source` that of all.
     """
 
     def __init__(
@@ -213,8 +214,9 @@ class Field:
         shape: torch.Size | None = None,
         source: tuple[Any, ...] | None = None,
         parts: dict[int, Tensor] | None = None,
+        one: Layout | None = None,
     ) -> None:
-        self.f, self.shape, self.source, self.parts = f, shape, source, parts or {}
+        self.f, self.shape, self.source, self.parts, self.one = f, shape, source, parts or {}, one
         self.program: Any = None  # of the compiled functions, once it was looked for
         self.seen: Any = None  # where it was called, for those functions to be compared there
         self.flat = shape is None or len(shape) == 1

@@ -382,21 +382,42 @@ function solve_transposed!(x::PackNumbers{T}, A, swapped, n) where {T}
     return nothing
 end
 
-function errors(crew::Crew{T}, m::Rosenbrock{T}, rtol::T, atol::T) where {T}
-    (; n, u, y, k) = crew
-    squares = squares_of_error(
-        numbers(u), numbers(y), numbers(k), m.e.from[1], m.e.by[1], n, Pack{T}(1), rtol, atol, nothing
-    )
-    return Elementary.sqrt(squares / T(n))
+"""
+The norms of an error over the tolerances, `rtol` and `atol`: root mean squares, over several tensors (at `offsets`) the
+largest of theirs. `room`: for WIDTH n numbers.
+"""
+struct Norms{T}
+    rtol::T
+    atol::T
+    offsets::Vector{Int}
+    room::Vector{T}
 end
 
-function errors(crew::Crew{T}, m::Embedded{T}, rtol::T, atol::T) where {T}
+function error_of(crew::Crew{T}, from, by, dt, norms::Norms{T}) where {T}
     (; n, u, y, k) = crew
-    dt = steps_of(crew)
+    (; rtol, atol, offsets, room) = norms
     un, yn, kn = numbers(u), numbers(y), numbers(k)
-    norm(i) = Elementary.sqrt(squares_of_error(un, yn, kn, m.e.from[i], m.e.by[i], n, dt, rtol, atol, nothing) / T(n))
-    first = norm(1)
-    return length(m.e.from) == 1 ? first : each(damped, first, norm(2))
+    if length(offsets) == 2
+        return Elementary.sqrt(squares_of_error(un, yn, kn, from, by, n, dt, rtol, atol, nothing) / T(n))
+    end
+    parts, largest = numbers(room), Pack{T}(0)
+    squares_of_error(un, yn, kn, from, by, n, dt, rtol, atol, parts)
+    for j in 2:length(offsets)
+        total = Pack{T}(0)
+        for i in (offsets[j - 1] + 1):offsets[j]
+            total = muladd(parts[i], parts[i], total)
+        end
+        largest = Elementary.max(largest, Elementary.sqrt(total / T(max(offsets[j] - offsets[j - 1], 1))))
+    end
+    return largest
+end
+
+errors(crew::Crew{T}, m::Rosenbrock{T}, norms) where {T} = error_of(crew, m.e.from[1], m.e.by[1], Pack{T}(1), norms)
+
+function errors(crew::Crew{T}, m::Embedded{T}, norms) where {T}
+    dt = steps_of(crew)
+    first = error_of(crew, m.e.from[1], m.e.by[1], dt, norms)
+    return length(m.e.from) == 1 ? first : each(damped, first, error_of(crew, m.e.from[2], m.e.by[2], dt, norms))
 end
 
 "The state of lane w at t + θ dt, to a column."
@@ -572,6 +593,7 @@ struct March{T, M}
     go_on::Bool
     rtol::Float64
     atol::Float64
+    norms::Norms{T}
     watch::Union{Nothing, Watch{T}}
 end
 
@@ -580,14 +602,15 @@ times_of(swept::Swept, i) = view(swept.times, :, size(swept.times, 2) == 1 ? 1 :
 function march(part, own::Field{T}, r::Request, s::Abreast, swept::Swept{T, M}, states, track) where {T, M}
     method = copy(swept.method)
     only_one(lent) = only(Vector{Float64}(lent))
-    control, count = Control(r, s.order), s.count
+    control, count, rtol, atol = Control(r, s.order), s.count, only_one(r.rtol), only_one(r.atol)
+    offsets = r.offsets.length == 0 ? [0, own.n] : copy(Vector{Int64}(r.offsets))
     march = March{T, M}(
         part, own, Crew(own, rows(method)), [Runner() for _ in 1:WIDTH], control, method, swept, states,
         reshape(Vector{T}(s.slopes), own.n, count), Vector{Int64}(s.naccept), Vector{Int64}(s.nreject),
         Vector{Int64}(s.codes), reshape(Vector{Float64}(s.ends), 2, count), track, Progress(first(part), 0, 0, 0, 0, 0),
         zeros(T, WIDTH), zeros(WIDTH), zeros(WIDTH), zeros(WIDTH), zeros(T, own.n), zeros(T, own.n),
-        zeros(T, WIDTH * own.n), zeros(T, own.n), s.go_on != 0, only_one(r.rtol), only_one(r.atol),
-        s.event == C_NULL ? nothing : Watch{T}(s, own.n)
+        zeros(T, WIDTH * own.n), zeros(T, own.n), s.go_on != 0, rtol, atol,
+        Norms{T}(rtol, atol, offsets, zeros(T, WIDTH * own.n)), s.event == C_NULL ? nothing : Watch{T}(s, own.n)
     )
     GC.@preserve march own foreach(w -> begin_next!(march, w), 1:WIDTH)
     while march.progress.running > 0
@@ -620,7 +643,7 @@ function begin_next!(m::March{T}, w) where {T}
         direction = t_end < t ? -1.0 : 1.0
         longest = min(control.longest, abs(t_end - t))
         scale(i) = m.atol + abs(Float64(start[i])) * m.rtol
-        norm(f) = sqrt(sum(i -> abs2(Float64(f(i)) / scale(i)), 1:(field.n)) / field.n)
+        norm(f) = largest_norm(i -> Float64(f(i)) / scale(i), m.norms.offsets)
         field_at(t) = native(field, field.f, m.ahead, m.point, m.point, field.parameters, t)
         h = first_step(norm, field_at, start, slope, t, direction, longest, control, m.point, m.ahead)
         progress.calls += 2
@@ -653,7 +676,7 @@ end
 function step!(m::March{T}, f, method) where {T}
     (; crew, lanes, control, moved, progress, n) = (; m.crew, m.lanes, m.control, m.moved, m.progress, m.field.n)
     attempt!(crew, f, method)
-    store!(m.errors, errors(crew, method, T(m.rtol), T(m.atol)))
+    store!(m.errors, errors(crew, method, m.norms))
     powers!(m.powers, m.roots, m.errors, control.beta1, control.beta2)
     accepted = 0
     for w in 1:WIDTH

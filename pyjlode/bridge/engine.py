@@ -21,7 +21,7 @@ from ..methods import Method
 from ..methods.explicit import ExplicitTableau
 from ..methods.stiff import RosenbrockTableau
 from ..parameters import by_tensor
-from ..problem import NO_OPTIONS, AdjointSettings, Field, ODEProblem, SolverOptions, like
+from ..problem import NO_OPTIONS, AdjointSettings, Field, ODEProblem, SolverOptions, SystemsLayout, like
 from ..solution import Stats
 from . import packages, places, runtime
 from .calls import Calls, Held
@@ -254,6 +254,8 @@ def _cannot_differentiate_masses(p: ODEProblem, gradient: str) -> str | None:
 def _cannot_replay(p: ODEProblem) -> str | None:
     if isinstance(p.method.tableau, RosenbrockTableau) and (p.batch > 1 or alone(p)):
         return None  # of a sweep, whose other needs `_cannot_sweep` knows
+    if may_be_alone(p):
+        return f"with {p.method.name!r}, but for a field of few operations that is compiled with its derivatives"
     if not isinstance(p.method.tableau, ExplicitTableau):
         return f"with {p.method.name!r}, which is not an explicit Runge-Kutta method of both engines"
     if isinstance(p.f.f, JuliaFunction):
@@ -286,7 +288,7 @@ def _cannot_sweep(p: ODEProblem, gradient: str | None) -> str | None:
         return "takes no mass_matrix, step_t or jump_t"
     if isinstance(p.rtol, Tensor) or isinstance(p.atol, Tensor):
         return "takes one rtol and one atol for all"
-    if p.layout is None or not p.layout.bare:
+    if p.layout is None or any(p.layout.complex):
         return "needs a real state"
     return None
 
@@ -531,6 +533,7 @@ def _solve(
     # Beside the user's tensors there may be sensitivities; and a sweep's norm is of one system.
     if p.layout is not None and p.layout.sizes != [y0.numel()]:
         sizes = [*p.layout.sizes, y0.numel() - sum(p.layout.sizes)]
+        sizes = p.layout.widths if isinstance(p.layout, SystemsLayout) else sizes
         request.lend(offsets=torch.tensor([0, *sizes], device="cpu").cumsum(0))
     # Not `out` itself: that gets a graph which holds the solve, which holds the request.
     request.lend(u0=y0, out=out.detach())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +56,7 @@ class Sweep:
     Args:
         p: with a `batch` of systems.
         differentiated: gradients will be asked for.
+        of: computes the flat values of `p.f` of a time, a flat state, and how that lies; by default from `p.f.source`.
 
     Attributes:
         first: the problem of the first of them.
@@ -65,7 +66,13 @@ class Sweep:
         NotCompiled: f cannot be captured.
     """
 
-    def __init__(self, p: ODEProblem, *, differentiated: bool = False) -> None:
+    def __init__(
+        self,
+        p: ODEProblem,
+        *,
+        differentiated: bool = False,
+        of: Callable[[Tensor, Tensor, Layout], Tensor] | None = None,
+    ) -> None:
         from ..capture.held import held_by  # half the cost of importing this package
 
         assert p.layout is not None
@@ -73,8 +80,8 @@ class Sweep:
         if p.batch == 1 and not p.options.batch_dims:
             self._of_one()
             return
-        shape, dims = p.layout.shapes[0], p.options.batch_dims
-        batch, one = shape[:dims], (slice(0, 1),) * dims
+        dims = p.options.batch_dims
+        batch, one = p.layout.shapes[0][:dims], (slice(0, 1),) * dims
         source = held_by(p.f, p.y0.dtype)
         self.known = _known(p, source)
         self.tensors = source.tensors
@@ -89,20 +96,20 @@ class Sweep:
             id(x): (y[one] if varying else y).detach().requires_grad_(differentiated and x.requires_grad)
             for x, y, varying in zip(source.tensors, self.held, self.varying)
         }
-        f = p.f.f
+        layout, f = _one_of(p.layout, dims), of or _flat_of(p.f)
 
         def of_one(t: Tensor, h: Tensor) -> Tensor:
             with _Parts(parts):
-                return f(t, h)
+                return f(t, h, layout)
 
         size = p.y0.numel() // p.batch
         y0 = p.y0.detach()[:size]
         self.first = replace(
             p,
-            f=Field(of_one, torch.Size((1,) * dims + shape[dims:]), p.f.source, parts),
+            f=Field(of_one, None, p.f.source, parts, layout),
             y0=y0,
             f0=None if p.f0 is None else p.f0[:size],
-            layout=Layout(y0),
+            layout=layout,
             batch=1,
             rows=None,
             swept=None,
@@ -125,8 +132,7 @@ class Sweep:
         self.tensors = source.tensors
         self.held = [x.detach() for x in source.tensors]
         self.varying = [False] * len(self.held)
-        y0 = self.p.y0.detach()
-        self.first = replace(self.p, y0=y0, layout=Layout(y0), compile=True)
+        self.first = replace(self.p, y0=self.p.y0.detach(), compile=True)
 
     def _is_apart(self, x: Tensor) -> bool:
         """Whether no system has a part in another's of a tensor, at some points of the solve: the first has none in the
@@ -259,7 +265,7 @@ class Sweep:
     def _watch(self, calls: Calls, systems: Abreast) -> dict[str, Tensor]:
         """Have the systems end at their events: what Julia then writes to."""
         p, dtype = self.p, self.p.y0.dtype
-        watching = Sweep(_of_events(p))
+        watching = _of_events(p)
         program = _event_program(watching)
         slots = program.trace.slots
         parts = [
@@ -394,22 +400,41 @@ class Sweep:
             raise _not_independent(worst, error) from error
 
 
-def _of_events(p: ODEProblem) -> ODEProblem:
-    """A problem whose field is the event function, for it to be compiled as a field is: of each system its values, and
-    the first of them again as often as the state has more numbers."""
-    assert p.layout is not None
-    event_fn, shape, dims = p.event_source, p.layout.shapes[0], p.options.batch_dims
-    assert event_fn is not None
-    size = math.prod(shape[dims:])
+def _one_of(layout: Layout, dims: int) -> Layout:
+    """How the state of one system lies that is one of those in the first `dims` dimensions."""
+    leaves = [torch.empty((1,) * dims + x[dims:], dtype=dtype) for x, dtype in zip(layout.shapes, layout.dtypes)]
+    return Layout(pytree.tree_unflatten(leaves, layout.spec))
 
-    def padded(t: Tensor, h: Tensor) -> Tensor:
-        count = math.prod(h.shape[:dims])
-        value = event_fn(t, h).to(h.dtype).reshape(count, -1)
+
+def _flat_of(field: Field) -> Callable[[Tensor, Tensor, Layout], Tensor]:
+    """What a field computes of a time, a flat state, and how that lies."""
+    assert field.source is not None
+    f = field.source[0] if field.shape is None else field.f
+    return lambda t, h, layout: layout.flatten_result(t, f(t, layout.unflatten(h)))
+
+
+def _as_a_field(p: ODEProblem) -> tuple[ODEProblem, Callable[[Tensor, Tensor, Layout], Tensor]]:
+    """A problem whose field is the event function, for it to be compiled as a field is: of each system its values, and
+    the first of them again as often as the state has more numbers. And what computes that, as `Sweep` takes it."""
+    whole, event_fn, size = p.layout, p.event_source, p.y0.numel() // p.batch
+    assert whole is not None
+    assert event_fn is not None
+
+    def padded(t: Tensor, h: Tensor, layout: Layout) -> Tensor:
+        count = h.numel() // size
+        value = event_fn(t, layout.unflatten(h)).to(h.dtype).reshape(count, -1)
         if value.shape[1] > size:
             raise NotCompiled("there are more event functions than numbers in the state")
-        return torch.cat([value, value[:, :1].expand(count, size - value.shape[1])], 1).reshape(h.shape)
+        return torch.cat([value, value[:, :1].expand(count, size - value.shape[1])], 1).reshape(-1)
 
-    return like(p, f=Field(padded, shape, (event_fn, shape)), f0=None, event_fn=None, params=(), reached=frozenset())
+    field = Field(lambda t, h: padded(t, h, whole), source=(event_fn, whole if p.f.shape is None else p.f.shape))
+    return like(p, f=field, f0=None, event_fn=None, params=(), reached=frozenset()), padded
+
+
+def _of_events(p: ODEProblem) -> Sweep:
+    """The event functions of systems, as a sweep has fields."""
+    watched, padded = _as_a_field(p)
+    return Sweep(watched, of=padded)
 
 
 def _event_program(watching: Sweep) -> Any:
@@ -460,7 +485,7 @@ def _refusal(p: ODEProblem, gradient: str | None) -> str:
         if implicit and gradient:
             program.text("bend")
         if p.event_source is not None:
-            _event_program(Sweep(_of_events(p)))
+            _event_program(_of_events(p))
     except NotCompiled as error:
         return str(error)
     finally:
@@ -480,7 +505,7 @@ def _known_solve(p: ODEProblem, gradient: str | None, *, patient: bool = True) -
     """What solves of such systems have in common; as `_known`, of their event function too."""
     from ..capture.held import held_by
 
-    watched = [] if p.event_source is None else [_of_events(p)]
+    watched = [] if p.event_source is None else [_as_a_field(p)[0]]
     fields = [_known(q, held_by(q.f, p.y0.dtype, patient=patient)) for q in (p, *watched)]
     return p.method.name, gradient, *fields
 
@@ -488,7 +513,7 @@ def _known_solve(p: ODEProblem, gradient: str | None, *, patient: bool = True) -
 def _known(p: ODEProblem, source: Any) -> tuple[Any, ...]:
     """What systems that do the same have in common."""
     assert p.layout is not None
-    return source.key, p.layout.shapes[0], p.options.batch_dims, p.y0.dtype
+    return source.key, tuple(p.layout.shapes), p.options.batch_dims, p.y0.dtype
 
 
 def controlled(method: Method, o: SolverOptions) -> dict[str, float]:
@@ -512,7 +537,9 @@ def may_be_alone(p: ODEProblem) -> bool:
     """Whether one system, in no batch, may be solved as a sweep of one by a Rosenbrock method, as far as that is known
     before f is compiled."""
     o = p.options
-    plain = p.layout is not None and p.layout.bare and not (p.event_fn or o.batch_dims or o.step_t or o.jump_t)
+    plain = (
+        p.layout is not None and not any(p.layout.complex) and not (p.event_fn or o.batch_dims or o.step_t or o.jump_t)
+    )
     tolerances = isinstance(p.rtol, float) and isinstance(p.atol, float)
     where = p.y0.device.type == "cpu" and p.y0.numel() > 0 and not isinstance(p.f.f, JuliaFunction)
     return p.batch == 1 and p.compile is not False and plain and tolerances and where and abreast(p)

@@ -252,10 +252,11 @@ def root_of(field: Field, dtype: torch.dtype, device: torch.device = _CPU, *, ma
     if field.source is None:
         raise NotCompiled("it is solved within another (autocast, or its sensitivities), which is not compiled")
     f, of = field.source
-    if _in_parts(field):
-        of = field.shape
-    shape = (str(of.spec), *of.shapes, *of.dtypes) if isinstance(of, Layout) else (of, dtype)
-    key = (_code(f), shape, device, _in_parts(field))
+    if field.one is not None:
+        of = field.one
+    # The numbers of systems lie in another order than those of one state of the same tensors.
+    shape = (type(of), str(of.spec), *of.shapes, *of.dtypes) if isinstance(of, Layout) else (of, dtype)
+    key = (_code(f), shape, device, field.one is not None)
     root = _roots.get(key)
     if root is None and make:
         layout = of if isinstance(of, Layout) else Layout(torch.empty(of, dtype=dtype, device=device))
@@ -287,7 +288,7 @@ def held_by(field: Field, dtype: torch.dtype, device: torch.device = _CPU, *, pa
     assert root is not None
     assert field.source is not None
     f = field.source[0]
-    if _in_parts(field):
+    if field.one is not None:
         return _held_in_parts(field, dtype, root, f)
     return root.find(f) or root.capture(f, patient=patient)
 
@@ -302,21 +303,15 @@ def find(field: Field, dtype: torch.dtype) -> Held | None:
     if root is None or not root.captures:
         return None
     assert field.source is not None
-    return held_by(field, dtype) if _in_parts(field) else root.find(field.source[0])
-
-
-def _in_parts(field: Field) -> bool:
-    """Whether a field is that of one system of a batch, whose field is the source."""
-    assert field.source is not None
-    return field.shape is not None and field.shape != field.source[1]
+    return root.find(field.source[0]) if field.one is None else held_by(field, dtype)
 
 
 def _held_in_parts(field: Field, dtype: torch.dtype, root: Root, f: Any) -> Held:
-    """What a field holds that is another one with parts of its tensors: these stand in their places meanwhile."""
+    """What the field of one system holds: its parts of the tensors of all stand in their places meanwhile."""
     from .dynamo import Slot
 
     assert field.source is not None
-    of_all = Field(f, field.source[1], field.source)
+    of_all = Field(f, source=field.source)
     whole, all_of_it = held_by(of_all, dtype), root_of(of_all, dtype)
     assert all_of_it is not None
     places = [*whole.entry.places, *whole.entry.numbers]

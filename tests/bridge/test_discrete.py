@@ -150,7 +150,8 @@ def test_calls_are_counted():
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        ({"method": "rodas5p"}, "explicit"),
+        ({"method": "radau5"}, "explicit"),
+        ({"method": "rodas5p", "compile": False}, "explicit"),
         ({"options": {"jump_t": [0.5]}}, "jump_t"),
     ],
 )

@@ -96,7 +96,7 @@ def test_as_if_alone_over_batches_times_and_methods(data):
     lengths = data.draw(st.lists(st.integers(1, 5), min_size=count, max_size=count))
     sign = data.draw(st.sampled_from([1.0, -1.0]))
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
-    method = data.draw(st.sampled_from(["dopri5", "tsit5", "bosh3", "dopri8", "rodas5p"]))
+    method = data.draw(st.sampled_from(OWN_STEPS))
     rows = [sign * (torch.rand(n, generator=random, dtype=F64) + 0.05).cumsum(0) for n in lengths]
     h0 = torch.randn(count, 2, generator=random, dtype=F64)
     mu = torch.rand(count, generator=random, dtype=F64)

@@ -64,6 +64,36 @@ def test_no_system_sees_its_neighbours(data):
     assert torch.allclose(first.h, want.h, rtol=error, atol=error)
 
 
+@settings(max_examples=10)
+@given(data=st.data())
+def test_each_is_solved_as_if_alone_and_takes_the_same_steps(data):
+    """Explicit methods: as a solve of that system, which is not a sweep. Rosenbrock methods: as beside a copy of it."""
+    n = data.draw(st.integers(2, 19), label="n")
+    method = data.draw(st.sampled_from((*EXPLICIT, "rodas5p", "rosenbrock23")), label="method")
+    sign = data.draw(st.sampled_from((1.0, -1.0)), label="direction")
+    some = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=3, unique=True), label="systems")
+    lengths = data.draw(st.lists(st.integers(2, 4), min_size=n, max_size=n), label="lengths")
+    a, b, shared, h0 = held(n)
+    rows = [sign * (0.1 * i + T[:k] * (1 + i / n)) for i, k in enumerate(lengths)]
+    kwargs = {"method": method, "rtol": 1e-6, "atol": 1e-8}
+    together = solve(driven(a, b, shared), h0, rows, **SWEEP, **kwargs)
+    steps = together.stats.systems
+    for i in some:
+        h = together.h[: lengths[i], i]
+        if method in EXPLICIT:
+            alone = solve(
+                driven(a[i], b[i], shared), h0[i], rows[i], engine="julia", compile=True, dense=False, **kwargs
+            )
+            accepted, rejected, want = alone.stats.naccept, alone.stats.nreject, alone.h
+        else:
+            two = [i, i]
+            alone = solve(driven(a[two], b[two], shared), h0[two], rows[i], **SWEEP, **kwargs)
+            accepted, rejected = (int(x[0]) for x in (alone.stats.systems.naccept, alone.stats.systems.nreject))
+            want = alone.h[:, 0]
+        assert torch.allclose(h, want, rtol=1e-9, atol=1e-10)
+        assert (int(steps.naccept[i]), int(steps.nreject[i])) == (accepted, rejected)
+
+
 @pytest.mark.parametrize("method", ["rodas5p", "rosenbrock23"])
 def test_robertson(method):
     k = torch.logspace(-3, 0, 11, dtype=F64)
