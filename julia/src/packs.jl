@@ -102,7 +102,6 @@ const Single = Union{Number, Pack}
 @inline Elementary.fmin(x::Pack, y::Pack) = ifelse((x < y) | (y != y), x, y)
 @inline Elementary.isnan(x::Pack) = x != x
 @inline Elementary.sign(x::Pack{T}) where {T} = ifelse(zero(T) < x, one(T), zero(T)) - ifelse(x < zero(T), one(T), zero(T))
-@inline Elementary.sigmoid(x::Pack{T}) where {T} = one(T) / (one(T) + Elementary.exp(-x))
 for f in (:max, :min, :fmax, :fmin, :copysign, :fmod, :remainder, :xlogy, :atan2, :hypot, :pow)
     @eval @inline Elementary.$f(x::Pack{T}, y::Number) where {T} = Elementary.$f(x, Pack{T}(y))
     @eval @inline Elementary.$f(x::Number, y::Pack{T}) where {T} = Elementary.$f(Pack{T}(x), y)
@@ -117,49 +116,30 @@ for f in (
     @eval @inline Elementary.$f(x::Pack) = each(Elementary.$f, x)
 end
 
-# exp, expm1 and tanh by the formulas of `Elementary`.
-for (T, name, I, bits, bias) in ((Float64, "double", "i64", 52, 1023), (Float32, "float", "i32", 23, 127))
+# exp, expm1, tanh and sigmoid by the formulas of `Elementary`.
+for (T, name, I) in ((Float64, "double", "i64"), (Float32, "float", "i32"))
     V, N = "<$WIDTH x $name>", "<$WIDTH x $I>"
+    bits, bias = Elementary.bits_and_bias(T)
     all(i) = "<" * join(fill("$I $i", WIDTH), ", ") * ">"
-    large, (high, low) = Elementary.shifter(T), Elementary.log2_parts(T)
-    # 2^k of the integer k that was added to `large`, in two factors, since k may be beyond what one can be.
+    # What `Elementary.two_to` and `Elementary.halves_of` do.
+    power(k) = "%e = add $N $k, $(all(bias))\n%b = shl $N %e, $(all(bits))\n%x = bitcast $N %b to $V\nret $V %x"
+    whole = "%i = bitcast $V %0 to $N\n" * power("%i")
     halves = """
-        %2 = bitcast $V %0 to $N
-        %3 = sub $N %2, $(all(reinterpret(T == Float64 ? Int64 : Int32, large)))
-        %4 = ashr $N %3, $(all(1))
-        %5 = sub $N %3, %4
+        %i = bitcast $V %0 to $N
+        %k = sub $N %i, $(all(reinterpret(T == Float64 ? Int64 : Int32, Elementary.shifter(T))))
+        %half = ashr $N %k, $(all(1))
+        %other = sub $N %k, %half
     """
-    power(k) = "%6 = add $N $k, $(all(bias))\n%7 = shl $N %6, $(all(bits))\n%8 = bitcast $N %7 to $V\nret $V %8"
-    first_half, second_half = halves * power("%4"), halves * power("%5")
+    first_half, second_half = halves * power("%half"), halves * power("%other")
+    call(code) = :(Pack{$T}(Base.llvmcall($code, Plural{$T}, Tuple{Plural{$T}}, shifted.v)))
     @eval begin
-        @inline function split_exponent(x::Pack{$T})
-            shifted = muladd(x, $(T(1 / log(2))), $large)
-            k = shifted - $large
-            r = muladd(k, $(-low), muladd(k, $(-high), x))
-            a = Pack{$T}(Base.llvmcall($first_half, Plural{$T}, Tuple{Plural{$T}}, shifted.v))
-            b = Pack{$T}(Base.llvmcall($second_half, Plural{$T}, Tuple{Plural{$T}}, shifted.v))
-            return k, a, b, r * polynomial(r, $(Elementary.taylor(T)))
-        end
-        @inline function Elementary.exp(x::Pack{$T})
-            x = ifelse($(T(bias + 1)) < x, $(T(bias + 1)), ifelse(x < $(-T(bias + bits)), $(-T(bias + bits)), x))
-            _, a, b, q = split_exponent(x)
-            return (one($T) + q) * a * b
-        end
-        @inline function Elementary.expm1(x::Pack{$T})
-            x = ifelse($(T(bias + 1)) < x, $(T(bias + 1)), ifelse(x < $(-T(bits + 2)), $(-T(bits + 2)), x))
-            k, a, b, q = split_exponent(x)
-            scale = a * b
-            return ifelse($(T(bits)) < k, (one($T) + q) * a * b, muladd(scale, q, scale - one($T)))
-        end
-        @inline function Elementary.tanh(x::Pack{$T})
-            size = Elementary.abs(x)
-            e = Elementary.expm1(ifelse($(T(bits)) < size, $(T(bits)), size) * $(T(2)))
-            return Elementary.copysign(e / (e + $(T(2))), x)
-        end
+        @inline Elementary.power_of(shifted::Pack{$T}) = $(call(whole))
+        @inline Elementary.halves_of(shifted::Pack{$T}) = $(call(first_half)), $(call(second_half))
     end
 end
-@inline polynomial(x::Pack{T}, c::Tuple{T}) where {T} = Pack{T}(c[1])
-@inline polynomial(x::Pack{T}, c::Tuple) where {T} = muladd(x, polynomial(x, Base.tail(c)), c[1])
+for f in (:exp, :expm1, :tanh, :sigmoid)
+    @eval @inline Elementary.$f(x::Pack{T}) where {T} = Elementary.$(Symbol(f, :_of))(T, x)
+end
 
 "Numbers of each system, one after the other, at an address: number i of system w is `(i - 1) WIDTH + w`."
 struct PackNumbers{T}

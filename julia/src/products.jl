@@ -50,8 +50,6 @@ struct Start{T, C}
     rows::Int
     columns::C  # One() or an Int
 end
-same(out, s::Start) = out.address == s.numbers.address
-same(out, ::Nothing) = false
 @inline at(s::Start, i, j) = Start(s.numbers + (i * s.rows + j * s.columns), s.rows, s.columns)
 @inline at(::Nothing, i, j) = nothing
 @inline first_vector(s::Start{T}, ::Type{T}, i, j) where {T} = load(s.numbers, i * s.rows + j * s.columns, s.columns)
@@ -60,25 +58,28 @@ same(out, ::Nothing) = false
 @inline first_number(::Nothing, ::Type{T}, i, j) where {T} = zero(T)
 
 """
-    block!(Val(R), Val(C), out, o1, o2, k, a, a1, a2, b, b1, start)
+    block!(Val(R), Val(C), last, out, o1, o2, k, a, a1, a2, b, b1, start)
 
-A block of R rows and C vectors of columns of a product, whose sums stay in registers; `b` lies in rows.
+A block of R rows and C vectors of columns of a product, whose sums stay in registers; `b` lies in rows. The vectors lie
+side by side, but the last one begins at column `last`. All that the product is added to is read before anything is
+written, so that `out` may be there, and the last vector may take columns again.
 """
 @generated function block!(
-        ::Val{R}, ::Val{C}, out::Numbers{T}, o1, o2, k, a::Numbers{T}, a1, a2, b::Numbers{T}, b1, start
+        ::Val{R}, ::Val{C}, last, out::Numbers{T}, o1, o2, k, a::Numbers{T}, a1, a2, b::Numbers{T}, b1, start
     ) where {R, C, T}
     n = lanes(T)
     sums = [Symbol(:sum_, r, :_, c) for r in 1:R, c in 1:C]
     rows = [Symbol(:row_, c) for c in 1:C]
-    begins = [:($(sums[r, c]) = first_vector(start, T, $(r - 1), $((c - 1) * n))) for c in 1:C for r in 1:R]
-    loads = [:($(rows[c]) = load(b, l * b1 + $((c - 1) * n))) for c in 1:C]
+    columns = [c == C > 1 ? :last : (c - 1) * n for c in 1:C]
+    begins = [:($(sums[r, c]) = first_vector(start, T, $(r - 1), $(columns[c]))) for c in 1:C for r in 1:R]
+    loads = [:($(rows[c]) = load(b, l * b1 + $(columns[c]))) for c in 1:C]
     steps = [
         quote
             x = spread(a[1 + $(r - 1) * a1 + l * a2])
             $([:($(sums[r, c]) = fused(x, $(rows[c]), $(sums[r, c]))) for c in 1:C]...)
         end for r in 1:R
     ]
-    ends = [:(store!(out, $(r - 1) * o1 + $((c - 1) * n) * o2, o2, $(sums[r, c]))) for c in 1:C for r in 1:R]
+    ends = [:(store!(out, $(r - 1) * o1 + $(columns[c]) * o2, o2, $(sums[r, c]))) for c in 1:C for r in 1:R]
     return quote
         $(Expr(:meta, :inline))
         $(begins...)
@@ -91,37 +92,42 @@ A block of R rows and C vectors of columns of a product, whose sums stay in regi
     end
 end
 
-"R rows of a product, of `n` columns, by blocks of at most C vectors; the last one takes columns again that are done."
-@inline function strip!(
+"""
+R rows of a product, of `n` columns, by blocks of at most C > 1 vectors, and of about as many each, so that none waits for
+its own sums; the larger ones come last, with the vector that takes columns again.
+"""
+@generated function strip!(
         ::Val{R}, ::Val{C}, out::Numbers{T}, o1, o2, n, k, a, a1, a2, b, b1, start
     ) where {R, C, T}
-    j, width = 0, C * lanes(T)
-    while j + width <= n
-        block!(Val(R), Val(C), out + j * o2, o1, o2, k, a, a1, a2, b + j, b1, at(start, 0, j))
-        j += width
+    width = lanes(T)
+    block(c) = :(block!(
+        Val(R), Val($c), min($((c - 1) * width), n - j - $width), out + j * o2, o1, o2, k, a, a1, a2, b + j, b1,
+        at(start, 0, j)
+    ))
+    one_of(c) = c == C ? block(c) : Expr(:if, :(vectors == $c), block(c), one_of(c + 1))
+    return quote
+        $(Expr(:meta, :inline))
+        j, rest = 0, cld(n, $width)
+        for blocks in cld(rest, $C):-1:1
+            vectors = div(rest, blocks)
+            $(one_of(1))
+            j += vectors * $width
+            rest -= vectors
+        end
+        return nothing
     end
-    j == n && return nothing
-    if same(out, start)  # and what was taken again would be added twice
-        return plainly!(out + j * o2, o1, o2, R, n - j, k, a, a1, a2, b + j, b1, 1, at(start, 0, j))
-    end
-    if C > 1 && n - j > lanes(T) && n >= 2 * lanes(T)
-        j = min(j, n - 2 * lanes(T))
-        block!(Val(R), Val(2), out + j * o2, o1, o2, k, a, a1, a2, b + j, b1, at(start, 0, j))
-        j += 2 * lanes(T)
-    end
-    while j < n
-        j = min(j, n - lanes(T))
-        block!(Val(R), Val(1), out + j * o2, o1, o2, k, a, a1, a2, b + j, b1, at(start, 0, j))
-        j += lanes(T)
-    end
-    return nothing
+end
+
+# Vectors of columns beside four rows: so many sums fit into the registers, of which AVX-512 has twice as many as AVX.
+const BESIDE_FOUR = let CPUID = Base.BinaryPlatforms.CPUID
+    isdefined(CPUID, :JL_X86_avx512f) && CPUID.test_cpu_feature(CPUID.JL_X86_avx512f) ? 4 : 3
 end
 
 "The product by rows of `b`: sums of multiples of them. There are at least as many columns as a vector has numbers."
 @noinline function by_rows!(out::Numbers{T}, o1, o2, m, n, k, a, a1, a2, b, b1, start) where {T}
     i = 0
     while i + 4 <= m
-        strip!(Val(4), Val(3), out + i * o1, o1, o2, n, k, a + i * a1, a1, a2, b, b1, at(start, i, 0))
+        strip!(Val(4), Val(BESIDE_FOUR), out + i * o1, o1, o2, n, k, a + i * a1, a1, a2, b, b1, at(start, i, 0))
         i += 4
     end
     if i + 2 <= m

@@ -683,7 +683,10 @@ class _Emission:
         dims = [dims] if isinstance(dims, int) else dims
         over = sorted(d % rank for d in dims) if dims else list(range(rank))
         kept = [d for d in range(rank) if d not in over]
-        leaf = self.room([value.shape[d] for d in kept]) if keepdim else self.aimed([value.shape[d] for d in kept])
+        whole = self.aimed(
+            [1 if d in over else n for d, n in enumerate(value.shape)] if keepdim else [value.shape[d] for d in kept]
+        )
+        leaf = whole.at(lambda x: x.view([value.shape[d] for d in kept]))
         views = [leaf.view, *(x.view.permute(*kept, *over) for x in value.leaves)]
         outer = _merged([value.shape[d] for d in kept], [v.stride()[: len(kept)] for v in views])
         zero_strides = [(0,) * len(over), *(v.stride()[len(kept) :] for v in views[1:])]
@@ -720,11 +723,7 @@ class _Emission:
             if not outer:
                 lines.append(f"    {to} = total")
             self.lines += lines
-        out = _at_leaf(leaf)
-        if keepdim:
-            shape = [1 if d in over else n for d, n in enumerate(value.shape)]
-            out = self.viewed(aten.view.default, out, (shape,))
-        return out
+        return _at_leaf(whole)
 
     def do_sum(self, x: Any, dims: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
         value = self.value(x)
@@ -926,9 +925,10 @@ class _Emission:
             return f"{array} + ({offset} + {one.view.stride()[0]}i1)"
 
         self.lines.append(f"    # {self.origin}")
-        start = (
-            "nothing" if begins is None else f"Start({at(begins)}, {', '.join(map(str, begins.view.stride()[-2:]))})"
-        )
+        start = "nothing"
+        if begins is not None:
+            down, across = begins.view.stride()[-2:]
+            start = f"Start({at(begins)}, {down}, {'One()' if across == 1 else across})"
         sizes, rows, columns = f"{m}, {n}, {k}", f"{a1}, {a2}", f"{b1}, {b2}"
         if m * n * k <= _SMALL:
             sizes, rows, columns = f"Val(({sizes}))", f"Val(({rows}))", f"Val(({columns}))"
