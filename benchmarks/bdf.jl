@@ -1,6 +1,6 @@
 # Julia's FBDF and QNDF by themselves on van der Pol's oscillator, with its Jacobian: how far each gets.
 #
-#     julia --project=... benchmarks/fbdf.jl
+#     julia --project=... benchmarks/bdf.jl
 #
 # Both are OrdinaryDiffEqBDF's, with its own norm and step control; nothing of PyJLODE is loaded. The end is that of the
 # Test Set for IVP Solvers (eps = 1e-6), and one of radau5 at 1e-12 (mu = 1e5).
