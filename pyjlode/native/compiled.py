@@ -27,7 +27,7 @@ from ..errors import Discovered, NotCompiled
 from ..gradients import other_function
 from ..methods.explicit import ExplicitTableau
 from ..numbers import as_like, lasting, on_host
-from ..problem import ODEProblem, like
+from ..problem import ODEProblem, SystemsLayout, like
 from ..solution import Stats
 from . import controller
 from .checkpoints import Kept
@@ -47,12 +47,15 @@ _ASKED = "compile=True on the native engine"
 _lock = threading.RLock()
 
 
-def prepare(p: ODEProblem, stats: Stats, *, gradient: str | None = None, dense: bool = False) -> ODEProblem:
+def prepare(
+    p: ODEProblem, stats: Stats, *, gradient: str | None = None, dense: bool = False, of: Captured | None = None
+) -> ODEProblem:
     """The problem with compiled steps, where `compile=True` asks for them.
 
     Args:
         gradient: name of the gradient method; None where the solve has no gradient.
         dense: the dense output will be kept.
+        of: gives the field that is captured, its state, and the class of programs; by default those of `p`.
 
     Raises:
         NotCompiled: there are none for this problem; the message says why.
@@ -63,7 +66,7 @@ def prepare(p: ODEProblem, stats: Stats, *, gradient: str | None = None, dense: 
     if obstacle := _obstacle(p, gradient):
         raise NotCompiled(f"{_ASKED}: {obstacle}.")
     try:
-        program, held = _program(p)
+        program, held = _program(p, of or _plain)
     except NotCompiled as error:
         raise NotCompiled(f"{_ASKED}: {error}.") from None
     steps = Steps(p, program, held, dense=dense)
@@ -92,8 +95,8 @@ def _obstacle(p: ODEProblem, gradient: str | None) -> str:
             f"{p.method.name!r} is not an explicit Runge-Kutta method, and the steps of no other kind are compiled; "
             "use one, or compile=None"
         )
-    if getattr(p, "rows", None) is not None:
-        return "each system of a batch has steps of its own, which are not compiled; use compile=None"
+    if isinstance(p.layout, SystemsLayout) and p.batch > 1:
+        return "the systems of batch_dims are states of several tensors; use one tensor, or compile=None"
     if gradient in ("checkpointed", "reversible"):
         return f"adjoint={gradient!r} takes its steps again one by one, not compiled; use adjoint=True, or compile=None"
     if gradient == "forward":
@@ -103,7 +106,14 @@ def _obstacle(p: ODEProblem, gradient: str | None) -> str:
     return ""
 
 
-def _program(p: ODEProblem) -> tuple[Program, Any]:
+Captured = Callable[[ODEProblem], tuple[Any, Tensor, "type[Program]"]]
+
+
+def _plain(p: ODEProblem) -> tuple[Any, Tensor, type[Program]]:
+    return p.f, p.y0, Program
+
+
+def _program(p: ODEProblem, of: Captured) -> tuple[Program, Any]:
     """The program for a problem, and what its field holds.
 
     Raises:
@@ -114,7 +124,8 @@ def _program(p: ODEProblem) -> tuple[Program, Any]:
         raise NotCompiled(obstacle)
     norm = p.norm if p.options.norm is not None else None
     with _lock, lasting():
-        held = held_by(p.f, p.y0.dtype, p.y0.device)
+        field, state, kind = of(p)
+        held = held_by(field, p.y0.dtype, p.y0.device)
         tolerances = tuple(isinstance(x, Tensor) and x.ndim > 0 for x in (p.rtol, p.atol))
         sizes = None if p.layout is None else tuple(p.layout.sizes)
         key = (held.key, p.method.name, p.method.adaptive, norm is None, sizes, p.batch, tolerances)
@@ -123,8 +134,8 @@ def _program(p: ODEProblem) -> tuple[Program, Any]:
         if found is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                trace = Trace(held, p.y0)
-            found = programs[key] = Program(p, trace, fused=norm is None)
+                trace = Trace(held, state)
+            found = programs[key] = kind(p, trace, fused=norm is None)
             while len(programs) > _KEPT:
                 programs.pop(next(iter(programs)))
     return found, held
@@ -396,6 +407,7 @@ def compiled(f: Function, examples: Sequence[Tensor], trial: Sequence[Tensor]) -
             warnings.simplefilter("ignore")
             inputs: list[Any] = [x.detach() for x in examples]
             module = make_fx(f)(*trial)  # which runs it, and f may write into what it holds
+            _leave_apart(module)
             _share(module)
             for node in module.graph.nodes:  # of other tensors without numbers than the compiler's own
                 node.meta.clear()
@@ -479,6 +491,41 @@ def _words(error: Exception) -> str:
         )
     first = said.strip().splitlines()[0]
     return f"{_ASKED}: PyTorch's compiler fails with {first}"
+
+
+def _leave_apart(module: torch.fx.GraphModule) -> None:
+    """Vectors that are joined and then split again: take the parts, which saves a copy of each."""
+    aten = torch.ops.aten
+    joined: dict[torch.fx.Node, list[tuple[torch.fx.Node, int]]] = {}
+
+    def length(x: Any) -> int | None:
+        shape = getattr(x.meta.get("tensor_meta"), "shape", None) if isinstance(x, torch.fx.Node) else None
+        return shape[0] if shape is not None and len(shape) == 1 else None
+
+    for node in list(module.graph.nodes):
+        if node.target is aten.cat.default:
+            sizes = [length(x) for x in node.args[0]]
+            if None not in sizes:
+                joined[node] = [(x, size) for x, size in zip(node.args[0], sizes) if size is not None]
+            continue
+        parts = joined.get(node.args[0]) if node.args and isinstance(node.args[0], torch.fx.Node) else None
+        if parts is None:
+            continue
+        if node.target in (aten.view.default, aten.detach.default):  # the same numbers in the same order
+            joined[node] = parts
+        elif length(node.args[0]) is not None:
+            if node.target is aten.split_with_sizes.default and list(node.args[1]) == [size for _, size in parts]:
+                for user in list(node.users):
+                    user.replace_all_uses_with(parts[user.args[1]][0])
+            elif node.target is aten.slice.Tensor and len(node.args) == 4:
+                first, last, start = node.args[2], node.args[3], 0
+                last = min(last, sum(size for _, size in parts))
+                for part, size in parts:
+                    if size and (start, start + size) == (first, last):
+                        node.replace_all_uses_with(part)
+                    start += size
+    module.graph.eliminate_dead_code()
+    module.recompile()
 
 
 def _share(module: torch.fx.GraphModule) -> None:
@@ -755,11 +802,18 @@ class Steps:
             NotCompiled: they differ.
         """
         with torch.no_grad():
-            right = ExplicitRK(self.p).step(step.interval, step.y, k0, estimate=False)
-            change, size = right.y1 - step.y, rounding(step.y)
-            apart = (right.y1 - step.y1).abs()
-            tol = size * change.abs().amax() + 100 * size**2 * torch.maximum(step.y.abs(), right.y1.abs()).amax()
-            same = (apart <= tol) | ~torch.isfinite(right.y1) | ~torch.isfinite(tol)
+            self.agree(step.y, step.y1, ExplicitRK(self.p).step(step.interval, step.y, k0, estimate=False).y1)
+
+    def agree(self, y: Tensor, y1: Tensor, right: Tensor) -> None:
+        """A compiled step from y to y1 with PyTorch's.
+
+        Raises:
+            NotCompiled: they differ.
+        """
+        change, size = right - y, rounding(y)
+        apart = (right - y1).abs()
+        tol = size * change.abs().amax() + 100 * size**2 * torch.maximum(y.abs(), right.abs()).amax()
+        same = (apart <= tol) | ~torch.isfinite(right) | ~torch.isfinite(tol)
         if not bool(same.all()):
             raise NotCompiled(
                 f"{_ASKED}: a compiled step ends {float(apart.max()):.3g} away from where PyTorch "
@@ -953,21 +1007,26 @@ class CompiledReplay(Replay):
             self.moved_bar.append(bar.to(x))
 
     def finish(self, params: Sum) -> None:
-        """Add what was summed up to the gradients of the problem's parameters."""
-        p, place = self.p, {id(x): i for i, x in enumerate(self.p.params)}
-        total: list[Tensor | None] = [None] * len(p.params)
-        between: list[tuple[Tensor, Tensor]] = []
-        for x, bar in zip(self.steps.originals, self.sums.total):
-            if bar is None:
-                continue
-            i = place.get(id(x))
-            if i is not None:
-                known = total[i]
-                total[i] = bar if known is None else known + bar
-            elif not x.is_leaf:  # a result that parameters were made into outside of f
-                between.append((x, bar))
-        params.add(total)
-        if between and p.params:
-            outputs, bars = zip(*between)
-            params.add(torch.autograd.grad(outputs, p.params, bars, allow_unused=True, retain_graph=True))
-        self.steps.finish()
+        deliver(self.p, self.steps, self.sums, params)
+
+
+def deliver(p: ODEProblem, steps: Steps, sums: Sum, params: Sum) -> None:
+    """Add what a backward pass summed up, of what the compiled steps hold, to the gradients of the problem's
+    parameters."""
+    place = {id(x): i for i, x in enumerate(p.params)}
+    total: list[Tensor | None] = [None] * len(p.params)
+    between: list[tuple[Tensor, Tensor]] = []
+    for x, bar in zip(steps.originals, sums.total):
+        if bar is None:
+            continue
+        i = place.get(id(x))
+        if i is not None:
+            known = total[i]
+            total[i] = bar if known is None else known + bar
+        elif not x.is_leaf:  # a result that parameters were made into outside of f
+            between.append((x, bar))
+    params.add(total)
+    if between and p.params:
+        outputs, bars = zip(*between)
+        params.add(torch.autograd.grad(outputs, p.params, bars, allow_unused=True, retain_graph=True))
+    steps.finish()

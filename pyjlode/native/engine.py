@@ -69,6 +69,9 @@ def solve(p: ODEProblem, stats: Stats, *, recorded: bool = False, dense: bool = 
     estimates.refuse(p)
     if p.compile:
         compiled = _compiled()
+        if p.rows is not None:
+            p = _own_steps().prepare(p, stats, dense=dense)
+            return compiled.finished(p, lambda: _own_steps().solve(p, stats, dense=dense))
         p = compiled.prepare(p, stats, dense=dense)
         return compiled.finished(p, lambda: loop.solve(p, stats, dense=dense))
     if p.method.kind == "scipy":
@@ -183,7 +186,10 @@ def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = F
     estimates.refuse(p, gradient)
     kept = dense or gradient in ("interpolating", "quadrature", "gauss")
     if p.compile:
-        compiled = _compiled()
+        compiled, own = _compiled(), _own_steps()
+        if p.rows is not None:
+            p, states = own.prepare(p, stats, gradient=gradient, dense=kept), gradient == "discrete"
+            return Memory(p, compiled.finished(p, lambda: own.solve(p, stats, states=states, dense=kept)), gradient)
         p = compiled.prepare(p, stats, gradient=gradient, dense=kept)
         steps = checkpoints.All() if gradient == "discrete" else None
         return Memory(p, compiled.finished(p, lambda: loop.solve(p, stats, steps=steps, dense=kept)), gradient)

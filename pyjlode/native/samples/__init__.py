@@ -22,8 +22,8 @@ def cannot(p: ODEProblem) -> str | None:
         return f"{p.method.name} takes the same steps for all systems of a batch"
     if p.method.controlled and p.y0.numel() > _LARGEST * p.batch:
         return f"{p.method.name} takes the same steps for all systems where these have more than {_LARGEST} numbers"
-    if p.compile:
-        return "compile=True makes steps that all systems of a batch share"
+    if p.compile and (p.method.controlled or p.layout is None or not p.layout.bare):
+        return "compile=True makes steps of their own for explicit methods and states of one real tensor alone"
     if p.jac is not None:
         return "jac= is of all systems at one time, which makes them take the same steps"
     if p.mass is not None:

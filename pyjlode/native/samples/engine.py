@@ -20,14 +20,25 @@ from .loop import Search, SystemsRecord
 from .rosenbrock import Rosenbrock
 from .steps import Maker
 
-__all__ = ["SystemsRecord", "crossing", "discrete", "fitted", "fitted_event", "moved", "solve"]
+__all__ = ["SystemsRecord", "crossing", "discrete", "fitted", "fitted_event", "moved", "prepare", "solve"]
 
 
 def make(p: ODEProblem, stats: Stats | None = None, *, keep: bool = False) -> Maker:
     """Makes the steps of the problem's method. Args: keep: steps are kept after the next one is made."""
     if isinstance(p.method.tableau, RosenbrockTableau):
         return Rosenbrock(p, stats or Stats("", "", ""))
+    if p.compiled is not None:
+        from .compiled import Compiled
+
+        return Compiled(p)
     return Explicit(p, keep=keep)
+
+
+def prepare(p: ODEProblem, stats: Stats, *, gradient: str | None = None, dense: bool = False) -> ODEProblem:
+    """The problem with compiled steps of its systems, where `compile=True` asks for them."""
+    from .compiled import prepare
+
+    return prepare(p, stats, gradient=gradient, dense=dense)
 
 
 def solve(

@@ -58,8 +58,7 @@ class Explicit:
             step.finish()
         with torch.no_grad() if functional and not self.p.transformed else contextlib.nullcontext():
             head = K.head(s + self.fsal)
-            scale = self.errors.scale(y, y1)
-            errors = [self.errors(torch.mv(head, row), scale) for row in self.c.E]
+            errors = self.errors.of_step([torch.mv(head, row) for row in self.c.E], y, y1)
         if len(errors) == 1:
             return step, errors[0]
         # DOP853: the fifth-order error damped by the third-order one (HNW II.10).

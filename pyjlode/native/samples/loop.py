@@ -191,7 +191,7 @@ class Search:
         self.late: tuple[Trail, np.ndarray] | None = None
         self.whole: Any = maker
         self.crawl = Crawl(p) if p.method.kind == "adaptive" and not p.transformed else None
-        self.narrows = self.tape is None and not dense and narrow.worth(p)
+        self.narrows = self.tape is None and not dense and p.compiled is None and narrow.worth(p)
         self.size = self.y.abs() if p.adjoint else None
         inside = {t for t in (*self.o.step_t, *self.o.jump_t) if self.sign * t < self.sign * math.inf}
         self.stops = np.array(sorted(self.sign * t for t in inside))
@@ -225,7 +225,7 @@ class Search:
     def _outputs(self, step: Any, t1: np.ndarray, accepted: np.ndarray) -> None:
         ordered = self.sign * t1
         hit = accepted & (ordered >= self.next_time)
-        if not hit.any():
+        if not np.count_nonzero(hit):
             return
         systems = hit.nonzero()[0]
         if self.rows.own:
@@ -341,6 +341,7 @@ class Search:
         p, o, sign, maker, B = self.p, self.o, self.sign, self.maker, self.B
         dt = self._begin() if self.live.any() else np.zeros(B)
         err, size = np.zeros(B), np.zeros(B)
+        units = np.full(B, sign)
         rejected: np.ndarray | None = None  # where steps from here ended that were not accepted
         after = np.zeros(B, dtype=bool) if len(self.jumps) else None
         bounded = o.min_step > 0 or o.max_step < math.inf
@@ -360,7 +361,8 @@ class Search:
                 place = np.searchsorted(self.stops, sign * t, side="right")
                 stop = sign * np.minimum(np.append(self.stops, math.inf)[place], sign * self.end)
             # A step that would end just short of a stop ends on it: no sliver is left over.
-            t1 = np.where(dt * (1 + 1e-10) >= sign * (stop - t), stop, t + sign * dt)
+            ahead, room = (dt, stop - t) if sign > 0 else (-dt, t - stop)
+            t1 = np.where(dt * (1 + 1e-10) >= room, stop, t + ahead)
             if left < B:
                 t1 = np.where(self.live, t1, t)
             reach = t1 - t
@@ -406,7 +408,7 @@ class Search:
                 self.crawl.look(self.tries_before + self.tried, step, accepted, self.end, self.rows)
             if good:
                 # A system that rests is where it was after a step of no length, if f is finite there.
-                everywhere = good == left and (left == B or not np.isnan(err).any())
+                everywhere = good == left and (left == B or np.count_nonzero(err == err) == B)
                 if self._advance(step, spans, t1, stop, accepted, everywhere):
                     left = self._left()
                 if self.tape is not None:
@@ -415,7 +417,7 @@ class Search:
                     after = np.where(accepted, np.isin(self.t, self.jumps), after)
                 mask = None if everywhere else self._index(accepted)[:, None]
                 calls = p.f.nfe
-                maker.accept(step, accepted, mask, Spans(self.t, np.full(B, sign), after, before), self.y)
+                maker.accept(step, accepted, mask, Spans(self.t, units, after, before), self.y)
                 if p.f.nfe > calls:
                     self.nfe += (p.f.nfe - calls) * accepted
 
@@ -466,7 +468,7 @@ class Search:
     ) -> bool:
         """Go on from a step to t1, where it was accepted; whether a system has come to its end."""
         at_stop = accepted & (t1 == stop)
-        stopped = bool(at_stop.any())
+        stopped = np.count_nonzero(at_stop) > 0
         if self.dense is not None:
             self.dense.add(step, accepted)
         going = accepted

@@ -199,20 +199,24 @@ def discrete(p: ODEProblem, record: SystemsRecord, g: Tensor, maker: Maker, *, a
     Args:
         g: (T, n), or (2, n) with events. again: this record will be used once more.
     """
+    if p.compiled is not None and not p.t.requires_grad:
+        from .compiled import CompiledBackward  # loads PyTorch's compiler
+
+        return CompiledBackward(p, record, maker).run(g)
     if record.tape is None:
-        return _Backward(p, record, maker).run(g)
+        return Backward(p, record, maker).run(g)
     grads = _through(p, record, record.tape, g.view(len(g), p.batch, -1), maker, again)
     # What a step makes of its cotangent has no part in what does not count in it, but for infinite derivatives there.
     if bool(torch.isfinite(torch.stack([x.sum() for x in (grads.y0, *grads.params) if x is not None])).all()):
         return grads
-    return _Backward(p, record, maker).run(g)
+    return Backward(p, record, maker).run(g)
 
 
 def _through(p: ODEProblem, record: SystemsRecord, tape: Tape, g: Tensor, make: Maker, again: bool) -> Gradients:
     params, a = Sum(p.params), torch.zeros_like(g[0])
     if record.late is not None:
         trail, made = record.late
-        later = _Backward(p, replace(record, trail=trail, made=made), make)
+        later = Backward(p, replace(record, trail=trail, made=made), make)
         a, params = later.steps(a, g), later.params
     a = tape.pull(a, g, params, again)
     j, i = np.nonzero(record.made == AT_START)
@@ -221,7 +225,7 @@ def _through(p: ODEProblem, record: SystemsRecord, tape: Tape, g: Tensor, make: 
     return Gradients(a.reshape(-1), None, params.total)
 
 
-class _Backward(Replay):
+class Backward(Replay):
     def __init__(self, p: ODEProblem, record: SystemsRecord, maker: Maker) -> None:
         super().__init__(p, record, maker)
         self.params = Sum(p.params)
@@ -254,13 +258,9 @@ class _Backward(Replay):
         self.check()
         return a
 
-    def pull(self, k: int, a: Tensor, g: Tensor) -> Tensor:
-        """Cotangents a (B, d) of the states after the k-th steps -> (B, d) before; adds to the rest."""
-        p, live, mark = self.p, self.live(k), graph_mark()
-        p.own.clear()
-        mask, spans = self.mask(live), self.spans(k)
-        y = self.trail.state(k)
-        y = (y.clone() if mask is None else torch.where(mask, y, self.safe_y)).reshape(-1).requires_grad_()
+    def ends(self, k: int, a: Tensor, g: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray, Tensor]:
+        """Cotangents a (B, d) of the states after the k-th steps with those of the outputs that they are; and the
+        outputs (j, i) that lie within these steps, and their times."""
         met = self.record.met
         if met is None:
             j, i, node = self.outputs(k)
@@ -271,7 +271,16 @@ class _Backward(Replay):
             rows, columns = (torch.from_numpy(x[node]).to(a.device) for x in (j, i))
             a = a.index_add(0, columns, g[rows, columns])
         j, i = j[~node], i[~node]
-        times = self.times(j, i) if met is None else torch.from_numpy(met.times[i])
+        return a, j, i, self.times(j, i) if met is None else torch.from_numpy(met.times[i])
+
+    def pull(self, k: int, a: Tensor, g: Tensor) -> Tensor:
+        """Cotangents a (B, d) of the states after the k-th steps -> (B, d) before; adds to the rest."""
+        p, live, mark = self.p, self.live(k), graph_mark()
+        p.own.clear()
+        mask, spans = self.mask(live), self.spans(k)
+        y = self.trail.state(k)
+        y = (y.clone() if mask is None else torch.where(mask, y, self.safe_y)).reshape(-1).requires_grad_()
+        a, j, i, times = self.ends(k, a, g)
         inputs: list[Tensor] = []
         if self.want_t:
             inputs = [torch.from_numpy(x.copy()).requires_grad_() for x in (spans.t0, spans.dt)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import numbers
 from ...arguments import system_norms
-from ...problem import ODEProblem
+from ...problem import ODEProblem, SystemsLayout
 from .. import interpolation
 from ..step import numpy_dtype
 
@@ -41,21 +41,23 @@ class Spans(NamedTuple):
         dtype and device."""
         dtype, B = numpy_dtype(like), len(self.t0)
         shape = shape or (B,)
-        values: Any = C[:, None] * self.dt
+        values: Any = np.multiply.outer(C, self.dt)
         values += self.t0
-        values = values.astype(dtype, copy=False)
+        if dtype is not np.float64:
+            values = values.astype(dtype)
         if self.before is not None:
-            self._inside(values, C, dtype)
+            self.inside(values, C, dtype)
         if self.at is None or self.reach is None:
-            times, dt = torch.from_numpy(values), torch.from_numpy(self.dt.astype(dtype, copy=False))
+            reach = self.dt if dtype is np.float64 else self.dt.astype(dtype)
+            times, dt = torch.from_numpy(values.reshape(-1, *shape)), torch.from_numpy(reach[:, None])
             if like.device.type != "cpu":
                 times, dt = times.to(like.device), dt.to(like.device)
-            return times.view(-1, *shape).unbind(), dt[:, None]
+            return times.unbind(), dt
         exact = (self.at + torch.from_numpy(C).to(self.at)[:, None] * self.reach).to(like)
         shift = torch.from_numpy(values).to(like) - numbers.constant(exact)
         return (exact + shift).view(-1, *shape).unbind(), self.reach.to(like)[:, None]
 
-    def _inside(self, values: Any, C: np.ndarray, dtype: Any) -> None:
+    def inside(self, values: Any, C: np.ndarray, dtype: Any) -> None:
         """Next to a jump of f times move by one rounding unit into the step, as in `step.stage_times`."""
         first, last = self.t0.astype(dtype), (self.t0 + self.dt).astype(dtype)
         moving = self.dt != 0
@@ -135,12 +137,34 @@ def slopes(P: Tensor, pieces: Tensor, theta: Tensor, dt: Tensor) -> Tensor:
     return torch.bmm(weights[:, None], pieces)[:, 0]
 
 
+# Numbers of a state up to which NumPy has the norms sooner than PyTorch, whose calls take longer.
+_SMALL = 4096
+
+
 class Errors:
     """The norm of an error over the tolerance, for each system."""
 
     def __init__(self, p: ODEProblem) -> None:
         self.p, self.B = p, p.batch
         self.norms = system_norms(p.layout, p.batch)
+        small = 0 < p.y0.numel() <= _SMALL and p.y0.device.type == "cpu" and not p.transformed
+        self.plain = small and not (isinstance(p.layout, SystemsLayout) and len(p.layout.widths) > 1)
+        if self.plain:
+            self.rtol, self.atol = (x.numpy() if isinstance(x, Tensor) else x for x in (p.rtol, p.atol))
+
+    def of_step(self, errors: list[Tensor], y: Tensor, y1: Tensor) -> list[np.ndarray]:
+        """The norms of estimates of the error of a step from y to y1, (n,) each: (B,) float64 on the host."""
+        if not self.plain:
+            scale = self.scale(y, y1)
+            return [self(error, scale) for error in errors]
+        scale = np.maximum(np.abs(y.detach().numpy()), np.abs(y1.detach().numpy()))
+        scale *= self.rtol
+        scale += self.atol
+        norms = []
+        for error in errors:
+            x = (error.detach().numpy() / scale).reshape(self.B, -1)
+            norms.append(np.sqrt(np.einsum("ij,ij->i", x, x) / x.shape[1]).astype(np.float64, copy=False))
+        return norms
 
     def scale(self, y: Tensor, y1: Tensor) -> Tensor:
         scale = torch.maximum(y.abs(), y1.abs())
