@@ -2,22 +2,26 @@
 
     python benchmarks/batch.py [--part NAME] [--rounds N] [--quick]
 
-Everything runs in turns, in one process on one thread. Printed are the processor's time (the best of the rounds) and
-its ratio to that of steps of their own, batched calls of f, the steps of the system with most of them, and the error at
-the end against a tight solve: of each system the largest relative one, and of these the median. torchode 1.0.1 is used
-if it can be imported.
+Everything runs in turns, in one process on one thread, and is printed as tables of Markdown: the processor's time (the
+best of the rounds), its ratio to that of steps of their own, batched calls of f, the steps of the system with most of
+them, and the error at the end against a tight solve: of each system the largest relative one, and of these the median
+and the largest. The error norm of common steps is that of all systems together, in which one of 256 counts a sixteenth;
+"common, tolerance / 16" has the hardest system solved as accurately as alone. torchode 1.0.1, and diffrax in "sweep",
+are used if they can be imported; compiled steps if there is a C++ compiler, of which the time to compile is not a part.
 
-Parts: "phases", 256 van der Pol oscillators, mu = 25, that start all over the plane; "spread", mu from 1 to 100, each
-over its period; "gradient", those of "phases" with a loss and its backward pass (all three also as sweeps, where Julia
-is set up); "stiff", 256 Robertson systems with rate constants over a factor of 100; "latent", a training step of a
-latent ODE with 64 series of 50 irregular times, on times of their own and on the union of all; "sweep", 10,000 Lorenz
-systems with a parameter each and the gradient by it, and 10,000 Robertson systems with theirs, compiled for the Julia
-engine where that is set up, and by `jax.vmap` of diffrax where it can be imported: trajectories a second.
+Parts, each of which takes a minute or two: "phases", 256 van der Pol oscillators, mu = 25, that start all over the
+plane; "spread", mu from 1 to 100, each over its period; "gradient" and "spread-gradient", those of these with a loss of
+6 times and its backward pass (all four also as sweeps, where Julia is set up); "stiff", 256 Robertson systems with rate
+constants over a factor of 100; "latent", a training step of a latent ODE with 64 series of 50 irregular times, on times
+of their own and on the union of all; "sweep", 10,000 Lorenz systems with a parameter each and the gradient by it, and
+10,000 Robertson systems with theirs, compiled for the Julia engine where that is set up, and by `jax.vmap` of diffrax:
+trajectories a second. Of the Robertson systems all but the sweep solve every fiftieth, as a batch of 200.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import time
 import warnings
@@ -29,6 +33,7 @@ from torch import Tensor, nn
 
 from pyjlode import solve
 from pyjlode.bridge import runtime
+from pyjlode.errors import NotCompiled
 
 try:
     import torchode
@@ -65,14 +70,27 @@ def measured(runs: dict[str, Run], rounds: int) -> dict[str, tuple[float, tuple[
 
 
 def table(title: str, found: dict[str, tuple[float, tuple[Any, ...]]], want: Tensor | None = None) -> None:
-    print(f"\n{title}")
+    """Print a table: of each contender's time, calls of f, and steps, and errors of its states (B, d)."""
+    errors = want is not None
+    print(f"\n{title}\n\n| | ms | ratio | calls of f | steps |{' error | largest |' if errors else ''}")
+    print("| --- " * (7 if errors else 5) + "|")
     first = next(iter(found.values()))[0]
     for name, (spent, (h, calls, steps)) in found.items():
-        error = ""
+        row = f"| {name} | {spent:.0f} | {spent / first:.2f} | {calls} | {steps} |"
         if want is not None:
-            apart = (h - want).abs() / (want.abs().amax(1, keepdim=True))
-            error = f"  error {float(apart.amax(1).median()):.1e}"
-        print(f"  {name:34s} {spent:9.1f} ms  {spent / first:5.2f}  calls {calls:6d}  steps {steps:5d}{error}")
+            apart = ((h - want).abs() / want.abs().amax(1, keepdim=True)).amax(1)
+            row += f" {float(apart.median()):.1e} | {float(apart.max()):.1e} |"
+        print(row, flush=True)
+
+
+@functools.cache
+def has_compiler() -> bool:
+    """Whether PyTorch's compiler makes steps here."""
+    try:
+        solve(lambda t, h: -h, torch.ones(1, dtype=F64), [0.0, 1.0], engine="torch", compile=True)
+    except NotCompiled:
+        return False
+    return True
 
 
 def van_der_pol(mu: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -109,21 +127,28 @@ def steps_of(solution: Any) -> int:
 
 def oscillators(title: str, mu: Tensor, h0: Tensor, t: Tensor, tol: float, rounds: int) -> None:
     f = van_der_pol(mu)
-    kwargs: dict[str, Any] = {"rtol": tol, "atol": tol, "dense": False, "engine": "torch"}
-    union = t if t.ndim == 1 else torch.stack([t.min(), t.max()])
+    kwargs: dict[str, Any] = {"dense": False, "engine": "torch"}
+    # Of different spans by a scale of time for each: h' = span f over the unit of time.
+    span = (t[..., -1] - t[..., 0]).expand(len(h0))[:, None]
+    scaled = f if t.ndim == 1 else lambda s, h: span * f(s, h)
 
-    def own() -> tuple[Any, ...]:
-        return of(solve(f, h0, t, options=OWN, **kwargs))
+    def own(**how: Any) -> Run:
+        return lambda: of(solve(f, h0, t, rtol=tol, atol=tol, options=OWN, **{**kwargs, **how}))
 
-    def common() -> tuple[Any, ...]:
-        # Of different spans by a scale of time for each: h' = span f over the unit of time.
-        span = (t[..., -1] - t[..., 0]).expand(len(h0))[:, None]
-        g = f if t.ndim == 1 else lambda s, h: span * f(s, h)
-        return of(solve(g, h0, union if t.ndim == 1 else (0.0, 1.0), **kwargs))
+    def common(tol: float, **how: Any) -> Run:
+        return lambda: of(solve(scaled, h0, t if t.ndim == 1 else (0.0, 1.0), rtol=tol, atol=tol, **kwargs, **how))
 
-    runs: dict[str, Run] = {"steps of their own": own, "common steps": common}
+    part = len(h0) ** 0.5
+    runs: dict[str, Run] = {
+        "own": own(),
+        "common": common(tol),
+        f"common, tolerance / {part:.0f}": common(tol / part),
+    }
+    if has_compiler():
+        runs["own, `compile=True`"] = own(compile=True)
+        runs["common, `compile=True`"] = common(tol, compile=True)
     if has_julia():
-        runs["a sweep, Julia"] = lambda: of(solve(f, h0, t, **{**kwargs, **SWEEP}))
+        runs["a sweep"] = own(engine="julia", compile=True)
     if torchode:
 
         def theirs() -> tuple[Any, ...]:
@@ -131,7 +156,7 @@ def oscillators(title: str, mu: Tensor, h0: Tensor, t: Tensor, tol: float, round
             return s.ys[:, -1], int(s.stats["n_f_evals"].max()), steps_of(s)
 
         runs["torchode"] = theirs
-    tight = {**kwargs, "rtol": 1e-11, "atol": 1e-11, "method": "dopri8", "options": OWN}
+    tight = {**kwargs, "rtol": 1e-10, "atol": 1e-10, "method": "dopri8", "options": OWN}
     table(title, measured(runs, rounds), solve(f, h0, t, **tight).h[-1])
 
 
@@ -144,14 +169,19 @@ def phases(rounds: int, quick: bool) -> None:
     oscillators(f"{count} van der Pol, mu = 25, t = {float(t[1]):g}, rtol 1e-5", mu, h0, t, 1e-5, rounds)
 
 
-def spread(rounds: int, quick: bool) -> None:
+def periods(quick: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """mu, the start, and the end of a period of each: that is near 1.61 mu for large mu, and 6.7 for mu = 1."""
     count = 32 if quick else 256
     mu = torch.logspace(0, 1 if quick else 2, count, dtype=F64)
     h0 = torch.tensor([[2.0, 0.0]], dtype=F64).repeat(count, 1)
-    # The period is near 1.61 mu for large mu, and 6.7 for mu = 1.
-    end = (1.61 * mu + 5) * (0.3 if quick else 1.0)
+    return mu, h0, (1.61 * mu + 5) * (0.3 if quick else 1.0)
+
+
+def spread(rounds: int, quick: bool) -> None:
+    mu, h0, end = periods(quick)
     t = torch.stack([torch.zeros_like(end), end], 1)
-    oscillators(f"{count} van der Pol, mu to {float(mu[-1]):g}, a period of each, rtol 1e-5", mu, h0, t, 1e-5, rounds)
+    title = f"{len(mu)} van der Pol, mu to {float(mu[-1]):g}, a period of each, rtol 1e-5"
+    oscillators(title, mu, h0, t, 1e-5, rounds)
 
 
 def gradient(rounds: int, quick: bool) -> None:
@@ -159,9 +189,22 @@ def gradient(rounds: int, quick: bool) -> None:
     random = torch.Generator().manual_seed(0)
     start = torch.rand(count, 2, generator=random, dtype=F64) * 4 - 2
     t = torch.linspace(0, end, 6, dtype=F64)
-    mu = torch.full((count,), 25.0, dtype=F64, requires_grad=True)
+    title = f"{count} van der Pol, mu = 25, t = {end:g}: a loss of 6 times and its gradient"
+    gradients(title, torch.full((count,), 25.0, dtype=F64), start, t, rounds)
+
+
+def spread_gradient(rounds: int, quick: bool) -> None:
+    mu, h0, end = periods(quick)
+    t = torch.linspace(0, 1, 6, dtype=F64) * (0.3 * end[:, None])
+    title = f"{len(mu)} van der Pol, mu to {float(mu[-1]):g}, 0.3 periods: a loss of 6 times and its gradient"
+    gradients(title, mu, h0, t, rounds)
+
+
+def gradients(title: str, mu: Tensor, start: Tensor, t: Tensor, rounds: int) -> None:
+    mu = mu.clone().requires_grad_()
     f = van_der_pol(mu)
     kwargs: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5, "dense": False, "engine": "torch"}
+    span = t[..., -1].expand(len(start))[:, None]
 
     def run(make: Callable[[Tensor], tuple[Tensor, int, int]]) -> Run:
         def step() -> tuple[Any, ...]:
@@ -172,27 +215,35 @@ def gradient(rounds: int, quick: bool) -> None:
         return step
 
     def ours(**way: Any) -> Run:
+        common = "options" not in way
+
         def make(h0: Tensor) -> tuple[Tensor, int, int]:
-            solution = solve(f, h0, t, **{**kwargs, **way})
+            if common and t.ndim > 1:
+                solution = solve(lambda s, h: span * f(s, h), h0, torch.linspace(0, 1, 6), **{**kwargs, **way})
+            else:
+                solution = solve(f, h0, t, **{**kwargs, **way})
             return solution.h, *of(solution)[1:]
 
         return run(make)
 
     runs = {
-        "their own, adjoint=True": ours(adjoint=True, options=OWN),
-        "their own, adjoint=False": ours(adjoint=False, options=OWN),
-        "common, adjoint=True": ours(adjoint=True),
+        "own, `adjoint=True`": ours(adjoint=True, options=OWN),
+        "own, `adjoint=False`": ours(adjoint=False, options=OWN),
+        "common, `adjoint=True`": ours(adjoint=True),
     }
+    if has_compiler():
+        runs["own, `compile=True`"] = ours(adjoint=True, options=OWN, compile=True)
+        runs["common, `compile=True`"] = ours(adjoint=True, compile=True)
     if has_julia():
-        runs["a sweep, Julia, adjoint=True"] = ours(adjoint=True, **SWEEP)
+        runs["a sweep"] = ours(adjoint=True, **SWEEP)
     if torchode:
 
         def theirs(h0: Tensor) -> tuple[Tensor, int, int]:
             s = by_torchode(f, h0, t, 1e-5)
             return s.ys.transpose(0, 1), int(s.stats["n_f_evals"].max()), steps_of(s)
 
-        runs["torchode, AutoDiffAdjoint"] = run(theirs)
-    table(f"{count} van der Pol, mu = 25, t = {end:g}: a loss of 6 times and its gradient", measured(runs, rounds))
+        runs["torchode, `AutoDiffAdjoint`"] = run(theirs)
+    table(title, measured(runs, rounds))
 
 
 def stiff(rounds: int, quick: bool) -> None:
@@ -213,7 +264,7 @@ def stiff(rounds: int, quick: bool) -> None:
         def by(method: str, t: Tensor = t, kwargs: dict[str, Any] = kwargs) -> Run:
             return lambda: of(solve(f, h0, t, method=method, rtol=1e-6, atol=atol, **kwargs))
 
-        runs = {"rodas5p, steps of their own": by("rodas5p"), "radau5, common steps": by("radau5")}
+        runs = {"`rodas5p`, own": by("rodas5p"), "`radau5`, common": by("radau5")}
         want = solve(f, h0, t, method="radau5", rtol=1e-10, atol=1e-4 * atol, **kwargs).h[-1]
         table(f"{count} Robertson, t = {end:g}, rtol 1e-6", measured(runs, rounds), want)
 
@@ -249,7 +300,7 @@ def latent(rounds: int, quick: bool) -> None:
         solution.h[index, :, rows].square().mean().backward()
         return of(solution)
 
-    runs = {"times of their own": own, "the union of all times": all_times}
+    runs = {"own times": own, "the union of all times": all_times}
     table(f"{samples} samples of {count} latent paths, {times} times of each: a training step", measured(runs, rounds))
 
 
@@ -297,12 +348,12 @@ def jax_robertson(t: Any, y: Any, k: Any) -> Any:
 def rates(title: str, counts: dict[str, int], runs: dict[str, Run], rounds: int, want: Tensor) -> None:
     """Print trajectories a second, and errors against those that are wanted: of every tenth or fiftieth system, which
     may be all that a contender solves."""
-    print(f"\n{title}")
+    print(f"\n{title}\n\n| | trajectories a second | error | steps of each |\n| --- | --- | --- | --- |")
     for name, (spent, (h, steps)) in measured(runs, rounds).items():
         apart = (h[:: counts[name] // len(want)] - want).abs() / want.abs().amax(0)
-        told = f"{steps:4.0f} steps each" if steps else ""
         error = float(apart.amax(1).median())
-        print(f"  {name:38s} {counts[name] / spent * 1e3:9.0f} a second  error {error:.1e}  {told}")
+        told = f"{steps:.0f}" if steps else ""
+        print(f"| {name} | {counts[name] / spent * 1e3:,.0f} | {error:.1e} | {told} |", flush=True)
 
 
 def mean_steps(solution: Any) -> float:
@@ -408,13 +459,21 @@ def sweep(rounds: int, quick: bool) -> None:
     )
 
 
-PARTS = {"phases": phases, "spread": spread, "gradient": gradient, "stiff": stiff, "latent": latent, "sweep": sweep}
+PARTS = {
+    "phases": phases,
+    "spread": spread,
+    "gradient": gradient,
+    "spread-gradient": spread_gradient,
+    "stiff": stiff,
+    "latent": latent,
+    "sweep": sweep,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
     args = parser.parse_args()
     for name in [args.part] if args.part else PARTS:
