@@ -67,8 +67,9 @@ def main(number: int, processes: int) -> None:
         rows.append((name, number / best(batch(engine))))
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
             rows.append((f"an ensemble on {processes} processes, {engine}", number / best(shared(pool, engine))))
+    print("| | trajectories a second |\n| --- | --- |")
     for name, rate in rows:
-        print(f"{name:45} {rate:10,.0f} trajectories a second")
+        print(f"| {name} | {rate:,.0f} |")
 
 
 if __name__ == "__main__":
