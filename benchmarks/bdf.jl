@@ -1,4 +1,5 @@
-# Julia's FBDF and QNDF by themselves on van der Pol's oscillator, with its Jacobian: how far each gets.
+# Julia's FBDF and QNDF by themselves on van der Pol's oscillator, with its Jacobian: how far each gets, and why `bdf`
+# is QNDF on the Julia engine.
 #
 #     julia --project=... benchmarks/bdf.jl
 #

@@ -524,7 +524,7 @@ def stiff(rounds: int) -> None:
         def error(u: Any) -> float:
             return float(((torch.as_tensor(u) - exact) / weight).square().mean().sqrt())
 
-        for method, alg in (("rodas5p", "Rodas5P()"), ("bdf", "FBDF()")):
+        for method, alg in (("rodas5p", "Rodas5P()"), ("bdf", "QNDF()")):
             solve = lambda: pyjlode.odeint(
                 f, start, t, engine="julia", method=method, compile=True, rtol=rtol, atol=atol
             )

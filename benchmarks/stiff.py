@@ -4,6 +4,7 @@
     python benchmarks/stiff.py --steps         accepted steps of radau5 and bdf over SciPy's, and errors in tolerances
     python benchmarks/stiff.py --batch         256 Robertson systems in one call, over a loop of SciPy's Radau, in
                                                seconds of the processor's time
+    python benchmarks/stiff.py --julia         bdf on the Julia engine, which is QNDF there, beside FBDF
     python benchmarks/stiff.py --dense-limit   LU of the Jacobian against GMRES by size of the system
 
 One thread; float64. The error is that of the last state in units of the tolerance `atol + rtol |h|`, root mean square,
@@ -274,6 +275,35 @@ def batch(quick: bool) -> None:
                     break
 
 
+def julia(quick: bool) -> None:
+    """Errors in tolerances, accepted steps and factorisations of Julia's two methods of this family."""
+    daes = {sp.AKZO_NOBEL.name: torch.diag(torch.tensor([1.0, 1, 1, 1, 1, 0], dtype=sp.F64))}
+    head = f"{'error':>12} {'steps':>7} {'LU':>5}"
+    print(f"{'problem':25} {'tol':6} {head}  {head}   (QNDF, then FBDF)")
+    for problem in [*sp.STIFF, sp.VAN_DER_POL_STIFFER, sp.AKZO_NOBEL]:
+        for tol in (1e-4, 1e-8) if quick else (1e-4, 1e-6, 1e-8, 1e-9):
+            cells = []
+            for method in ("bdf", pyjlode.julia_method("FBDF()")):
+                try:
+                    found = pyjlode.solve(
+                        problem.f,
+                        problem.y0,
+                        problem.times,
+                        method=method,
+                        rtol=tol,
+                        atol=problem.atol(tol),
+                        mass_matrix=daes.get(problem.name),
+                        engine="julia",
+                        dense=False,
+                        options={"max_num_steps": 100_000},
+                    )
+                    stats = found.stats
+                    cells.append(f"{problem.error(found.h[-1], tol):12.3g} {stats.naccept:7} {stats.nlu:5}")
+                except pyjlode.errors.SolveError as error:
+                    cells.append(f"{type(error).__name__:>26}")
+            print(f"{problem.name:25} {tol:<6g} {'  '.join(cells)}", flush=True)
+
+
 def cpu(run: Callable[[], Any]) -> float:
     """Seconds of the processor's time."""
     start = time.process_time()
@@ -306,7 +336,7 @@ def dense_limit(quick: bool) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer problems, tolerances and sizes")
-    modes = {"steps": steps, "batch": batch, "dense-limit": dense_limit}
+    modes = {"steps": steps, "batch": batch, "julia": julia, "dense-limit": dense_limit}
     for mode in modes:
         parser.add_argument(f"--{mode}", action="store_true")
     chosen = parser.parse_args()

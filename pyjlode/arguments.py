@@ -52,7 +52,7 @@ _BY_KIND: dict[str, set[str]] = {
 }
 SCIPY = ("RK23", "RK45", "DOP853", "Radau", "BDF", "LSODA")
 _BY_KIND["auto"] = _BY_KIND["stiff"]
-_BY_KIND["julia"] = {"first_step", "min_step", "max_step", "step_t", "jump_t", "step_size"}
+_BY_KIND["julia"] = {"first_step", "min_step", "max_step", "step_t", "jump_t", "step_size", "consistent"}
 OPTIONS = frozenset({field.name for field in fields(SolverOptions)} | {"dtype"})
 _KNOWN = sorted(OPTIONS)
 # Those that may be keywords of a call: `dtype` says nothing, and `solver` is what others call the method.

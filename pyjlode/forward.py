@@ -12,6 +12,7 @@ from torch import Tensor
 from .derivatives import grad
 from .errors import GradientUnavailable
 from .gradients import Gradients, time_gradient
+from .numbers import as_like, null_spaces
 from .parameters import graph_mark
 from .problem import Field, Layout, ODEProblem, rms_norm
 
@@ -25,11 +26,15 @@ class _Record(Protocol):
 def augment(p: ODEProblem) -> ODEProblem:
     """The problem of y with S = dy/d(y0, theta): S' = df/dy S + (0, df/dtheta) (Hairer, Nørsett & Wanner I.14).
 
+    With a mass matrix M it is M S' = df/dy S + (0, df/dtheta), and the algebraic part of S is at the start what the
+    derivative of the algebraic equations says.
+
     Returns:
-        `p` with the flat state (y, S), S of shape (n, n + |theta|) row by row, its Jacobian, and no mass matrix.
+        `p` with the flat state (y, S), S of shape (n, n + |theta|) row by row, its Jacobian and its mass matrix.
     """
     n, layout = p.y0.numel(), Layout(list(p.params))
     width = n + layout.size
+    M = None if p.mass is None else torch.block_diag(*[p.mass.detach().to(p.y0)] * p.batch)
 
     def rhs(t: Tensor, z: Tensor) -> Tensor:
         mark = graph_mark()
@@ -48,6 +53,8 @@ def augment(p: ODEProblem) -> ODEProblem:
         return torch.cat([tol, tol[:, None].expand(n, width).reshape(-1)]) if isinstance(tol, Tensor) else tol
 
     S0 = torch.eye(n, width, dtype=p.y0.dtype, device=p.y0.device)
+    if M is not None:
+        S0 = consistent(p, M, S0, layout)
     event = p.event_fn
     return replace(
         p,
@@ -56,7 +63,9 @@ def augment(p: ODEProblem) -> ODEProblem:
         f0=None,
         split=None,
         jac=Jacobian(p, rhs) if p.method.controlled or p.method.kind == "julia" else None,
-        mass=None,
+        mass=None
+        if M is None
+        else torch.block_diag(M, torch.kron(M, torch.eye(width, dtype=M.dtype, device=M.device))),
         batch=1,
         norm=norm,
         rtol=extend(p.rtol),
@@ -64,6 +73,38 @@ def augment(p: ODEProblem) -> ODEProblem:
         event_fn=(lambda t, z: event(t, z[:n])) if event else None,
         callbacks=p.callbacks.on(lambda z: z[:n]),
     )
+
+
+def consistent(p: ODEProblem, M: Tensor, S: Tensor, layout: Layout) -> Tensor:
+    """S with its algebraic part as the derivative of the algebraic equations has it: (n, n + |theta|).
+
+    Args:
+        M: the mass matrix of the whole state, (n, n).
+    """
+    N, V = null_spaces(M)
+    if not N.shape[1]:
+        return S
+    n, mark = len(S), graph_mark()
+    with torch.enable_grad():
+        y = p.y0.detach().requires_grad_()
+        k = p.f(p.time(p.times[0]), y)
+    J, rows = jacobians(p, k, y, layout, mark)
+    change = J @ S
+    change[:, n:] += rows
+    return S - V @ torch.linalg.solve(N.T @ J @ V, N.T @ change)
+
+
+def sensitivity_atol(p: ODEProblem) -> Tensor:
+    """atol of (y, S), flat. dy/dx has the unit of y over that of x: the size of x, which for a start below what the
+    tolerances resolve is atol / rtol, and for a parameter that is zero the largest in its tensor, or 1."""
+    n, y0, rtol = p.y0.numel(), p.y0.detach(), as_like(p.rtol, p.y0)
+    atol = as_like(p.atol, y0).expand(n)
+    resolved = torch.where(rtol > 0, atol / rtol, atol)
+    sizes = [torch.maximum(y0.abs(), resolved)]
+    layout = Layout(list(p.params))
+    for x in layout.flatten_leaves([q.detach() for q in p.params]).to(y0).abs().split(layout.sizes) if p.params else ():
+        sizes.append(torch.where(x > 0, x, x.amax() if x.numel() and bool(x.any()) else torch.ones_like(x)))
+    return torch.cat([atol, (atol[:, None] / torch.cat(sizes)).reshape(-1)])
 
 
 def split(p: ODEProblem, record: _Record) -> Tensor:
@@ -118,6 +159,13 @@ class Jacobian:
             e[i] = step
             out[n:, i] = ((self.rhs(t, z + e) - self.rhs(t, z - e)) / (2 * step))[n:]
         return out
+
+    def rate(self, t: Tensor, z: Tensor) -> Tensor:
+        """The derivative of the right-hand side by time, (n + n (n + |theta|),), by a difference within the solve."""
+        ends = self.p.times[0], self.p.times[-1]
+        step = torch.finfo(z.dtype).eps ** (1 / 3) * max(1e-3, abs(ends[1] - ends[0]))
+        a, b = max(min(ends), float(t) - step), min(max(ends), float(t) + step)
+        return (self.rhs(self.p.time(b), z) - self.rhs(self.p.time(a), z)) / (b - a)
 
 
 def jacobians(p: ODEProblem, k: Tensor, y: Tensor, layout: Layout, mark: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -256,3 +256,16 @@ def for_each(product: Callable[[Tensor, bool], Any], g: Tensor, again: bool) -> 
         results = [pytree.tree_flatten(product(row, True)) for row in rows.unbind()]
         columns = zip(*[leaves for leaves, _ in results])
         return pytree.tree_unflatten([x[0] if x[0] is None else wrap(torch.stack(x)) for x in columns], results[0][1])
+
+
+class Null(NamedTuple):
+    """Bases N and V of the left and right null space of a matrix: Nᵀ M = 0 and M V = 0, (d, m) each."""
+
+    left: Tensor
+    right: Tensor
+
+
+def null_spaces(M: Tensor) -> Null:
+    U, sizes, Vh = torch.linalg.svd(M)
+    rank = int((sizes > len(M) * torch.finfo(M.dtype).eps * sizes.amax()).sum()) if len(M) else 0
+    return Null(U[:, rank:], Vh[rank:].T)

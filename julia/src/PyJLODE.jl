@@ -8,11 +8,11 @@ module PyJLODE
 
 using CommonSolve: init, solve!
 using DiffEqBase: DEVerbosity
-using LinearAlgebra: BLAS, I, SymTridiagonal, UniformScaling, eigen, svd
+using LinearAlgebra: BLAS, I, SymTridiagonal, UniformScaling, eigen, mul!, pinv, svd
 using OrdinaryDiffEqCore: OrdinaryDiffEqCore, PIController, default_controller, isadaptive
 using PrecompileTools: @compile_workload, @setup_workload
-using SciMLBase: CallbackSet, ContinuousCallback, DiscreteCallback, FullSpecialize, NoInit, ODEFunction, ODEProblem,
-    ReturnCode, SciMLBase, reinit!, terminate!, u_modified!
+using SciMLBase: CallbackSet, ContinuousCallback, DAEFunction, DAEProblem, DiscreteCallback, FullSpecialize, NoInit,
+    ODEFunction, ODEProblem, ReturnCode, SciMLBase, reinit!, terminate!, u_modified!
 using SciMLLogging: SciMLLogging
 using SparseArrays: SparseMatrixCSC, nnz, nonzeros
 

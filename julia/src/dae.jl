@@ -136,8 +136,11 @@ function slope(i::Integral, t, p)
     return slope(i.algebra, J, f, rate)
 end
 
-"Whether a solve was of a system with a mass matrix."
-of_mass(s::Solve) = !(s.sol.prob.f.mass_matrix isa UniformScaling)
+"Whether a solve was of a system with a mass matrix, or of one that was posed as such."
+of_mass(s::Solve) = !(mass_matrix(s.sol.prob.f) isa UniformScaling)
+
+mass_matrix(f::ODEFunction) = f.mass_matrix
+mass_matrix(f::DAEFunction) = f.f.M
 
 """
     mass_adjoint!(solve, alg, request) -> Outcome
@@ -153,7 +156,7 @@ function mass_adjoint!(s::Solve{T, <:Field{T, Vector{T}}}, alg, r::AdjointReques
     cotangents = reshape(Vector{T}(r.g), n, length(times))
     dp, slopes = Vector{T}(r.dp), reshape(Vector{T}(r.slopes), n, :)
     fill!(dp, zero(T))
-    algebra = Algebra(Matrix{T}(s.sol.prob.f.mass_matrix))
+    algebra = Algebra(Matrix{T}(mass_matrix(s.sol.prob.f)))
     along = AlongSolution{T, typeof(field), typeof(s.sol)}(field, s.sol, zeros(T, n), zeros(T, n, n))
     by_mass = length(dp) > length(p)
     nodes, weights = gauss(cld(OrdinaryDiffEqCore.alg_order(alg), 2) + 1)
@@ -201,3 +204,71 @@ end
 
 struct Always end
 (::Always)(u, t, integrator) = true
+
+# Algorithms for fully implicit systems F(t, y, y') = 0, of which F is M y' - f(t, y) here.
+
+"F(t, y, y'), with room for f."
+struct Residual{F, T}
+    field::F
+    M::Matrix{T}
+    f::Vector{T}
+end
+
+# Where an algorithm differentiates the field itself, f is of other numbers than T.
+room(r::Residual{<:Field}, out) = r.f
+room(::Residual, out) = similar(out)
+
+function (r::Residual)(out, dy, y, p, t)
+    f = room(r, out)
+    right(r.field)(f, y, p, t)
+    mul!(out, r.M, dy)
+    out .-= f
+    return nothing
+end
+
+right(field::Field) = RHS(field)
+right(field::Source) = field.f
+
+slope!(r::DAEFunction{true, S, <:Residual}, slope, u, p, t) where {S} = right(r.f.field)(slope, u, p, t)
+
+"gamma dF/dy' + dF/dy."
+struct ResidualJacobian{R <: Residual}
+    residual::R
+end
+
+function (j::ResidualJacobian)(J, dy, y, p, gamma, t)
+    (; field, M) = j.residual
+    Jacobian(field)(J, y, p, t)
+    J .= gamma .* M .- J
+    return nothing
+end
+
+SciMLBase.isinplace(::Union{Residual, ResidualJacobian}, ::Integer, name = "f", preferred = true; kwargs...) = true
+
+function posed(::SciMLBase.AbstractDAEAlgorithm, field, mass, u0::Vector{T}, span, full) where {T}
+    M = mass isa UniformScaling ? Matrix{T}(mass, length(u0), length(u0)) : mass
+    residual = Residual(field, M, similar(u0))
+    f = DAEFunction{true, FullSpecialize}(residual; derivatives(residual)...)
+    return DAEProblem(f, first_slope(residual, u0, span[1]), u0, span, field.parameters)
+end
+
+# What OrdinaryDiffEqCore 4.5 chooses, which is of the wrong sign backward in time.
+function first_dt(::SciMLBase.AbstractDAEAlgorithm, direction, longest)
+    return (; dt = direction * 1.0e-6 * (isfinite(longest) ? longest : 1.0))
+end
+
+derivatives(r::Residual{<:Field}) = (; jac = ResidualJacobian(r))
+derivatives(::Residual) = (;)
+
+"The derivative of the state at the start."
+function first_slope(r::Residual{<:Field}, u0, t)
+    (; field, M) = r
+    p, J, f, rate = field.parameters, zero(M), similar(u0), similar(u0)
+    Jacobian(field)(J, u0, p, t)
+    TimeGradient(field)(rate, u0, p, t)
+    RHS(field)(f, u0, p, t)
+    return slope(Algebra(M), J, f, rate)
+end
+
+# That of the algebraic components, which no step depends on, is not looked for.
+first_slope(r::Residual, u0, t) = (f = similar(u0); right(r.field)(f, u0, r.field.parameters, t); pinv(r.M) * f)

@@ -221,13 +221,20 @@ function stepping(alg, r::Union{Request, AdjointRequest}, direction, longest)
     )
 end
 
+"The first step, where the algorithm is not to choose it."
+first_dt(alg, direction, longest) = (;)
+
+"The problem that an algorithm solves."
+posed(alg, field, mass, u0, span, full) =
+    ODEProblem(ode_function(field; mass_matrix = mass, full), u0, span, field.parameters)
+
 "The integrator of a solve from `u0`, at the first of the request's times."
 function prepare(field, alg, r::Request, u0::AbstractVector{T}, outputs::Outputs{T}, event) where {T}
     times = Vector{Float64}(r.times)
     direction = times[2] < times[1] ? -1.0 : 1.0
     span = event === nothing ? (times[1], times[end]) : (times[1], direction * Inf)
     mass = r.mass.length == 0 ? I : beside(u0, copy(reshape(Vector{T}(r.mass), field.n, field.n)))
-    problem = ODEProblem(ode_function(field; mass_matrix = mass, full = r.full != 0), u0, span, field.parameters)
+    problem = posed(alg, field, mass, u0, span, r.full != 0)
     written = DiscreteCallback(Due(outputs), outputs; save_positions = (false, false))
     callback = if event === nothing
         CallbackSet(written)
@@ -236,9 +243,11 @@ function prepare(field, alg, r::Request, u0::AbstractVector{T}, outputs::Outputs
     end
     adaptive = r.fixed == 0 && isadaptive(alg)
     tstops, steps = copy(Vector{Float64}(r.stops)), stepping(alg, r, direction, abs(span[2] - span[1]))
-    if !adaptive && r.first_step == 0
+    if r.first_step == 0 && !adaptive
         append!(tstops, times)
         steps = merge(steps, (; dt = times[end] - times[1]))
+    elseif r.first_step == 0
+        steps = merge(steps, first_dt(alg, direction, abs(span[2] - span[1])))
     end
     dense = r.dense != 0
     # Between steps the state is asked for unless the end alone is.
@@ -267,11 +276,13 @@ end
 function goes_on(integrator)
     (; u, t, p, f, tdir) = integrator
     slope = similar(u)
-    f(slope, u, p, t)
+    slope!(f, slope, u, p, t)
     ahead = tdir * sqrt(eps(eltype(u))) * max(1, abs(t))
-    f(slope, u .+ eltype(u)(ahead) .* slope, p, t + ahead)
+    slope!(f, slope, u .+ eltype(u)(ahead) .* slope, p, t + ahead)
     return all(isfinite, slope)
 end
+
+slope!(f, slope, u, p, t) = f(slope, u, p, t)
 
 """
     sweep(field::Field{T}, alg, request, systems) -> Outcome

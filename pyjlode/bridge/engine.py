@@ -180,6 +180,8 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
         return "a batch of one system with an event_fn is not solved as a batch there"
     if p.mass is not None and gradient is not None and (obstacle := _cannot_differentiate_masses(p, gradient)):
         return f"with a mass_matrix {obstacle}"
+    if (name := packages.fully_implicit(p.method.julia)) and (obstacle := _cannot_pose_implicitly(p, gradient)):
+        return f"{name}, which solves systems F(t, y, y') = 0, {obstacle}"
     for solve in _solves(p):
         changed = {name for name, value in vars(solve.options).items() if value != getattr(NO_OPTIONS, name)}
         changed -= {"on_failure"} if p.batch > 1 else set()
@@ -240,14 +242,29 @@ def _cannot_adjoin(p: ODEProblem, gradient: str) -> str | None:
 
 
 def _cannot_differentiate_masses(p: ODEProblem, gradient: str) -> str | None:
-    if gradient != "gauss":
-        return f"its adjoint is 'gauss' there, and not {gradient!r}"
+    assert p.mass is not None
+    if gradient not in ("gauss", "forward"):
+        return f"its adjoints are 'gauss' and 'forward' there, and not {gradient!r}"
+    if gradient == "forward" and (p.mass.requires_grad or p.t.requires_grad):
+        return "adjoint='forward' has no gradients by it and by times there; adjoint=True has"
     if isinstance(p.f.f, JuliaFunction):
         return "a julia_function is not differentiated there"
     if places.of(p.y0).kind != places.HOST:
         return f"it is not differentiated on {p.y0.device} there"
     if p.event_fn is not None:  # the slope of an algebraic component, by dense output, was off by 3e-3 at rtol=1e-9
         return "gradients through an event are the native engine's"
+    return None
+
+
+def _cannot_pose_implicitly(p: ODEProblem, gradient: str | None) -> str | None:
+    if places.of(p.y0).kind != places.HOST:
+        return "is not given a state on a device there"
+    if gradient is not None and p.mass is None:
+        return f"has no gradients but of systems with a mass_matrix, and of Implicit fields: not by {gradient!r}"
+    if gradient == "forward":
+        return "has gradients by adjoint=True there"
+    if p.adjoint and packages.fully_implicit(p.adjoint.method.julia or ""):
+        return "cannot solve the adjoint, which is none: pass adjoint_method='rodas5p' or 'radau5'"
     return None
 
 
@@ -325,7 +342,10 @@ def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = F
         if not dense and (found := _again(ordered, stats, "sensitivities")):
             record = Record(found[0])
             return Memory(ordered, record, gradient, None, None, forward.split(ordered, record), p.params)
-        record, rhs, solution = _solve(forward.augment(ordered), stats, None, dense, ordered)
+        augmented = forward.augment(ordered)
+        if ordered.method.controlled or ordered.mass is not None:
+            augmented.atol = forward.sensitivity_atol(ordered)
+        record, rhs, solution = _solve(augmented, stats, None, dense, ordered)
         return Memory(ordered, record, gradient, rhs, solution, forward.split(ordered, record), p.params)
     if gradient == "discrete" and not dense and (found := _again(p, stats, gradient)):
         assert p.repeats is not None

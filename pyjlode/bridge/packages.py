@@ -33,10 +33,13 @@ ALGORITHMS = {
     "PseudoVerletLeapfrog McAte2 Ruth3 McAte3 CandyRoz4 McAte4 McAte42 McAte5 CalvoSanz4 Yoshida6 KahanLi6 McAte8 "
     "KahanLi8 SofSpa10",
     "OrdinaryDiffEqTaylorSeries": "ExplicitTaylor ExplicitTaylor2",
-    "Sundials": "CVODE_BDF CVODE_Adams ARKODE",
+    "Sundials": "CVODE_BDF CVODE_Adams ARKODE IDA",
 }
 # They want a problem of second order, which the Julia engine does not make.
 SECOND_ORDER = ("OrdinaryDiffEqRKN", "OrdinaryDiffEqSymplecticRK")
+
+# They solve F(t, y, y') = 0, and an adjoint is no such system.
+FULLY_IMPLICIT = ("DFBDF", "DABDF2", "DImplicitEuler", "IDA")
 
 _OF = {name: package for package, names in ALGORITHMS.items() for name in names.split()}
 
@@ -44,3 +47,8 @@ _OF = {name: package for package, names in ALGORITHMS.items() for name in names.
 def of(expression: str) -> dict[str, str]:
     """The algorithms that a Julia expression names and that are loaded on demand, each with its package."""
     return {name: _OF[name] for name in re.findall(r"\w+", expression) if name in _OF}
+
+
+def fully_implicit(expression: str) -> str | None:
+    """The algorithm for fully implicit systems that a Julia expression names."""
+    return next((name for name in re.findall(r"\w+", expression) if name in FULLY_IMPLICIT), None)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..derivatives import directional, directional_by_reverse, jacobian, pull_back, vjp
 from ..events import Margin
+from ..forward import Jacobian as SensitivityJacobian
 from ..notices import warn_once
 from ..parameters import graph_mark
 from ..problem import Layout, ODEProblem
@@ -262,7 +263,10 @@ class RHS(Callbacks):
 
     def tgrad(self, dT: int, u: int, t: float) -> None:
         time, y = self.p.time(t), self.state(u)
-        self.look(dT).copy_(directional_by_reverse(self.p, time, y, torch.ones_like(time), None))
+        if isinstance(self.p.jac, SensitivityJacobian):  # autograd does not look into what it calls
+            self.look(dT).copy_(self.p.jac.rate(time, y))
+        else:
+            self.look(dT).copy_(directional_by_reverse(self.p, time, y, torch.ones_like(time), None))
 
     def jvp(self, out: int, v: int, u: int, t: float) -> None:
         product = directional(self.p, self.p.time(t), self.state(u), None, self.state(v))

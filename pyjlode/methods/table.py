@@ -192,7 +192,7 @@ _ROWS = [
     _stiff(
         "radau5", "RADAU5", (5, 3), "Radau IIA, 3 stages, Hairer & Wanner's RADAU5 (L-stable)", "RadauIIA5()", mass=True
     ),
-    _stiff("bdf", "NDF", (5, 0), "numerical differentiation formulas of order 1 to 5", "FBDF()", mass=True),
+    _stiff("bdf", "NDF", (5, 0), "numerical differentiation formulas of order 1 to 5", "QNDF()", mass=True),
     _stiff("kvaerno5", "KVAERNO5", (5, 4), "ESDIRK 5(4), Kværnø (L-stable)", "Kvaerno5()"),
     _stiff("kencarp4", "KENCARP4", (4, 3), "ESDIRK 4(3), Kennedy & Carpenter (L-stable)", "KenCarp4()"),
     _stiff("kencarp5", "KENCARP5", (5, 4), "ESDIRK 5(4), Kennedy & Carpenter (L-stable)", "KenCarp5()"),
@@ -305,7 +305,8 @@ def julia_method(expression: str) -> Method:
             need itself (ROCK2, VCABM, SSPRK43, Feagin14 ...) are loaded when they are first named, if they are
             installed; the error for one that is not names its package. It is evaluated at the first solve,
             which raises BadOption if Julia does not take it. The gradient of an adjoint is as good as the algorithm's
-            dense output: for many implicit ones that is a cubic, and `adjoint="forward"` is better.
+            dense output: for many implicit ones that is a cubic, and `adjoint="forward"` is better. Algorithms for
+            fully implicit systems (DFBDF, DABDF2) solve a field as M y' - f(t, y) = 0, and `Implicit` fields.
     """
     return Method(expression, 0, "julia", "a solver of DifferentialEquations.jl", julia=expression, mass=True)
 

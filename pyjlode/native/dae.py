@@ -6,31 +6,16 @@ of y that M does not see. The index is 1 where Nᵀ J V is regular (HW VI.1).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..errors import HighIndex, InconsistentStart, NotConverged
-from ..numbers import anywhere, as_like, read, solve
+from ..numbers import anywhere, as_like, null_spaces, read, solve
 from ..problem import ODEProblem, is_finite
 from ..solution import Stats
 from .linear import Linear
 
 _MAX_ITERS = 50
-
-
-class Null(NamedTuple):
-    """N and V, (d, m) each."""
-
-    left: Tensor
-    right: Tensor
-
-
-def null_spaces(M: Tensor) -> Null:
-    U, sizes, Vh = torch.linalg.svd(M)
-    rank = int((sizes > len(M) * torch.finfo(M.dtype).eps * sizes.amax()).sum()) if len(M) else 0
-    return Null(U[:, rank:], Vh[rank:].T)
 
 
 class Algebra:

@@ -597,53 +597,6 @@ def solve_forward(p: ODEProblem, stats: Stats, *, dense: bool = False) -> tuple[
     Returns:
         The record of y, and S at the outputs: (T, n, n + |theta|).
     """
-    problem = forward.augment(p)
-    if p.mass is not None:
-        n, layout = p.y0.numel(), Layout(list(p.params))
-        S = problem.y0[n:].view(n, n + layout.size)
-        problem = replace(
-            problem,
-            y0=torch.cat([p.y0, consistent_sensitivities(p, S, layout).reshape(-1)]),
-            mass=sensitivity_mass(p, S.shape[1]),
-        )
-    record = loop.solve(replace(problem, atol=sensitivity_atol(p)), stats, dense=dense)
+    problem = replace(forward.augment(p), atol=forward.sensitivity_atol(p))
+    record = loop.solve(problem, stats, dense=dense)
     return record, forward.split(p, record)
-
-
-def sensitivity_atol(p: ODEProblem) -> Tensor:
-    """atol of (y, S), flat. dy/dx has the unit of y over that of x: the size of x, which for a start below what the
-    tolerances resolve is atol / rtol, and for a parameter that is zero the largest in its tensor, or 1."""
-    n, y0, rtol = p.y0.numel(), p.y0.detach(), as_like(p.rtol, p.y0)
-    atol = as_like(p.atol, y0).expand(n)
-    resolved = torch.where(rtol > 0, atol / rtol, atol)
-    sizes = [torch.maximum(y0.abs(), resolved)]
-    layout = Layout(list(p.params))
-    for x in layout.flatten_leaves([q.detach() for q in p.params]).to(y0).abs().split(layout.sizes) if p.params else ():
-        sizes.append(torch.where(x > 0, x, x.amax() if x.numel() and bool(x.any()) else torch.ones_like(x)))
-    return torch.cat([atol, (atol[:, None] / torch.cat(sizes)).reshape(-1)])
-
-
-def consistent_sensitivities(p: ODEProblem, S: Tensor, layout: Layout) -> Tensor:
-    """S with its algebraic part as the derivative of the algebraic equations has it: (n, n + |theta|)."""
-    algebra = dae.Algebra(p)
-    if algebra.none:
-        return S
-    t, n, mark = p.time(p.times[0]), p.y0.numel(), graph_mark()
-    with torch.enable_grad():
-        y = p.y0.detach().requires_grad_()
-        k = p.f(t, y)
-    J, rows = forward.jacobians(p, k, y, layout, mark)
-    change = J @ S
-    change[:, n:] += rows
-    G = algebra.pivot(algebra.blocks(t, p.y0.detach()), t)
-    B, d = algebra.linear.B, algebra.linear.d
-    residual = torch.einsum("dm,bdw->bmw", algebra.N, change.view(B, d, -1))
-    return S - (algebra.V @ torch.linalg.solve(G, residual)).reshape(S.shape)
-
-
-def sensitivity_mass(p: ODEProblem, width: int) -> Tensor:
-    """M of (y, S) with S (n, width) row by row."""
-    assert p.mass is not None
-    mass = p.mass.to(p.y0)
-    whole = torch.block_diag(*[mass] * p.batch)
-    return torch.block_diag(whole, torch.kron(whole, torch.eye(width, dtype=mass.dtype, device=mass.device)))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyjlode import Implicit, errors, odeint, odeint_event, solve
+from pyjlode import Implicit, errors, julia_method, odeint, odeint_event, solve
 
 pytestmark = pytest.mark.usefixtures("julia")
 
@@ -94,6 +94,21 @@ def test_by_parameters_start_and_times(name, method):
     assert torch.allclose(got, want, rtol=2e-4, atol=1e-5 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_by_sensitivities(name):
+    """adjoint="forward", with a start that is computed; times are not among what it differentiates by."""
+    out = []
+    for engine in ("torch", "julia"):
+        make, M, p, h0, times, weights = SYSTEMS[name]
+        p, h0 = p.clone().requires_grad_(), h0.clone().requires_grad_()
+        h = odeint(
+            make(p), h0, vector(*times), method="rodas5p", rtol=1e-8, atol=1e-11, mass_matrix=M, engine=engine,
+            adjoint="forward" if engine == "julia" else "discrete", options={"consistent": "compute"},
+        )  # fmt: skip
+        out.append(torch.cat(torch.autograd.grad((h @ weights)[1:].sum() + 0.5 * (h[-1] @ weights) ** 2, (p, h0))))
+    assert torch.allclose(out[1], out[0], rtol=1e-4, atol=1e-6 * float(out[0].abs().max()))
+
+
 def test_called_back():
     """The same where Julia calls f back."""
     want, got = (gradient("mixed", "rodas5p", "julia", True, compile=c) for c in (None, False))
@@ -165,6 +180,70 @@ def test_implicit_systems_that_are_not_linear(method):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+FULLY = {"method": julia_method("DFBDF()"), "engine": "julia", "rtol": 1e-8, "atol": 1e-10}
+
+
+def cubic(p):
+    """y' + p0 y'³ + y = z, z = cos(p1 t)."""
+    return Implicit(lambda t, h, dh: torch.stack([dh[0] + p[0] * dh[0] ** 3 + h[0] - h[1], h[1] - torch.cos(p[1] * t)]))
+
+
+def robertson_implicit(p):
+    k = vector(0.04, 1e4, 3e7) * torch.exp(p)
+
+    def F(t, y, dy):
+        a, b, c = y.unbind()
+        rate = k[0] * a - k[1] * b * c
+        return torch.stack([dy[0] + rate, dy[1] - rate + k[2] * b * b, a + b + c - 1])
+
+    return Implicit(F)
+
+
+@pytest.mark.parametrize(
+    ("field", "p", "y0", "times"),
+    [
+        pytest.param(cubic, vector(1.0, 1.3), vector(0.3, 0.0), [0, 0.5, 2], id="not linear"),
+        pytest.param(cubic, vector(1.0, 1.3), vector(0.3, 0.0), [2, 0.5, 0], id="backward"),
+        pytest.param(robertson_implicit, vector(0, 0, 0), vector(1, 0, 0.3), [0, 1, 40], id="Robertson"),
+    ],
+)
+def test_a_fully_implicit_method(field, p, y0, times):
+    """DFBDF, from a start that is computed: the solution, and the gradient by the adjoint of Cao et al."""
+    out = []
+    for given in (
+        {"method": "radau5", "engine": "torch", "adjoint": "discrete"},
+        {"adjoint_method": "rodas5p", "adjoint_options": {}},
+    ):
+        q = p.clone().requires_grad_()
+        given = {**FULLY, "atol": vector(1e-10), "adjoint": True, "options": {"consistent": "compute"}, **given}
+        if field is robertson_implicit:
+            given["atol"] = vector(1e-10, 1e-14, 1e-10)
+        h = odeint(field(q), y0, vector(*times), **given)
+        out.append([h.detach(), torch.autograd.grad((h[1:] ** 2).sum(), q)[0]])
+    for a, b, rtol in zip(*out, (1e-5, 2e-4)):
+        assert torch.allclose(a, b, rtol=rtol, atol=1e-5)
+
+
+def test_a_fully_implicit_method_of_an_ode_and_of_an_event():
+    h = odeint(lambda t, y: -y * torch.exp(-t), vector(1.0, 2.0), vector(0, 1), **FULLY)
+    exact = torch.exp(vector(-1).exp() - 1)
+    assert torch.allclose(h[-1], exact * vector(1.0, 2.0), rtol=1e-6)
+    with torch.no_grad():
+        time, _ = odeint_event(
+            cubic(vector(0.0, 1.0)), vector(0.0, 1.0), 0.0, event_fn=lambda t, y: y[0] - 0.5, **FULLY
+        )
+    # y' + y = cos t: y = (sin t + cos t - exp(-t)) / 2
+    t = float(time)
+    assert (vector(t).sin() + vector(t).cos() - vector(-t).exp()).item() == pytest.approx(1.0, rel=1e-6)
+
+
+def test_a_start_that_no_step_begins_at():
+    with pytest.raises(errors.InconsistentStart):
+        odeint(cubic(vector(1.0, 1.3)), vector(0.3, 0.0), vector(0, 1), **FULLY)
+    with pytest.raises(errors.HighIndex):
+        odeint(Implicit(lambda t, y, dy: torch.stack([dy[0] - y[1], y[0] - t])), vector(0, 1), vector(0, 1), **FULLY)
+
+
 def test_what_is_refused():
     M, h0 = torch.diag(vector(1, 0)), vector(1, -0.7).requires_grad_()
     given = {"mass_matrix": M, "engine": "julia"}
@@ -172,7 +251,21 @@ def test_what_is_refused():
     def f(t, y):
         return torch.stack([y[1], y[1] + 0.7 * y[0] ** 2])
 
-    with pytest.raises(errors.BadOption, match="its adjoint is 'gauss' there"):
-        odeint(f, h0, vector(0, 1), method="rodas5p", adjoint="forward", **given)
+    with pytest.raises(errors.BadOption, match="its adjoints are 'gauss' and 'forward' there"):
+        odeint(f, h0, vector(0, 1), method=julia_method("Rodas4()"), adjoint="interpolating", **given)
+    for moved in ({"mass_matrix": M.clone().requires_grad_()}, {"t": vector(0, 1).requires_grad_()}):
+        how = {**given, "t": vector(0, 1), **moved}
+        with pytest.raises(errors.BadOption, match="adjoint=True has"):
+            odeint(f, h0, how.pop("t"), method="rodas5p", adjoint="forward", **how)
+    for how, match in (
+        ({"adjoint": True}, "adjoint_method='rodas5p'"),
+        ({"adjoint": "forward"}, "has gradients by adjoint=True there"),
+        (
+            {"adjoint": True, "mass_matrix": None, "adjoint_method": "rodas5p"},
+            "no gradients but of systems with a mass",
+        ),
+    ):
+        with pytest.raises(errors.BadOption, match=match):
+            odeint(f, h0, vector(0, 1), **{**FULLY, "mass_matrix": M, **how})
     with pytest.raises(errors.BadOption, match="inaccurate there"):
         odeint(f, h0, vector(0, 1), method="bdf", adjoint=True, **given)
