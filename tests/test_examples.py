@@ -63,7 +63,8 @@ def test_every_example_takes_the_same_options(name):
     """It reads them by what all share, which has --quick, --resume, --seed, --out and --help; and the index has it."""
     text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
     assert f'arguments(__doc__, "{name}"' in text or f'parsed(options, "{name}"' in text
-    assert f"| `{name}.py` |" in (row := index_row(name))
+    row = index_row(name)
+    assert f"| `{name}.py` |" in row
     if "docs/" in row:
         assert f"](../docs/{name}.png)" in row
         assert (EXAMPLES.parent / "docs" / f"{name}.png").stat().st_size > 5000

@@ -214,17 +214,18 @@ def main(argv: Sequence[str] | None = None) -> dict[tuple[str, ...], list[Number
     shown = mine.seen.split(",")
     for seen in shown:
         found |= runs.all([(name, task, seen) for task in TASKS for name in MODELS], run)
-    for task in TASKS:
-        rows = [
-            [
-                name,
-                *(pm(found[name, task, seen], "error", ".3f") for seen in shown),
-                REPORTED[task, "50"] * (name == "latent ODE, ODE-RNN"),
-            ]
-            for name in MODELS
+    cells = [(task, seen) for task in TASKS for seen in shown]
+    reported = [REPORTED[task, "50"] for task in TASKS]
+    rows = [
+        [
+            name,
+            *(pm(found[name, task, seen], "error", ".3f") for task, seen in cells),
+            *(reported if name == "latent ODE, ODE-RNN" else ["", ""]),
         ]
-        head = ["mean squared error, 1e-2", *(f"{seen} % seen" for seen in shown), "50 % seen, paper"]
-        print(table(head, rows, task))
+        for name in MODELS
+    ]
+    head = ["mean squared error, 1e-2", *(f"{task}, {seen} %" for task, seen in cells)]
+    print(table([*head, *(f"{task}, 50 %, paper" for task in TASKS)], rows))
     return found
 
 
