@@ -28,7 +28,7 @@ import matplotlib
 import torch
 from digits import folds, odenet, train
 from scipy.stats import spearmanr
-from shared import COLORS, INK, STYLE, arguments, fit, table
+from shared import COLORS, INK, STYLE, arguments, fit, headline, table
 from torch import Tensor, nn
 
 from pyjlode import plot
@@ -195,7 +195,7 @@ def draw(points: Found, digits: Found, nfe: Tensor, data: tuple[Tensor, Tensor],
     x, y = data
     for label, marker in enumerate("ox"):
         middle.plot(*x[y == label][:120].T.numpy(), marker, color="white", ms=3, mew=0.8, alpha=0.7)
-    middle.set(title="Work (o disc, x ring)", xticks=[], yticks=[])
+    middle.set(title="Evaluations of a point (o disc, x ring)", xticks=[], yticks=[])
 
     names = ("easiest\nquarter", "second", "third", "hardest\nquarter")
     for i, (name, found) in enumerate((("disc and ring", points), ("digits", digits))):
@@ -206,6 +206,11 @@ def draw(points: Found, digits: Found, nfe: Tensor, data: tuple[Tensor, Tensor],
     right.set(title="One by one, by entropy", ylabel="mean evaluations", ylim=(0, 1.25 * right.get_ylim()[1]))
     right.set_xticks(range(4), names)
     right.legend(loc="upper left", ncols=2)
+    easy, hard = points.quarters[0][0], points.quarters[3][0]
+    digit = sum(mean for mean, _ in digits.quarters) / 4
+    headline(
+        canvas, f"A hard point takes {hard:.0f} evaluations, an easy one {easy:.0f}; a digit {digit:.0f}, hard or easy"
+    )
     canvas.savefig(args.out, dpi=110)
     print(f"picture     {args.out}")
 

@@ -29,7 +29,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
-from shared import COLORS, FAINT, INK, STYLE, arguments, fit, table
+from shared import COLORS, FAINT, INK, STYLE, arguments, fit, headline, table
 from sklearn.datasets import load_breast_cancer
 from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import GridSearchCV, train_test_split
@@ -272,6 +272,12 @@ def draw(flows: dict[str, CNF], args: argparse.Namespace) -> None:
             ax.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal", xticks=[], yticks=[])
     for ax, title in zip(axes[0], ("data", "density of the flow", "samples of the flow")):
         ax.set_title(title)
+    words = (
+        "One flow each: the density of the data, and samples"
+        if len(flows) == 1
+        else "Flows learn four densities from samples"
+    )
+    headline(canvas, words)
     canvas.savefig(args.out, dpi=110)
     print(f"picture     {args.out}")
 

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 import torch
-from shared import COLORS, INK, SHADE, STYLE, arguments, fit, table
+from shared import COLORS, INK, SHADE, STYLE, arguments, fit, headline, table
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, ExpSineSquared, RationalQuadratic, WhiteKernel
 from statsmodels.datasets import co2
@@ -234,13 +234,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         )
     )
     with matplotlib.rc_context(STYLE):
-        draw(test, told, args)
+        draw(test, told, errors, args)
     return errors
 
 
-def draw(test: Windows, told: dict[str, Tensor], args: argparse.Namespace) -> None:
-    canvas = plot.figure(12, 6.4)
-    for ax, i in zip(canvas.subplots(2, 1), (0, len(test.year) // 2)):
+def draw(test: Windows, told: dict[str, Tensor], errors: dict[str, dict[str, float]], args: argparse.Namespace) -> None:
+    """Two windows and what each model makes of them; beside them the errors of the year ahead over all windows."""
+    canvas = plot.figure(14, 6.4)
+    grid = canvas.add_gridspec(2, 2, width_ratios=(3, 1))
+    for row, i in enumerate((0, len(test.year) // 2)):
+        ax = canvas.add_subplot(grid[row, 0])
         t, seen = TIMES + float(test.year[i]), test.seen[i]
         ax.axvspan(float(t[WEEKS]), float(t[-1]) + 0.02, color=SHADE, lw=0)
         ax.text(float(t[WEEKS]) + 0.02, 0.96, "forecast", va="top", transform=ax.get_xaxis_transform())
@@ -251,7 +254,19 @@ def draw(test: Windows, told: dict[str, Tensor], args: argparse.Namespace) -> No
         plot.trajectory(ax, t[~seen], test.ppm[i][~seen], labels=["held out"], mfc="white", **dots)
         ax.set(ylabel="CO₂ (ppm)", xlim=(float(t[0]) - 0.02, float(t[-1]) + 0.02))
     ax.set_xlabel("year")
-    canvas.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    canvas.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    right = canvas.add_subplot(grid[:, 1])
+    names = list(told)[:4]
+    bars = right.barh(range(4), [errors[n]["forecast"] for n in names], color=COLORS[:4])
+    right.bar_label(bars, fmt="%.2f", padding=3)
+    right.set_yticks(range(4), [n.replace(" with ", "\nwith ").replace(" process", "\nprocess") for n in names])
+    right.set(title="Error of the year ahead", xlabel="ppm", xlim=(0, 1.2 * max(errors[n]["forecast"] for n in names)))
+    right.invert_yaxis()
+    less = 1 - errors["latent ODE"]["forecast"] / errors["GRU with time deltas"]["forecast"]
+    words = (
+        f"a latent ODE errs {less:.0%} less than a GRU" if less > 0.02 else "four models, from half of the weeks before"
+    )
+    headline(canvas, f"Carbon dioxide a year ahead: {words}")
     canvas.savefig(args.out, dpi=110)
     print(f"picture     {args.out}")
 

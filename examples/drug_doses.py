@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import torch
-from shared import COLORS, INK, STYLE, arguments, table
+from shared import COLORS, INK, STYLE, arguments, headline, table
 from torch import Tensor
 
 import pyjlode
@@ -134,6 +134,7 @@ def draw(found: Fit, args: argparse.Namespace) -> None:
     right.set(xticklabels=ticks, yticklabels=ticks)
     right.minorticks_off()
     right.legend(frameon=False)
+    headline(canvas, f"The time of a late tablet, from blood samples: {found.late:.1f} h, and it was {LATE:g} h")
     canvas.savefig(args.out, dpi=110)
     print(f"picture     {args.out}")
 

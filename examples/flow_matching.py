@@ -27,7 +27,7 @@ import matplotlib
 import torch
 from cnf_density import eight_gaussians, two_moons
 from scipy.optimize import linear_sum_assignment
-from shared import COLORS, FAINT, INK, STYLE, arguments, fit, table
+from shared import COLORS, FAINT, INK, STYLE, arguments, fit, headline, table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -181,9 +181,7 @@ def draw(
     panels[2].imshow(made.numpy(), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
     panels[2].set(title=f"digits made: {r.nfe} evaluations", xticks=[], yticks=[])
     panels[2].spines[:].set_visible(False)
-    canvas.suptitle(
-        "Optimal pairs straighten the paths from noise to data", fontsize=17, fontweight="bold", x=0.012, ha="left"
-    )
+    headline(canvas, "Optimal pairs straighten the paths from noise to data")
     canvas.savefig(args.out, dpi=110)
     print(f"picture     {args.out}")
 

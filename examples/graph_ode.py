@@ -24,7 +24,7 @@ from typing import NamedTuple
 import matplotlib
 import networkx
 import torch
-from shared import COLORS, FAINT, INK, STYLE, arguments, fit, table
+from shared import COLORS, FAINT, INK, STYLE, arguments, fit, headline, table
 from torch import Tensor, nn
 
 from pyjlode import plot
@@ -204,7 +204,8 @@ def draw(model: GraphODE, graph: Graph, result: dict[str, dict[str, Tensor]], ar
     left.axhline(0, color=FAINT, lw=1.2, zorder=0)
     left.set(title="34 members take sides", xlabel="time", ylabel="for the instructor    |    for the president")
     left.set(xlim=(0, TIME * 1.16))
-    left.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
+    left.set_ylim(None, 1.3 * left.get_ylim()[1])  # room for the legend
+    left.legend(loc="upper left", ncols=2)
     names = list(MODELS)
     for k, (what, rows) in enumerate(result.items()):
         at = [i + 0.38 * (k - 0.5) for i in range(len(names))]
@@ -214,8 +215,7 @@ def draw(model: GraphODE, graph: Graph, result: dict[str, dict[str, Tensor]], ar
     right.set(title="Placed right", ylabel="%", ylim=(0, 119))
     right.legend(loc="upper right", ncols=2)
     accuracy = float(result["karate club"]["graph ODE"].mean())
-    canvas.suptitle(f"Told two members' choices, a graph ODE places {accuracy:.0f} % of the club", fontsize=17,
-                    fontweight="bold", x=0.012, ha="left")  # fmt: skip
+    headline(canvas, f"Told two members' choices, a graph ODE places {accuracy:.0f} % of the club")
     canvas.savefig(args.out, dpi=110)
     print(f"picture     {args.out}")
 

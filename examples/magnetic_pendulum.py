@@ -3,17 +3,19 @@
 python examples/magnetic_pendulum.py               on two processes of this machine; writes magnetic_pendulum.png
 python examples/magnetic_pendulum.py --quick       fewer starts
 python examples/magnetic_pendulum.py --dask HOST:PORT       on the workers of a Dask cluster
-python examples/magnetic_pendulum.py --keep DIR    keep what is done in DIR, and go on from there next time
+python examples/magnetic_pendulum.py --resume      keep what is done, and go on from there next time
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
+from shared import COLORS, STYLE, parsed, parser
 from torch import Tensor
 
 import pyjlode
@@ -22,7 +24,6 @@ from pyjlode.plot import figure
 ANGLES = torch.tensor([90.0, 210.0, 330.0], dtype=torch.float64) * math.pi / 180
 MAGNETS = torch.stack([ANGLES.cos(), ANGLES.sin()], 1)  # at a distance of 1 from the point below the pivot
 HEIGHT, FRICTION, RESTORING = 0.3, 0.2, 0.5
-COLORS = [[0.11, 0.42, 0.66], [0.85, 0.45, 0.05], [0.18, 0.55, 0.34]]
 END = 40.0
 
 
@@ -42,7 +43,7 @@ def starts(n: int, width: float) -> Tensor:
     return torch.stack([x.reshape(-1), y.reshape(-1), *torch.zeros(2, n * n, dtype=torch.float64)], 1)
 
 
-def main(n: int = 200, executor: Any = 2, keep: str | None = None, out: str = "magnetic_pendulum.png") -> Tensor:
+def main(n: int = 200, executor: Any = 2, keep: str | Path | None = None, out: str = "magnetic_pendulum.png") -> Tensor:
     start = time.perf_counter()
     made = pyjlode.ensemble(
         f,
@@ -66,29 +67,28 @@ def main(n: int = 200, executor: Any = 2, keep: str | None = None, out: str = "m
     # Darker where the way was harder: more steps.
     low, high = steps.quantile(0.2), steps.quantile(0.98)
     shade = 1 - 0.6 * ((steps - low) / (high - low)).clamp(0, 1)
-    image = torch.tensor(COLORS, dtype=torch.float64)[nearest] * shade[:, None]
-    fig = figure(5.2, 5.4)
-    axes = fig.subplots()
-    axes.imshow(image.reshape(n, n, 3).numpy(), origin="lower", extent=(-2, 2, -2, 2), interpolation="nearest")
-    axes.plot(*MAGNETS.T.numpy(), "o", color="white", markersize=5, markeredgecolor="0.2")
-    axes.set_title(f"Which of three magnets holds the pendulum in the end:\n{n * n:,} starts, one call", fontsize=10)
-    axes.set_xlabel("start, x")
-    axes.set_ylabel("start, y")
-    fig.savefig(out, dpi=150)
+    colors = torch.tensor([matplotlib.colors.to_rgb(color) for color in COLORS[:3]], dtype=torch.float64)
+    image = colors[nearest] * shade[:, None]
+    with matplotlib.rc_context(STYLE):
+        fig = figure(6.4, 6.6)
+        axes = fig.subplots()
+        axes.imshow(image.reshape(n, n, 3).numpy(), origin="lower", extent=(-2, 2, -2, 2), interpolation="nearest")
+        axes.plot(*MAGNETS.T.numpy(), "o", color="white", markersize=6, markeredgecolor="0.2")
+        axes.set_title(f"Which of three magnets holds a pendulum\nin the end: {n * n:,} starts, one call")
+        axes.set(xlabel="start, x", ylabel="start, y")
+        fig.savefig(out, dpi=130)
     return nearest.reshape(n, n)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="40 × 40 starts for 200 × 200")
-    parser.add_argument("--processes", type=int, default=2, help="on this machine")
-    parser.add_argument("--dask", metavar="HOST:PORT", help="the scheduler of a Dask cluster")
-    parser.add_argument("--keep", metavar="DIR", help="where what is done is kept")
-    parser.add_argument("--out", default="magnetic_pendulum.png", metavar="FILE", help="the picture")
-    args = parser.parse_args()
+    options = parser(__doc__, Path("magnetic_pendulum.png"), "the picture")
+    options.add_argument("--processes", type=int, default=2, help="on this machine")
+    options.add_argument("--dask", metavar="HOST:PORT", help="the scheduler of a Dask cluster")
+    args = parsed(options, "magnetic_pendulum", None)
     workers: Any = args.processes
     if args.dask:
         from distributed import Client
 
         workers = Client(args.dask).get_executor()
-    main(40 if args.quick else 200, workers, args.keep, args.out)
+    keep = args.checkpoints / f"magnetic_pendulum{'-quick' * args.quick}" if args.resume else None
+    main(60 if args.quick else 200, workers, keep, str(args.out))

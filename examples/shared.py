@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from pyjlode.tools.demo import FAINT, INK, SHADE, STYLE
 
-__all__ = ["COLORS", "FAINT", "INK", "SHADE", "STYLE", "arguments", "fit", "parsed", "parser", "table"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["COLORS", "FAINT", "INK", "SHADE", "STYLE", "arguments", "fit", "headline", "parsed", "parser", "table"]
 
 COLORS = ("#1b6ca8", "#d9730d", "#2e8b57", "#6b4c9a", "#c2334d", "#8a8f99")
 
@@ -98,6 +101,11 @@ def fit(
             torch.save({"parts": state, "random": torch.get_rng_state(), "history": history}, fresh)
             fresh.replace(path)
     return history
+
+
+def headline(canvas: Figure, words: str) -> None:
+    """The finding, in one line above all panels."""
+    canvas.suptitle(words, fontsize=16, fontweight="bold", x=0.012, ha="left", color=INK)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> str:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import matplotlib
 import torch
-from shared import COLORS, FAINT, INK, STYLE, arguments, fit, table
+from shared import COLORS, FAINT, INK, STYLE, arguments, fit, headline, table
 from torch import Tensor, nn
 
 from pyjlode import odeint, plot
@@ -199,16 +199,13 @@ def draw(found: Found, seen: tuple[Tensor, ...], curves: dict[str, Tensor], args
         right.plot(ENDS, e.mean(0), color=color, lw=2.6, label=name)
     right.axvline(1, color=FAINT, lw=1.2, zorder=0)
     right.set(
-        title="STEER: it stays where it belongs",
+        title="Random end times: points stay where they belong",
         xlabel="end time",
-        ylabel="distance from where it belongs",
+        ylabel="distance",
         ylim=(0, None),
     )
     right.legend(loc="upper center")
-    canvas.suptitle(
-        "The same network, as many steps: what gets it off the flat line", fontsize=17, fontweight="bold", x=0.012,
-        ha="left",
-    )  # fmt: skip
+    headline(canvas, "The same network, as many steps: what gets it off the flat line")
     canvas.savefig(args.out, dpi=110)
     print(f"picture     {args.out}")
 

@@ -56,6 +56,25 @@ def test_every_example_is_run():
     assert all(f"def test_{name}(" in text for name in programs)
 
 
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+)
+def test_every_example_takes_the_same_options(name):
+    """It reads them by what all share, which has --quick, --resume, --seed, --out and --help; and the index has it."""
+    text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    assert f'arguments(__doc__, "{name}"' in text or f'parsed(options, "{name}"' in text
+    row = index_row(name)
+    assert f"| `{name}.py` |" in row
+    if "docs/" in row:
+        assert f"](../docs/{name}.png)" in row
+        assert (EXAMPLES.parent / "docs" / f"{name}.png").stat().st_size > 5000
+
+
+def index_row(name):
+    lines = (EXAMPLES / "README.md").read_text(encoding="utf-8").splitlines()
+    return next((line for line in lines if f"`{name}.py`" in line), "")
+
+
 @pytest.fixture(autouse=True)
 def default_threads():
     assert torch.get_num_threads() == 1
@@ -75,9 +94,9 @@ def test_distributed_training(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
     def losses(name, *command):
-        kept = tmp_path / f"{name}.pt"
-        where = ["--checkpoint", str(kept), "--out", str(tmp_path / f"{name}.png")]
+        where = ["--checkpoints", str(tmp_path / name), "--out", str(tmp_path / f"{name}.png")]
         done = subprocess.run([*command, *where], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        kept = tmp_path / name / "distributed_training-0.pt"
         return done, torch.load(kept, weights_only=True)["losses"]
 
     alone, whole = losses("one", sys.executable, *program)
@@ -85,7 +104,7 @@ def test_distributed_training(tmp_path):
     died, part = losses("two", *torchrun, *program, "--die-at", "7")
     assert died.returncode != 0
     assert len(part) == 5
-    again, rest = losses("two", *torchrun, *program)
+    again, rest = losses("two", *torchrun, *program, "--resume")
     assert again.returncode == 0, again.stderr
     assert len(whole) == len(rest) == 12
     assert rest == pytest.approx(whole, rel=1e-3)

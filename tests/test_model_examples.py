@@ -68,6 +68,15 @@ def test_adaptive_depth(run):
     assert points.quarters[0][0] < points.quarters[3][0]
 
 
+def test_deep_equilibrium(run):
+    """The gradient through a solve comes near the one at rest, the later it ends, and takes more memory."""
+    found = run("deep_equilibrium")
+    assert found.error < 15
+    assert found.off[0] > 0.1
+    assert found.off[-1] < 1e-3
+    assert found.megabytes[-1] > 2 * found.at_rest
+
+
 def test_latent_spirals(run):
     """Where it has seen nothing, the latent ODE goes on better than the RNN, and much better than the last point; where
     the spirals were seen it is nearer to them still."""
