@@ -147,8 +147,7 @@ def draw(found: Fit, args: argparse.Namespace) -> None:
     bottom.set(yticks=[0, -1, -2], yticklabels=list(trains), xlabel="t (ms)", xlim=(0, end), ylim=(-2.6, 0.6))
     first, last = found.errors
     headline(
-        canvas,
-        f"A neuron's parameters from its spikes: they are off by {last:.2f} ms, by {first:.1f} ms at the first guess",
+        canvas, f"A neuron fitted to its spikes: they come {last:.2f} ms off, from {first:.1f} ms at the first guess"
     )
     canvas.savefig(args.out, dpi=110)
     print(f"picture     {args.out}")
