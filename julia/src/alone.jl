@@ -4,24 +4,49 @@
 """
 The accepted steps of a solve: the times that they end at, from its start on; the states there, as a solve has them,
 and their stages, of as many of the first steps as there is `room` for.
+
+  - `values`: what the field's function `keep` wrote, of `kept` numbers for each of the stages of the first `valued`
+    steps; the last stage of a step is the first of the next.
 """
-struct Trail{T}
-    method::Embedded{T}
-    times::Vector{Float64}
-    states::Vector{T}
-    stages::Vector{T}
-    room::Int
+mutable struct Trail{T}
+    const method::Embedded{T}
+    const times::Vector{Float64}
+    const states::Vector{T}
+    const stages::Vector{T}
+    const room::Int
+    values::Vector{T}
+    valued::Int
 end
 
-"Bytes of the stages of a solve that are kept. Of later steps they are computed again."
+"""
+Bytes of the stages of a solve that are kept, and of what the field computed for them. Of later steps they are computed
+again.
+"""
 const KEPT = 1 << 26
+"Bytes up to which room for these is used again, once nobody needs what is there: new memory takes long to be had."
+const SPARED = 1 << 24
 
-Trail(method::Embedded{T}) where {T} = Trail{T}(method, Float64[], T[], T[], KEPT ÷ sizeof(T))
+Trail(method::Embedded{T}, values) where {T} = Trail{T}(method, Float64[], T[], T[], KEPT ÷ sizeof(T), values, 0)
 
 "Room for the steps of a solve like another."
-function like(trail::Trail{T}) where {T}
+function like(trail::Trail{T}, values) where {T}
     room(x) = sizehint!(empty(x), length(x))
-    return Trail{T}(trail.method, room(trail.times), room(trail.states), room(trail.stages), trail.room)
+    return Trail{T}(trail.method, room(trail.times), room(trail.states), room(trail.stages), trail.room, values, 0)
+end
+
+"The room that the last solve of a field left."
+function take_values!(field::Field{T}) where {T}
+    values, field.values = field.values, T[]
+    return values
+end
+
+function recycle!(trail::Trail{T}, field) where {T}
+    (; values) = trail
+    if length(field.values) < length(values) <= SPARED ÷ sizeof(T)
+        field.values = values
+    end
+    trail.values, trail.valued = T[], 0
+    return nothing
 end
 
 """
@@ -52,6 +77,8 @@ mutable struct Alone{T, F, A}
     trail::Union{Nothing, Trail{T}}
     t::Float64
     dt::Float64
+    values::Vector{T}  # of the trail
+    at::Int  # how many stages are behind the step at hand; negative where no values are kept of it
 end
 
 "What a state of n numbers is a vector of, and the length of that."
@@ -63,6 +90,7 @@ unit_of(::Type{<:PackNumbers}) = WIDTH
 mutable struct Retaken{T, F, G, A}
     const field::Field{T, Vector{T}}
     const f::F
+    const again::F  # what `pull` is to find is written by this, where there is such a function
     const pull::G
     const method::Embedded{T}
     const after::Weights{T}  # of each stage, the weights that the later stages and the end of the step have it with
@@ -85,10 +113,11 @@ function Retaken(trail::Trail{T}, field::Field{T, Vector{T}}) where {T}
     (; a, s) = method.tab
     room(m) = zeros(T, size * m)
     f, pull = called(field, field.f), called(field, field.vjp)
+    again = field.keep == C_NULL ? f : called(field, field.keep)
     return Retaken{T, typeof(f), typeof(pull), A}(
-        field, f, pull, method, Weights{T}(permutedims(a[1:(s + 1), 1:(s + 1)])), Weights{T}(permutedims(a)), room(1), room(1),
+        field, f, again, pull, method, Weights{T}(permutedims(a[1:(s + 1), 1:(s + 1)])), Weights{T}(permutedims(a)), room(1), room(1),
         room(rows(method)), room(1), room(1), room(1), room(rows(method)), room(rows(method) + 1),
-        zeros(T, field.n + length(field.parameters)), 0.0, 0.0
+        zeros(T, field.n + length(field.parameters) + (field.kept == 0 ? 0 : length(field.work))), 0.0, 0.0
     )
 end
 
@@ -107,7 +136,8 @@ is_alone(field, r::Request) = false
 
 function Alone(field::Field{T, Vector{T}}, r::Request) where {T}
     source = r.full == 0 ? field : inlined(field)
-    return Alone(field, source isa Source ? source.f : called(field, field.f), r)
+    f = r.keep != 0 && field.keep != C_NULL ? field.keep : field.f
+    return Alone(field, source isa Source ? source.f : called(field, f), r)
 end
 
 function Alone(field::Field{T, Vector{T}}, f::F, r::Request) where {T, F}
@@ -118,11 +148,29 @@ function Alone(field::Field{T, Vector{T}}, f::F, r::Request) where {T, F}
     return Alone{T, F, A}(
         field, f, method, Control(r, r.order), copy(Vector{Float64}(r.times)), offsets, tolerances(r.rtol),
         tolerances(r.atol), zeros(T, size), zeros(T, size), zeros(T, size * rows(method)), zeros(T, size),
-        zeros(T, size), r.keep != 0, nothing, 0.0, 0.0
+        zeros(T, size), r.keep != 0, nothing, 0.0, 0.0, T[], -1
     )
 end
 
-@inline field_at!(x::OfOne, f, to, y, c) = f(to, y, y, muladd(c, x.dt, x.t))
+@inline field_at!(x::Retaken, f, to, y, c) = f(to, y, y, muladd(c, x.dt, x.t))
+@inline function field_at!(x::Alone{T}, f, to, y, c) where {T}
+    time = muladd(c, x.dt, x.t)
+    x.at < 0 && return f(to, y, y, time)
+    stage = Int(to - pointer(x.k)) ÷ (length(x.u) * sizeof(T))
+    return f(to, y, y, time, pointer(x.values) + (x.at + stage) * x.field.kept * sizeof(T))
+end
+
+"Have room for what is kept of the next step, if there is any."
+function make_room!(x::Alone{T}) where {T}
+    (; field, method) = x
+    needed = (x.at + rows(method) + 1) * field.kept + length(field.work)
+    if needed > KEPT ÷ sizeof(T)
+        x.at = -1
+    elseif needed > length(x.values)
+        resize!(x.values, min(max(needed, 2length(x.values)), KEPT ÷ sizeof(T)))
+    end
+    return nothing
+end
 
 "The square of the error of the step over the tolerances: the largest mean square of the tensors of the state."
 function square_of_error(x::Alone)
@@ -182,9 +230,14 @@ function run!(x::Alone{T}, u0::Ptr{T}, out::Ptr{T}) where {T}
         unsafe_copyto!(pointer(x.u), u0, field.n)
         unsafe_copyto!(out, u0, field.n)
         if x.keep
-            x.trail = x.trail === nothing ? Trail(x.method) : like(x.trail)
+            values = take_values!(field)
+            x.trail = x.trail === nothing ? Trail(x.method, values) : like(x.trail, values)
+            x.values, x.at = values, field.keep == C_NULL ? -1 : 0
+            x.at < 0 || make_room!(x)
         end
-        return march!(x, x.f, Numbers(out))
+        outcome = march!(x, x.f, Numbers(out))
+        x.values, x.at = T[], -1  # the trail has them
+        return outcome
     end
 end
 
@@ -216,6 +269,7 @@ function march!(x::Alone{T}, f, out::Numbers{T}) where {T}
                 nf += extra
             end
             note!(x.trail, x, t, method.tab.s)
+            x.at < 0 || make_room!(x)
             is_last && (x.t = t)
             is_last && break
             x.u, x.y, x.t = x.y, x.u, t
@@ -318,6 +372,10 @@ end
 function note!(trail::Trail, x::Alone, t, s::Int)
     push!(trail.times, t)
     append!(trail.states, x.y)
+    if x.at >= 0
+        x.at += s
+        trail.valued += 1
+    end
     size, stages = s * length(x.u), trail.stages
     # With a gap the stages of later steps would not be in their places.
     whole = length(stages) == size * (length(trail.times) - 2)
@@ -383,7 +441,8 @@ function back!(x::Retaken{T}, trail::Trail{T}, times, g, theta) where {T}
                 add_inside!(x, (times[l] - x.t) / x.dt, g, l)
             end
         end
-        pull!(x, theta, dense)
+        values = j <= trail.valued ? pointer(trail.values, (j - 1) * s * x.field.kept + 1) : Ptr{T}(0)
+        pull!(x, theta, dense, values)
         dense && fill!(inside, zero(T))
     end
     return Replayed(apart, nf)
@@ -448,8 +507,11 @@ function add_inside!(x::Retaken{T}, part, g, l) where {T}
     return nothing
 end
 
-"Pull the cotangent `a` of the end of a step back to its start; what comes of the parameters is added to `theta`."
-function pull!(x::Retaken{T}, theta, dense) where {T}
+"""
+Pull the cotangent `a` of the end of a step back to its start; what comes of the parameters is added to `theta`. `values`
+is the address of what was kept of the step, or null.
+"""
+function pull!(x::Retaken{T}, theta, dense, values) where {T}
     (; method, field, a, bar, points, inside, both) = x
     n, m, size, s = places(x), field.n, length(x.u), method.tab.s
     of(v) = numbers(x, v)
@@ -469,8 +531,13 @@ function pull!(x::Retaken{T}, theta, dense) where {T}
         if all(iszero, bar)
             fill!(view(points, ((l - 1) * size + 1):(l * size)), zero(T))
         else
-            point = point!(x, l)
-            x.pull(pointer(both), pointer(bar), pointer(point), muladd(method.tab.c[l], x.dt, x.t))
+            point, time, work = pointer(point!(x, l)), muladd(method.tab.c[l], x.dt, x.t), pointer(field.work)
+            if values != C_NULL && l <= s + 1
+                work = values + (l - 1) * field.kept * sizeof(T)
+            elseif field.keep != C_NULL
+                x.again(Ptr{T}(0), point, point, time)
+            end
+            x.pull(pointer(both), pointer(bar), point, time, work)
             unsafe_copyto!(to, pointer(both), m)
             add_rest!(theta, both, m)
         end

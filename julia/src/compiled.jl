@@ -171,7 +171,9 @@ const COMPILED = Dict{Ptr{Cvoid}, Any}()
 
 """
 A field of compiled functions, 0 where there is none. Layout as in C. Where there is a `vjp` and no `vjp_p`, the first
-writes both products, one after the other; then it is of use to a replay alone.
+writes both products, one after the other; then it is of use to a replay alone. Where there is a `keep`, that `vjp` is to
+find in its work space what `keep` wrote there, `kept` numbers, and leaves it as it is; it writes to as much space as
+`work` has behind the products. `keep` gives the value of the field, if it is given an address for that.
 
   - `theta`: of `T`, the parameters.
   - `constants`: of `T`, what the functions read besides; `work`: of `T`, room for what they write in between.
@@ -187,6 +189,8 @@ struct CompiledFunctions
     vjp::Ptr{Cvoid}
     vjp_p::Ptr{Cvoid}
     event::Ptr{Cvoid}
+    keep::Ptr{Cvoid}
+    kept::Int64
     theta::Lent
     constants::Lent
     work::Lent
@@ -205,7 +209,7 @@ function Field{T}(c::CompiledFunctions) where {T}
     return Field{T}(
         c.n, c.f, c.jac, c.tgrad, c.jvp, c.vjp, c.vjp_p, c.event, Vector{T}(c.theta); native = true,
         constants = Vector{T}(c.constants), work = Vector{T}(c.work), pattern,
-        layers = copy(reinterpret(Layer, Vector{Int64}(c.layers)))
+        layers = copy(reinterpret(Layer, Vector{Int64}(c.layers))), c.keep, c.kept
     )
 end
 
@@ -214,7 +218,7 @@ function Base.copy(field::Field{T}) where {T}
     return Field{T}(
         field.n, field.f, field.jac, field.tgrad, field.jvp, field.vjp, field.vjp_p, field.event, copy(field.parameters);
         field.native, constants = copy(field.constants), work = copy(field.work),
-        pattern = field.pattern === nothing ? nothing : copy(field.pattern), field.layers
+        pattern = field.pattern === nothing ? nothing : copy(field.pattern), field.layers, field.keep, field.kept
     )
 end
 
@@ -275,11 +279,11 @@ struct Pointed{T}
     field::Field{T, Vector{T}}
 end
 
-@inline function (x::Pointed{T})(out::Ptr{T}, v::Ptr{T}, u::Ptr{T}, t) where {T}
+@inline function (x::Pointed{T})(out::Ptr{T}, v::Ptr{T}, u::Ptr{T}, t, w::Ptr{T} = pointer(x.field.work)) where {T}
     (; f, field) = x
     @ccall $f(
         out::Ptr{T}, v::Ptr{T}, u::Ptr{T}, pointer(field.parameters)::Ptr{T}, pointer(field.constants)::Ptr{T},
-        pointer(field.work)::Ptr{T}, t::Cdouble
+        w::Ptr{T}, t::Cdouble
     )::Cvoid
     return nothing
 end
@@ -292,9 +296,9 @@ struct Direct{T}
     field::Field{T, Vector{T}}
 end
 
-@inline function (x::Direct{T})(out::Ptr{T}, v::Ptr{T}, u::Ptr{T}, t) where {T}
+@inline function (x::Direct{T})(out::Ptr{T}, v::Ptr{T}, u::Ptr{T}, t, w::Ptr{T} = pointer(x.field.work)) where {T}
     (; f, field) = x
-    return f(out, v, u, pointer(field.parameters), pointer(field.constants), pointer(field.work), t)
+    return f(out, v, u, pointer(field.parameters), pointer(field.constants), w, t)
 end
 
 "The closures of functions that `compile` made, by their addresses, once they were asked for."
@@ -337,10 +341,10 @@ function (x::Inlined{T})(du::Contiguous{T}, u::Contiguous{T}, p::Contiguous{T}, 
     return nothing
 end
 
-@inline function (x::Inlined{T})(out::Ptr{T}, v::Ptr{T}, u::Ptr{T}, t) where {T}
+@inline function (x::Inlined{T})(out::Ptr{T}, v::Ptr{T}, u::Ptr{T}, t, w::Ptr{T} = pointer(x.field.work)) where {T}
     (; f, field) = x
     at(a::Vector) = Numbers(pointer(a))
-    f(Numbers(out), Numbers(v), Numbers(u), at(field.parameters), at(field.constants), at(field.work), T(t))
+    f(Numbers(out), Numbers(v), Numbers(u), at(field.parameters), at(field.constants), Numbers(w), T(t))
     return nothing
 end
 

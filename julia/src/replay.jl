@@ -64,20 +64,20 @@ struct Replay{T, V}
     slopes::Vector{V}
     bars::Vector{V}
     by_start::V
-    by_both::V  # by the point, and then by the parameters
+    by_both::V  # by the point, and then by the parameters, and room behind that
 end
 
-function Replay(tab::Tableau{T}, a::V, theta::V) where {T, V}
+function Replay(tab::Tableau{T}, a::V, theta::V, room) where {T, V}
     # Vectors, and no matrix: a field may show its callbacks vectors themselves.
     points, slopes, bars = (V[zero(a) for _ in tab.c] for _ in 1:3)
-    return Replay{T, V}(tab, points, slopes, bars, zero(a), vcat(a, theta))
+    return Replay{T, V}(tab, points, slopes, bars, zero(a), vcat(a, theta, zero(room)))
 end
 
 "What a replay for a field works with: as the last one left it, if that was like this one."
 function scratch(field::Field{T, V}, r::ReplayRequest, a::V, theta::V) where {T, V}
     work = field.scratch
     work isa Replay{T, V} && is_of(work.tab, r) && return work
-    work = Replay(Tableau{T}(r), a, theta)
+    work = Replay(Tableau{T}(r), a, theta, field.kept == 0 ? zero(theta)[1:0] : field.work)
     field.scratch = work
     return work
 end
@@ -140,7 +140,7 @@ the parameters is added to `theta`.
 function pull!(work::Replay{T}, field, a, theta, t0, dt, times, g) where {T}
     (; tab, points, bars, by_start, by_both) = work
     n = length(a)
-    by_point, by_theta = view(by_both, 1:n), view(by_both, (n + 1):length(by_both))
+    by_point, by_theta = view(by_both, 1:n), view(by_both, (n + 1):(n + length(theta)))
     foreach(bar -> fill!(bar, zero(T)), bars)
     fill!(by_start, zero(T))
     for (time, bar) in zip(times, eachcol(g))
@@ -170,6 +170,8 @@ end
 "Both products of `v` with the derivatives of the field, by one function where there is one."
 function products!(both, by_point, by_theta, field::Field, v, u, t)
     if field.native && field.vjp_p == C_NULL
+        # The value goes where the products will be.
+        field.keep == C_NULL || native(field, field.keep, both, v, u, field.parameters, t)
         native(field, field.vjp, both, v, u, field.parameters, t)
     else
         VJP(field)(by_point, v, u, field.parameters, t)

@@ -44,7 +44,10 @@ mutable struct Field{T, V <: AbstractVector{T}}
     const work::Vector{T}
     const pattern::Union{Nothing, SparseMatrixCSC{T, Int64}}
     const layers::Vector{Layer}
+    const keep::Ptr{Cvoid}
+    const kept::Int64
     scratch::Any  # what a replay works with, for the next one
+    values::Vector{T}  # room for what `keep` writes, for the next solve
 end
 
 pointer_to(address) = Ptr{Cvoid}(UInt(address))
@@ -58,11 +61,11 @@ end
 
 function Field{T}(
         n, f, jac, tgrad, jvp, vjp, vjp_p, event, parameters::V, place = Place(); native = false, constants = T[], work = T[],
-        pattern = nothing, layers = Layer[]
+        pattern = nothing, layers = Layer[], keep = C_NULL, kept = 0
     ) where {T, V}
     return Field{T, V}(
         n, f, jac, tgrad, jvp, vjp, vjp_p, event, V[], V[], parameters, place, native, constants, work, pattern, layers,
-        nothing
+        keep, kept, nothing, T[]
     )
 end
 

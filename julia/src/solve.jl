@@ -12,6 +12,9 @@ end
 
 replay!(s::Solve, r::ReplayRequest; whole = false) = replay!(s.steps, s.field, r; whole)
 
+"Nobody needs its steps any more."
+recycle!(s::Solve) = s.steps isa Trail ? recycle!(s.steps, s.field) : nothing
+
 """
 Writes the states at the output times as the solver passes them: at time `k` of system `i` to `out[:, i, k]`; and
 notes each step, where that is asked for.

@@ -125,7 +125,8 @@ class CompiledFunctions(Lender):
 
     _fields_ = (
         ("n", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "event")),
+        *((name, ctypes.c_void_p) for name in ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "event", "keep")),
+        ("kept", ctypes.c_int64),
         *((name, Lent) for name in ("theta", "constants", "work", "columns", "rows", "layers")),
     )
 

@@ -7,10 +7,12 @@ Element-wise operations wait until something needs their numbers in memory, and 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -42,6 +44,8 @@ Build = Callable[[Code, Sequence[int]], int]
 
 # Functions that are given a vector besides the state.
 PRODUCTS = ("jvp", "vjp", "vjp_p", "pull")
+# Bytes that a line of a cache has.
+_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,88 @@ def emit(graph: Graph, args: Sequence[Tensor], trained: int, outputs: Sequence[i
             raise NotCompiled(f"there is no Julia for {unknown}") from None
 
 
+@dataclass
+class Apart:
+    """A field's value and its products by two functions, of which the second finds what the first computed.
+
+    Attributes:
+        keep: the value, if it is given an address for that; and at the start of its work space, what `pull` is to find.
+        pull: the products by the state, and then by the trained tensors; its work space lies behind these.
+        kept: how many numbers the first keeps for the second.
+    """
+
+    keep: Emitted
+    pull: Emitted
+    kept: int
+
+
+def emit_apart(f: Graph, vjp: Graph, args: Sequence[Tensor], trained: int, layers: Layers) -> Apart:
+    """Args:
+        args, trained, layers: as in `emit`, the first of them of `vjp`.
+
+    Raises:
+        NotCompiled: an operation is not known.
+    """
+    try:
+        return _Emission(_joined(f, vjp), args, trained, layers).run_apart()
+    except Unknown:
+        named = len(f.inputs)
+        try:
+            f = decomposed(f, (*args[:named], *args[len(vjp.inputs) :]))
+            return _Emission(_joined(f, decomposed(vjp, args)), args, trained, layers).run_apart()
+        except Unknown as unknown:
+            raise NotCompiled(f"there is no Julia for {unknown}") from None
+
+
+def _joined(f: Graph, vjp: Graph) -> Graph:
+    """One graph of the outputs of `vjp`, and then that of `f`, in which what both compute is computed once."""
+    joined, seen = fx.Graph(), {}
+    attributes: dict[str, Any] = {}
+
+    def key(node: fx.Node, args: Any, kwargs: Any) -> Any:
+        return node.target, repr(args), repr(kwargs)
+
+    def added(graph: Graph, inputs: Sequence[fx.Node], to: dict[fx.Node, fx.Node]) -> Any:
+        given = iter(inputs)
+        for node in graph.module.graph.nodes:
+            if node.op == "placeholder":
+                to[node] = next(given)
+            elif node.op == "get_attr":
+                value = getattr(graph.module, node.target)
+                same = (x for x in joined.nodes if x.op == "get_attr" and _equal(attributes[x.target], value))
+                to[node] = found = next(same, None) or joined.create_node("get_attr", f"constant_{len(attributes)}")
+                attributes[str(found.target)] = value
+            elif node.target in (aten.detach.default, aten.alias.default):
+                to[node] = to[node.args[0]]
+            elif node.op == "call_function":
+                args, kwargs = (fx.node.map_arg(x, lambda n: to[n]) for x in (node.args, node.kwargs))
+                place = key(node, args, kwargs)
+                if place not in seen:
+                    seen[place] = joined.create_node("call_function", node.target, args, kwargs, node.name)
+                    seen[place].meta = node.meta
+                to[node] = seen[place]
+        (output,) = (n for n in graph.module.graph.nodes if n.op == "output")
+        return fx.node.map_arg(output.args[0], lambda n: to[n])
+
+    inputs = []
+    for node in vjp.module.graph.nodes:
+        if node.op == "placeholder":
+            inputs.append(joined.placeholder(node.name))
+            inputs[-1].meta = node.meta
+    products = added(vjp, inputs, {})
+    named = len(f.inputs)
+    value = added(f, [*inputs[:named], *inputs[len(vjp.inputs) :]], {})
+    value = value[0] if isinstance(value, (tuple, list)) else value
+    joined.output((*products, value))
+    return Graph(cast(Any, SimpleNamespace(graph=joined, **attributes)), vjp.inputs)
+
+
+def _equal(x: Any, y: Any) -> bool:
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return x is y
+    return x.dtype == y.dtype and x.shape == y.shape and torch.equal(x, y)
+
+
 class _Emission:
     def __init__(self, graph: Graph, args: Sequence[Tensor], trained: int, layers: Layers) -> None:
         self.graph, self.args, self.trained, self.layers = graph, args, trained, layers
@@ -192,6 +278,7 @@ class _Emission:
         self.constants: list[str] = []
         self.lines: list[str] = []
         self.work = 0
+        self.rooms: dict[str, int] | None = None  # buffers with names of their own, and how many numbers each has
         self.tables: dict[tuple, str] = {}
         self.entries: dict[str, Tensor] = {}
         self.aims: dict[fx.Node, Tensor] = {}
@@ -216,29 +303,36 @@ class _Emission:
                 offset += x.numel()
 
     def run(self, which: Sequence[int]) -> Emitted:
-        module = self.graph.module
-        output = next(n for n in module.graph.nodes if n.op == "output").args[0]
-        nodes = [(list(output) if isinstance(output, (tuple, list)) else [output])[i] for i in which]
-        needed: set[fx.Node] = set()
-        todo = [n for n in nodes if isinstance(n, fx.Node)]
-        while todo:
-            node = todo.pop()
-            if node not in needed:
-                needed.add(node)
-                todo.extend(node.all_input_nodes)
-        self.needed = needed
+        nodes = [self.outputs[i] for i in which]
+        self.needed = _ancestors(nodes)
+        values: dict[fx.Node, Any] = {}
+        outs = self.aim_all(nodes)
+        self.evaluate(self.needed, values)
+        self.finish(nodes, outs, values)
+        return Emitted(self.constants, self.lines, self.work)
+
+    @functools.cached_property
+    def outputs(self) -> list[Any]:
+        output = next(n for n in self.graph.module.graph.nodes if n.op == "output").args[0]
+        return list(output) if isinstance(output, (tuple, list)) else [output]
+
+    def aim_all(self, nodes: Sequence[Any]) -> list[Tensor]:
+        """Where outputs go, one after the other."""
         sizes = [self.args[0].numel() if n is None else math.prod(meta_of(n).shape) for n in nodes]
         whole, offset, outs = torch.empty(sum(sizes), device="meta"), 0, []
         for node, size in zip(nodes, sizes):
             outs.append(whole[offset : offset + size].view(meta_of(node).shape))
             offset += size
             self.aim(node, outs[-1])
-        values: dict[fx.Node, Any] = {}
-        inputs = self._inputs()
+        return outs
+
+    def evaluate(self, which: set[fx.Node], values: dict[fx.Node, Any]) -> None:
+        """Add the values of some nodes to `values`, where those that they need are."""
+        module, inputs = self.graph.module, self._inputs()
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 values[node] = next(inputs)
-            elif node not in needed:
+            elif node not in which:
                 continue
             elif node.op == "get_attr":
                 values[node] = getattr(module, node.target)
@@ -246,16 +340,61 @@ class _Emission:
                 args = fx.node.map_arg(node.args, lambda n: values[n])
                 kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n])
                 value = self.call(node, args, kwargs)
-                users = sum(user in needed for user in node.users)
+                users = sum(user in self.needed for user in node.users)
                 if isinstance(value, Value) and value.operations and (users > 1 or value.operations > _FUSED):
                     value = self.stored(value)
                 values[node] = value
+
+    def finish(self, nodes: Sequence[Any], outs: Sequence[Tensor], values: dict[fx.Node, Any]) -> None:
         for node, out in zip(nodes, outs):
             value = self.value(values[node])
             leaf = value.leaf
             if leaf is None or leaf.array != "out" or leaf.view.storage_offset() != out.storage_offset():
                 self.store(Leaf("out", out), value, "the result")
-        return Emitted(self.constants, self.lines, self.work)
+
+    def run_apart(self) -> Apart:
+        """Of a graph of products, and last a value."""
+        rooms: dict[str, int] = {}
+        self.rooms = rooms
+        products, value, nodes = self.outputs[1:-1], self.outputs[-1:], list(self.graph.module.graph.nodes)
+        later = {n for n, name in zip(nodes, self.graph.inputs) if name == "v"}  # what depends on the cotangent
+        for node in nodes:
+            if any(x in later for x in node.all_input_nodes):
+                later.add(node)
+        of_products, of_value = _ancestors(products), _ancestors(value)
+        self.needed = of_products | of_value
+        first = of_products - later
+        after = {x for node in self.needed - first for x in node.all_input_nodes} | {n for n in products if n in first}
+        values: dict[fx.Node, Any] = {}
+        self.evaluate(first, values)
+        crossing = [n for n in nodes if n in first and n in after]
+        for node in crossing:
+            values[node] = fx.node.map_aggregate(values[node], self.in_memory)
+        found = {x.array for v in arguments([values[n] for n in crossing]) if isinstance(v, Value) for x in v.leaves}
+        common, self.lines = self.lines, []
+        before = len(rooms)
+        outs = self.aim_all(value)
+        self.evaluate(of_value - first, values)
+        self.finish(value, outs, values)
+        of_f, self.lines = self.lines, []
+        between = len(rooms)
+        outs = self.aim_all(products)
+        self.evaluate(of_products - first, values)
+        self.finish(products, outs, values)
+
+        names, line = list(rooms), _LINE // self.dtype.itemsize
+        kept = [name for name in names[:before] if name in found]
+        at, end = _places(rooms, kept, "w", 0)
+        end = -(-end // line) * line  # what is kept of the next call begins with a line, too
+        mine, work = _places(rooms, [name for name in names[:between] if name not in found], "w", end)
+        size = sum(x.numel() for x in outs)
+        theirs, room = _places(rooms, names[between:], "out", size)
+        of_f = ["    out.address == C_NULL && return nothing", *of_f]
+        keep = Emitted(self.constants, [*at, *mine, *common, *of_f], work)
+        return Apart(keep, Emitted(self.constants, [*at, *theirs, *self.lines], room - size), end)
+
+    def in_memory(self, x: Any) -> Any:
+        return self.stored(x) if isinstance(x, Value) and x.operations else x
 
     def aim(self, node: Any, out: Tensor) -> None:
         """Have what an output is a view of be computed where the output lies, if nothing else is made of it."""
@@ -343,6 +482,10 @@ class _Emission:
 
     def room(self, shape: Sequence[int]) -> Leaf:
         """A new buffer."""
+        if self.rooms is not None:
+            name = f"r{len(self.rooms) + 1}"
+            self.rooms[name] = math.prod(shape)
+            return Leaf(name, torch.empty(tuple(shape), device="meta"))
         start, self.work = self.work, self.work + math.prod(shape)
         whole = torch.empty(self.work, device="meta")
         return Leaf("w", whole[start:].view(tuple(shape)))
@@ -1098,6 +1241,27 @@ def _merged(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> list[_Dim
         else:
             dims.append(_Dim(n, steps))
     return dims
+
+
+def _ancestors(nodes: Sequence[Any]) -> set[fx.Node]:
+    """Nodes, and all that is computed for them."""
+    found: set[fx.Node] = set()
+    todo = [n for n in nodes if isinstance(n, fx.Node)]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo.extend(node.all_input_nodes)
+    return found
+
+
+def _places(sizes: dict[str, int], names: Sequence[str], array: str, start: int) -> tuple[list[str], int]:
+    """Statements that give buffers their places in an array, one after the other; and where they end."""
+    lines = []
+    for name in names:
+        lines.append(f"    {name} = {array} + {start}")
+        start += sizes[name]
+    return lines, start
 
 
 def _zero(value: Value) -> bool:

@@ -123,13 +123,15 @@ class Compiled(Holding, Callbacks):
             names += ["jac", "tgrad"]
         if gradient is not None:
             names += ["pull"] if gradient == "discrete" else ["vjp", "vjp_p"]
+            names += ["keep"] if gradient == "discrete" and program.mode == "array" else []
             names += ["bend"] if gradient == "discrete" and not _explicit(p.method) else []
         addresses = {name: program.address(calls, name) for name in names}
         shared = None if self.functions else program.fields.setdefault(tuple(names), Fields())
         own = shared.take(self) if shared else None
         if own is None:
             fields = {_PLACES.get(name, name): address for name, address in addresses.items() if name != "bend"}
-            functions = CompiledFunctions(n=self.n, event=self.pointers.get("event", 0), **fields)
+            kept = program.kept if "keep" in fields else 0
+            functions = CompiledFunctions(n=self.n, event=self.pointers.get("event", 0), kept=kept, **fields)
             functions.lend(
                 theta=_flat(trained, self.dtype),
                 constants=_flat(constants, self.dtype, program.layers.stop),
@@ -277,7 +279,13 @@ class Compiled(Holding, Callbacks):
         p, n, time = self.p, self.n, self.p.time(t)
 
         def got(name: str, size: int, v: Tensor | None = None) -> Tensor:
-            return self.call(addresses[name], torch.zeros(size, dtype=u.dtype), t, u, v)
+            room = 0
+            if name == "pull" and "keep" in addresses:
+                with torch.no_grad():
+                    want = p.f(time, u)
+                self.compare("keep", got("keep", n), want, u)  # last before "pull", which reads what it leaves
+                room = len(self.own.memory["work"])
+            return self.call(addresses[name], torch.zeros(size + room, dtype=u.dtype), t, u, v)[:size]
 
         for name in ("f", "sensitivities"):
             if name in names:

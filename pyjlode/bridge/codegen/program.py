@@ -25,7 +25,7 @@ log = logging.getLogger("pyjlode")
 
 _Made = TypeVar("_Made")
 
-FUNCTIONS = ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "pull", "bend")
+FUNCTIONS = ("f", "jac", "tgrad", "jvp", "vjp", "vjp_p", "keep", "pull", "bend")
 # A sparse Jacobian wins from about this size, and below this part of non-zeros.
 _SPARSE_SIZE, _SPARSE_PART = 24, 0.3
 # Products of numbers, in products of matrices, from which on loops are faster than straight-line code, and compiled in
@@ -308,6 +308,9 @@ class Program:
         places = [i for x in outputs[1:] if x is not None for i in x.reshape(-1).tolist()]
         return self._function("pull", "out", places, range(1, len(places) + 1), code, 0)
 
+    def _keep_text(self) -> str:
+        raise NotCompiled("the products need nothing of it")
+
     def _bend_text(self) -> str:
         """The derivatives of a sum of second products, by the state and then by the parameters: see `Trace.bend`."""
         code, outputs = self._bend
@@ -337,13 +340,29 @@ class Program:
         ]
         return "\n\n".join(parts)
 
+    @functools.cached_property
+    def _apart(self) -> array.Apart:
+        """In array mode "pull" finds what "keep" computed for it."""
+        trace = self.trace
+        apart = array.emit_apart(trace.f, trace.vjp, trace.examples(trace.vjp), trace.trained, self.layers)
+        self.work = max(self.work, apart.keep.work, apart.pull.work)
+        return apart
+
+    @property
+    def kept(self) -> int:
+        """How many numbers "keep" has for "pull", 0 where that works by itself."""
+        return self._apart.kept if self.mode == "array" else 0
+
     def _array_text(self, name: str) -> str:
         trace = self.trace
+        if name in ("keep", "pull"):
+            apart = self._apart
+            return (apart.keep if name == "keep" else apart.pull).text(name)
         if name == "bend":
             raise NotCompiled("the products of its second derivatives are those of too many numbers")
         graph = trace.f if name == "f" else trace.jvp if name in ("jvp", "tgrad") else trace.vjp
         thetas = list(range(2, 2 + trace.trained))
-        outputs = {"f": [0], "jvp": [0], "vjp_p": thetas, "pull": [1, *thetas]}.get(name, [1])
+        outputs = {"f": [0], "jvp": [0], "vjp_p": thetas}.get(name, [1])
         emitted = array.emit(graph, trace.examples(graph), trace.trained, outputs, self.layers)
         start = emitted.work
         if name == "jac":  # a row for each unit vector
