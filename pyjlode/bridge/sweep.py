@@ -542,7 +542,8 @@ def may_be_alone(p: ODEProblem) -> bool:
     )
     tolerances = isinstance(p.rtol, float) and isinstance(p.atol, float)
     where = p.y0.device.type == "cpu" and p.y0.numel() > 0 and not isinstance(p.f.f, JuliaFunction)
-    return p.batch == 1 and p.compile is not False and plain and tolerances and where and abreast(p)
+    stiff = isinstance(p.method.tableau, RosenbrockTableau) and abreast(p)
+    return p.batch == 1 and p.compile is not False and plain and tolerances and where and stiff
 
 
 def alone(p: ODEProblem) -> bool:

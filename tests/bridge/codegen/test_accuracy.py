@@ -79,7 +79,7 @@ def test_layers_of_all_sizes(check, dtype):
     for rows, widths in ((1, (3, 5)), (1, (8, 17)), (2, (4, 9)), (5, (16, 3)), (9, (2, 24)), (7, (33, 31))):
         a, b = widths
         net = nn.Sequential(nn.Linear(3, a), nn.Tanh(), nn.Linear(a, b), nn.SiLU(), nn.Linear(b, 3)).to(dtype)
-        functions = ("f", "jvp", "vjp", "vjp_p", "pull")
+        functions = ("f", "jvp", "vjp", "vjp_p", "keep", "pull")
         check(lambda t, h, net=net: net(h), torch.randn(rows, 3, dtype=dtype), "array", functions, points=1)
 
 
@@ -87,7 +87,7 @@ def test_matrices_on_either_side_and_in_a_batch(check):
     torch.manual_seed(0)
     A, B = (torch.randn(n, n, dtype=torch.float64).requires_grad_() for n in (12, 5))
     C = torch.randn(3, 4, 4, dtype=torch.float64)
-    functions = ("f", "vjp", "pull")
+    functions = ("f", "vjp", "keep", "pull")
     check(lambda t, h: A @ torch.tanh(h) @ B, torch.randn(12, 5, dtype=torch.float64), "array", functions)
     check(lambda t, h: A.T @ torch.tanh(h), torch.randn(12, dtype=torch.float64), "array", functions)
     check(lambda t, h: torch.bmm(C, torch.tanh(h)) + h, torch.randn(3, 4, 2, dtype=torch.float64), "array", functions)

@@ -56,10 +56,12 @@ FIELDS = {
 
 
 def run(f, h0, t, **how):
+    field = f
+    if isinstance(f, nn.Sequential):
+        field = lambda t, h: f(h)  # noqa: E731
     if isinstance(f, nn.GRUCell):
-        cell = f
-        f = lambda t, h: cell(torch.ones_like(h), h) - h  # noqa: E731
-    return solve(f, h0, t, adjoint=True, dense=False, **how)
+        field = lambda t, h: f(torch.ones_like(h), h) - h  # noqa: E731
+    return solve(field, h0, t, adjoint=True, dense=False, **how)
 
 
 def gradients(solution, wrt, **how):
@@ -74,14 +76,15 @@ def test_gradients_are_the_native_engines(name, points, dtype):
     f = FIELDS[name]().to(dtype)
     torch.manual_seed(1)
     h0, t = torch.randn(7, 3, dtype=dtype, requires_grad=True), torch.linspace(0, 1, points, dtype=dtype)
-    wrt, tol = (h0, *f.parameters()), 1e-9 if dtype == F64 else 1e-5
-    how = {"method": "dopri5", "rtol": tol, "atol": tol}
+    wrt, near = (h0, *f.parameters()), 1e-10 if dtype == F64 else 1e-5
+    # The same steps, of which the gradients are the same.
+    how = {"method": "dopri5", "rtol": 1e6, "atol": 1e6, "options": {"first_step": 0.05, "max_step": 0.05}}
     ours = run(f, h0, t, engine="julia", compile=True, **how)
     assert ours.stats.compiled == "array"
     want = gradients(run(f, h0, t, engine="torch", **how), wrt)
     for _ in range(2):  # the second pass finds what the first left
         got = gradients(ours, wrt, retain_graph=True)
-        torch.testing.assert_close(got, want, rtol=100 * tol, atol=1000 * tol)
+        torch.testing.assert_close(got, want, rtol=10 * near, atol=100 * near)
 
 
 @pytest.mark.parametrize("method", ["tsit5", "vern7", "bosh3"])
