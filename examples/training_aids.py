@@ -199,7 +199,7 @@ def draw(found: Found, seen: tuple[Tensor, ...], curves: dict[str, Tensor], args
         right.plot(ENDS, e.mean(0), color=color, lw=2.6, label=name)
     right.axvline(1, color=FAINT, lw=1.2, zorder=0)
     right.set(
-        title="Random end times: points stay where they belong",
+        title="Random end times: points stay",
         xlabel="end time",
         ylabel="distance",
         ylim=(0, None),

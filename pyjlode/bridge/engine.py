@@ -165,7 +165,7 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
         return f"the state lies on {p.y0.device}, and {obstacle}"
     if gradient is not None and gradient not in GRADIENTS:
         return f"adjoint={gradient!r} is one of the native engine's"
-    if gradient == "discrete" and (obstacle := _cannot_replay(p)):
+    if gradient == "discrete" and (obstacle := _cannot_replay(p, at_once=True)):
         return f"adjoint='discrete' takes the steps again there, and that cannot be done {obstacle}"
     if gradient not in (None, "forward", "discrete") and (obstacle := _cannot_adjoin(p, gradient)):
         return obstacle
@@ -268,8 +268,11 @@ def _cannot_pose_implicitly(p: ODEProblem, gradient: str | None) -> str | None:
     return None
 
 
-def _cannot_replay(p: ODEProblem) -> str | None:
-    if isinstance(p.method.tableau, RosenbrockTableau) and (p.batch > 1 or alone(p)):
+def _cannot_replay(p: ODEProblem, *, at_once: bool = False) -> str | None:
+    """Args:
+    at_once: a field that is met for the first time is compiled for it.
+    """
+    if isinstance(p.method.tableau, RosenbrockTableau) and (p.batch > 1 or alone(p, at_once=at_once)):
         return None  # of a sweep, whose other needs `_cannot_sweep` knows
     if may_be_alone(p):
         return f"with {p.method.name!r}, but for a field of few operations that is compiled with its derivatives"

@@ -546,12 +546,16 @@ def may_be_alone(p: ODEProblem) -> bool:
     return p.batch == 1 and p.compile is not False and plain and tolerances and where and stiff
 
 
-def alone(p: ODEProblem) -> bool:
-    """Whether it is: f is compiled number by number, with its derivatives."""
+def alone(p: ODEProblem, *, at_once: bool = False) -> bool:
+    """Whether it is: f is compiled number by number, with its derivatives.
+
+    Args:
+        at_once: also where f is met for the first time.
+    """
     if not may_be_alone(p) or surroundings():
         return False
     try:
-        program, _ = _program(p)
+        program, _ = _program(p, at_once)
         if program.mode != "scalar" or not program.refused.keys().isdisjoint(_OF_STIFF):
             return False
         for name in _OF_STIFF:
@@ -561,11 +565,11 @@ def alone(p: ODEProblem) -> bool:
     return True
 
 
-def _program(p: ODEProblem) -> Any:
+def _program(p: ODEProblem, at_once: bool = False) -> Any:
     """The program of the field of one system, and what it holds."""
     from .codegen.program import program_of  # half the cost of importing this package
 
-    return program_of(p.f, p.y0, at_once=bool(p.compile))
+    return program_of(p.f, p.y0, at_once=at_once or bool(p.compile))
 
 
 # Functions of a program that the steps of Rosenbrock methods and their gradient take.

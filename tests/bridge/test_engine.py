@@ -247,7 +247,7 @@ def test_what_julia_cannot_do_is_said_and_auto_leaves_it_to_torch(monkeypatch):
     h0 = H0.clone().requires_grad_()
     for kwargs in (
         {"adjoint": False},
-        {"adjoint": "discrete", "method": "rodas5p"},
+        {"adjoint": "discrete", "method": "radau5"},
         {"options": {"norm": torch.linalg.norm}, "adjoint": True},
     ):
         with pytest.raises(errors.BadOption, match=r"the Julia engine cannot do this: .*torch"):

@@ -78,6 +78,17 @@ def test_training_steps(monkeypatch):
     assert solution.stats.nfe_backward > 0
 
 
+def test_asked_for_by_name_it_is_there_at_once():
+    rate = torch.tensor(-40.0, dtype=F64, requires_grad=True)
+    f = lambda t, h: rate * (h - torch.sin(t))  # noqa: E731
+    how = {"method": "rodas5p", "adjoint": "discrete", "rtol": 1e-8, "atol": 1e-10}
+    got, want = (
+        torch.autograd.grad(odeint(f, torch.ones(2, dtype=F64), T, engine=engine, **how).sum(), rate)
+        for engine in ("julia", "torch")
+    )
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+
+
 def test_dense_output():
     f, h0 = Net(), torch.ones(2, dtype=F64)
     solution = solve(f, h0, T[[0, -1]], method="rodas5p", engine="julia", compile=True, adjoint=True, rtol=1e-8)
