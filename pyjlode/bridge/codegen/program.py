@@ -453,7 +453,7 @@ def program_of(field: Field, like: Tensor, *, at_once: bool = True) -> tuple[Pro
         root.met, root.seen = True, Seen()
         field.seen = root.seen
         field.program = FirstTime("it is solved for the first time; the next solve compiles it")
-        raise field.program
+        raise FirstTime(*field.program.args)  # not that one, which would keep the frames that it passed
     root.met = True
     held = held_by(field, like.dtype, patient=at_once)
     programs = held.entry.programs
