@@ -2,6 +2,7 @@
 
 import gc
 import os
+import warnings
 from pathlib import Path
 
 # What "auto" means in these tests: the native engine, with a Julia or without. Tests of the Julia engine name it.
@@ -16,6 +17,9 @@ import torch
 from pyjlode.bridge import runtime
 
 torch.set_num_threads(1)
+with warnings.catch_warnings():  # PyTorch says this once in a process, in whichever test that is
+    warnings.simplefilter("ignore")
+    float(torch.ones((), requires_grad=True))
 
 # "Explain" traces every line of Python, which takes a compiler ten times as long.
 _PHASES = [x for x in hypothesis.Phase if x is not hypothesis.Phase.explain]

@@ -7,6 +7,7 @@ from torch import nn
 
 from pyjlode import solve
 
+pytestmark = pytest.mark.usefixtures("julia")
 F64 = torch.float64
 
 

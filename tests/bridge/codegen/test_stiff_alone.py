@@ -6,6 +6,7 @@ from torch import nn
 
 from pyjlode import odeint, solve
 
+pytestmark = pytest.mark.usefixtures("julia")
 F64 = torch.float64
 T = torch.tensor([0.0, 0.3, 0.7, 1.0], dtype=F64)
 
