@@ -1,6 +1,7 @@
 """Every wrong argument has its own exception, and every failing solve ends."""
 
 import math
+import signal
 import subprocess
 import sys
 import warnings
@@ -217,3 +218,23 @@ def test_a_shape_that_changes_on_the_way_is_not_broadcast(adjoint):
 
     with pytest.raises(errors.BadShape, match=r"\(1, 2\) at t=.*\(3, 2\) at the start"):
         pyjlode.odeint(f, h0, T, adjoint=adjoint)
+
+
+def test_an_exception_of_a_signal_handler_says_nothing_of_f():
+    """In the first call of f it was taken for one of arguments that are swapped."""
+
+    def late(*args):
+        raise TimeoutError("late")
+
+    def f(t, h):
+        if not calls:
+            calls.append(t)
+            signal.raise_signal(signal.SIGTERM)
+        return torch.cos(t) - h
+
+    calls, before = [], signal.signal(signal.SIGTERM, late)
+    try:
+        with pytest.raises(TimeoutError, match="late"):
+            odeint(f, torch.zeros(2), torch.tensor([0.0, 1.0]))
+    finally:
+        signal.signal(signal.SIGTERM, before)
