@@ -235,6 +235,6 @@ def test_an_exception_of_a_signal_handler_says_nothing_of_f():
     calls, before = [], signal.signal(signal.SIGTERM, late)
     try:
         with pytest.raises(TimeoutError, match="late"):
-            odeint(f, torch.zeros(2), torch.tensor([0.0, 1.0]))
+            pyjlode.odeint(f, torch.zeros(2), torch.tensor([0.0, 1.0]))
     finally:
         signal.signal(signal.SIGTERM, before)
