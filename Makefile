@@ -10,7 +10,7 @@ demo: .venv/plot
 # Half of the tests for each of two processes; the one that is done first takes over from the other.
 TWO := -n 2 --dist worksteal
 
-# Some six minutes on two cores; the slow ones are left out.
+# Some five minutes on two cores; the slow ones are left out.
 test: .venv/dev
 	$(BIN)/python -m pytest $(TWO) -m "not slow"
 
