@@ -14,7 +14,6 @@ from . import arguments, mistakes, parameters
 from .errors import BadOption, BadShape
 from .notices import warn
 from .problem import ODEProblem, flat_field
-from .signals import of_a_signal
 
 
 def look(
@@ -128,8 +127,6 @@ def _call(f: Any, p: ODEProblem, probe: Tensor, autocast: bool) -> Tensor:
                 out = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out)
         arguments.check_output(out, layout, autocast)
     except Exception as error:
-        if of_a_signal(error):  # it says nothing of f
-            raise
         fits = partial(arguments.check_output, layout=layout, autocast=autocast)
         own = f.args[0] if p.rows is not None and isinstance(f, partial) else f
         mistakes.call_of_f(own, t, layout.unflatten(probe), fits, error)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import BadFunction, PyJLODEError
 from .methods import unknown
+from .signals import of_a_signal
 
 Front = TypeVar("Front", bound=Callable[..., Any])
 
@@ -149,7 +150,7 @@ def call_of_f(f: Any, t: Tensor, h: Any, fits: Callable[[Any], None], error: Exc
             f"f is called as f(t, h), and {name} takes one argument. If that is h, write lambda t, h: net(h), or use "
             "pyjlode.nn.TimeMLP, a network of t and h; pyjlode.nn.NeuralODE makes a layer of it."
         ) from error
-    if isinstance(error, OSError):  # a time limit, a file: nothing that other arguments would mend
+    if isinstance(error, OSError) or of_a_signal(error):  # a file, a time limit: other arguments would mend nothing
         return
     if isinstance(h, Tensor) and h.ndim == 0:  # which of the two is the time does not show
         return

@@ -727,7 +727,7 @@ def _call(rhs: Callbacks, function: Any, *args: Any) -> Any:
             return function(*args)
     except Exception as error:
         rhs.raise_error()
-        if not str(error):
+        if isinstance(error, JuliaError) and not str(error):
             raise JuliaError("a function that was called back did not come to its end.") from error
         raise
 
