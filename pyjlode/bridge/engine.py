@@ -29,7 +29,7 @@ from .function import JuliaFunction
 from .memory import AdjointRequest, Outcome, ReplayRequest, Request
 from .packages import SECOND_ORDER as _SECOND
 from .rhs import RHS, Callbacks, Source
-from .sweep import Sweep, abreast, alone, controlled, may_be_alone, weights
+from .sweep import Sweep, abreast, alone, controlled, is_swept, may_be_alone, weights
 
 log = logging.getLogger("pyjlode")
 
@@ -289,11 +289,6 @@ def _cannot_replay(p: ODEProblem, *, at_once: bool = False) -> str | None:
     return None
 
 
-def _is_alone(p: ODEProblem, gradient: str | None) -> bool:
-    """Whether one system is solved as a sweep, which has the exact gradient of stiff steps."""
-    return gradient == "discrete" and p.batch == 1 and isinstance(p.method.tableau, RosenbrockTableau)
-
-
 def _cannot_sweep(p: ODEProblem, gradient: str | None) -> str | None:
     if not p.compile and (p.compile is False or not abreast(p)):
         return "needs compile=True"
@@ -356,7 +351,7 @@ def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = F
         if repeated.replay is None:
             repeated.replay = replay_request(p)
         return Memory(p, Record(found[0]), gradient, repeated.again(p, found[2]), found[1])
-    if p.batch > 1 or _is_alone(p, gradient):
+    if is_swept(p, gradient):
         swept: list[Sweep] = []
         record, rhs, solution = _solve(p, stats, gradient, dense, swept=swept)
         return Memory(p, record, gradient, rhs, solution, systems=swept[0] if swept else None)
@@ -540,7 +535,7 @@ def _solve(
     points = len(p.times) if p.own_times is None else p.own_times.shape[1]
     if len(p.times) == 1 or p.y0.numel() == 0:
         return Record(p.y0.detach().expand(points, -1).clone()), None, None
-    o, as_sweep = p.options, p.batch > 1 or _is_alone(p, gradient)
+    o, as_sweep = p.options, is_swept(p, gradient)
     y0 = p.y0.detach().contiguous()
     out = y0.new_empty(points, y0.numel())
     # A method of the user's own keeps to a grid if it is given one.

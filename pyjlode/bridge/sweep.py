@@ -533,17 +533,23 @@ def abreast(p: ODEProblem) -> bool:
     return isinstance(tab, ExplicitTableau) and tab.E is not None and p.options.step_size is None
 
 
+def is_swept(p: ODEProblem, gradient: str | None) -> bool:
+    """Whether it is solved as a sweep: a batch of systems, and one stiff system for the exact gradient of its steps."""
+    return p.batch > 1 or (gradient == "discrete" and isinstance(p.method.tableau, RosenbrockTableau))
+
+
 def may_be_alone(p: ODEProblem) -> bool:
     """Whether one system, in no batch, may be solved as a sweep of one by a Rosenbrock method, as far as that is known
     before f is compiled."""
     o = p.options
-    plain = (
-        p.layout is not None and not any(p.layout.complex) and not (p.event_fn or o.batch_dims or o.step_t or o.jump_t)
+    if p.batch > 1 or p.compile is False or not isinstance(p.method.tableau, RosenbrockTableau) or not abreast(p):
+        return False
+    if p.event_fn or o.batch_dims or o.step_t or o.jump_t or isinstance(p.f.f, JuliaFunction):
+        return False
+    real = p.layout is not None and not any(p.layout.complex)
+    return (
+        real and p.y0.device.type == "cpu" and p.y0.numel() > 0 and all(isinstance(x, float) for x in (p.rtol, p.atol))
     )
-    tolerances = isinstance(p.rtol, float) and isinstance(p.atol, float)
-    where = p.y0.device.type == "cpu" and p.y0.numel() > 0 and not isinstance(p.f.f, JuliaFunction)
-    stiff = isinstance(p.method.tableau, RosenbrockTableau) and abreast(p)
-    return p.batch == 1 and p.compile is not False and plain and tolerances and where and stiff
 
 
 def alone(p: ODEProblem, *, at_once: bool = False) -> bool:

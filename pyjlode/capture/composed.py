@@ -25,8 +25,8 @@ class Composed(TorchFunctionMode):
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        composition = _COMPOSITIONS.get(function)
         kwargs = kwargs or {}
+        composition = None if "out" in kwargs else _COMPOSITIONS.get(function)
         result = NotImplemented if composition is None else composition(*args, **kwargs)
         return function(*args, **kwargs) if result is NotImplemented else result
 
@@ -81,8 +81,8 @@ def _substituted(rows: Sequence[Tensor], upper: bool) -> Tensor:
 
 
 @composes(torch.linalg.solve)
-def _solve(A: Tensor, B: Tensor, *, left: bool = True, out: None = None) -> Any:
-    if not _is_small(A) or out is not None:
+def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Any:
+    if not _is_small(A):
         return NotImplemented
     if B.dim() == 1 or B.shape == A.shape[:-1]:  # vectors, as PyTorch tells them from matrices
         return _solve(A, B.unsqueeze(-1)).squeeze(-1)
@@ -93,13 +93,13 @@ def _solve(A: Tensor, B: Tensor, *, left: bool = True, out: None = None) -> Any:
 
 
 @composes(torch.linalg.inv, torch.inverse, Tensor.inverse)
-def _inverse(A: Tensor, *, out: None = None) -> Any:
-    return _solve(A, torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand(A.shape), out=out)
+def _inverse(A: Tensor) -> Any:
+    return _solve(A, torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand(A.shape))
 
 
 @composes(torch.linalg.slogdet, torch.slogdet, Tensor.slogdet)
-def _sign_and_logarithm(A: Tensor, *, out: None = None) -> Any:
-    if not _is_small(A) or out is not None:
+def _sign_and_logarithm(A: Tensor) -> Any:
+    if not _is_small(A):
         return NotImplemented
     rows, sign = _eliminated(A, None)
     diagonal = torch.stack([row[..., k] for k, row in enumerate(rows)], -1)
@@ -107,8 +107,8 @@ def _sign_and_logarithm(A: Tensor, *, out: None = None) -> Any:
 
 
 @composes(torch.linalg.det, torch.det, Tensor.det)
-def _determinant(A: Tensor, *, out: None = None) -> Any:
-    if not _is_small(A) or out is not None:
+def _determinant(A: Tensor) -> Any:
+    if not _is_small(A):
         return NotImplemented
     rows, sign = _eliminated(A, None)
     product = sign.squeeze(-1)
@@ -124,8 +124,8 @@ def _logarithm(A: Tensor) -> Any:
 
 
 @composes(torch.linalg.cholesky, torch.cholesky, Tensor.cholesky)
-def _cholesky(A: Tensor, upper: bool = False, *, out: None = None) -> Any:
-    if not _is_small(A) or out is not None:
+def _cholesky(A: Tensor, upper: bool = False) -> Any:
+    if not _is_small(A):
         return NotImplemented
     n, zero = A.shape[-1], torch.zeros_like(A[..., 0, 0])
     entries = [[zero] * n for _ in range(n)]
@@ -140,10 +140,8 @@ def _cholesky(A: Tensor, upper: bool = False, *, out: None = None) -> Any:
 
 
 @composes(torch.linalg.solve_triangular)
-def _solve_triangular(
-    A: Tensor, B: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False, out: None = None
-) -> Any:
-    if not _is_small(A) or unitriangular or out is not None:
+def _solve_triangular(A: Tensor, B: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False) -> Any:
+    if not _is_small(A) or unitriangular:
         return NotImplemented
     if not left:
         return _solve_triangular(A.mT, B.mT, upper=not upper).mT
@@ -153,8 +151,8 @@ def _solve_triangular(
 
 
 @composes(torch.cholesky_solve, Tensor.cholesky_solve)
-def _cholesky_solve(B: Tensor, L: Tensor, upper: bool = False, *, out: None = None) -> Any:
-    if not _is_small(L) or out is not None:
+def _cholesky_solve(B: Tensor, L: Tensor, upper: bool = False) -> Any:
+    if not _is_small(L):
         return NotImplemented
     lower = L.mT if upper else L
     return _solve_triangular(lower.mT, _solve_triangular(lower, B, upper=False), upper=True)

@@ -191,7 +191,7 @@ def second(name: str, made: Prepared, error: SolveError | NotCompiled) -> str | 
     """
     p = made.problem
     if isinstance(error, NotCompiled):
-        if name != "auto" or p.compile or julia.needed(p) or (p.batch == 1 and made.gradient != "discrete"):
+        if name != "auto" or p.compile or julia.needed(p) or not sweep.is_swept(p, made.gradient):
             return None
         sweep.refuse(p, made.gradient if made.needed else None, str(error))
         return f"the Julia engine cannot do this: {error}"

@@ -260,18 +260,9 @@ class Program:
             return (y1, f1, torch.cat([verdict, dt[None]]), torch.cat([dt[None], times]), following, *K)
 
         def adaptive(clock: Tensor, y: Tensor, k0: Tensor, rtol: Tensor, atol: Tensor, *lifted: Tensor) -> Any:
-            dt, times = self.clock(clock)
-            K, points = [k0], [y]
-            for i in range(1, s + 1):
-                points.append(self.point(i, y, dt, K))
-                K.append(self.value(times[i], points[i], *lifted))
-            y1 = points[s]
-            scale = torch.maximum(y.abs(), y1.abs()) * rtol + atol
-            errors = []
-            for row in self.tab.E:  # type: ignore[union-attr]
-                estimate = self.sum(row[: s + 1], K)
-                errors.append(torch.zeros_like(y) if estimate is None else dt.abs() * estimate / scale)
-            stretch = self.stretch(points, K, atol + rtol * y.abs()) * dt.abs()
+            dt, K, points = self.stages(clock, y, k0, *lifted)
+            y1, errors = points[s], self.errors(dt.abs(), K, y, points[s], rtol, atol)
+            stretch = self.stretches(points, K, atol + rtol * y.abs()).amax() * dt.abs()
             if self.fused:
                 verdict = torch.stack([self.combined([self.norm(x) for x in errors]), stretch]).to(torch.float64)
                 return (y1, K[s], verdict, torch.stack(K)) if slopes else (y1, K[s], verdict)
@@ -319,11 +310,29 @@ class Program:
         fifth, third = errors
         return torch.where(fifth == 0, fifth, fifth * (fifth / torch.hypot(fifth, 0.1 * third)))
 
-    def stretch(self, points: list[Tensor], K: list[Tensor], scale: Tensor) -> Tensor:
+    def stages(
+        self, clock: Tensor, y: Tensor, k0: Tensor, *lifted: Tensor
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """dt, and the slopes K and the points of a step up to its end."""
+        dt, times = self.clock(clock)
+        K, points = [k0], [y]
+        for i in range(1, self.s + 1):
+            points.append(self.point(i, y, dt, K))
+            K.append(self.value(times[i], points[i], *lifted))
+        return dt, K, points
+
+    def errors(self, dt: Tensor, K: list[Tensor], y: Tensor, y1: Tensor, rtol: Tensor, atol: Tensor) -> list[Tensor]:
+        """The estimates of the error of a step over the tolerances, (n,) each."""
+        scale = torch.maximum(y.abs(), y1.abs()) * rtol + atol
+        estimates = [self.sum(row[: self.s + 1], K) for row in self.tab.E]  # type: ignore[union-attr]
+        return [torch.zeros_like(y) if x is None else dt * x / scale for x in estimates]
+
+    def stretches(self, points: list[Tensor], K: list[Tensor], scale: Tensor) -> Tensor:
+        """|λ| of each system, (batch,), see `ExplicitStep`."""
         s = self.s
         rise, run = K[s] - K[s - 1], points[s] - points[s - 1]
         rise, run = ((x / scale).reshape(self.batch, -1).square().sum(1) for x in (rise, run))
-        return torch.where(run > 0, rise / run, 0.0).sqrt().amax()
+        return torch.where(run > 0, rise / run, 0.0).sqrt()
 
     def make_slopes(self, known: int) -> Function:
         """(clock, y, K up to row `known`, *lifted) -> K, all rows."""

@@ -81,22 +81,11 @@ class SystemsProgram(Program):
         s = self.s
 
         def step(clock: Tensor, y: Tensor, k0: Tensor, rtol: Tensor, atol: Tensor, *lifted: Tensor) -> Any:
-            dt, times = self.clock(clock)
-            K, points = [k0], [y]
-            for i in range(1, s + 1):
-                points.append(self.point(i, y, dt, K))
-                K.append(self.value(times[i], points[i], *lifted))
+            dt, K, points = self.stages(clock, y, k0, *lifted)
             y1 = points[s]
-            scale = torch.maximum(y.abs(), y1.abs()) * rtol + atol
-            errors = []
-            for row in self.tab.E:  # type: ignore[union-attr]
-                estimate = self.sum(row[: s + 1], K)
-                part = torch.zeros_like(y) if estimate is None else dt * estimate / scale
-                errors.append(self.norms(part.reshape(self.batch, -1)))
-            rise, run = K[s] - K[s - 1], y1 - points[s - 1]
-            unit = atol + rtol * y.abs()
-            rise, run = ((x / unit).reshape(self.batch, -1).square().sum(1) for x in (rise, run))
-            stretch = torch.where(run > 0, rise / run, 0.0).sqrt() * clock[0].abs()
+            parts = self.errors(dt, K, y, y1, rtol, atol)
+            errors = [self.norms(part.reshape(self.batch, -1)) for part in parts]
+            stretch = self.stretches(points, K, atol + rtol * y.abs()) * clock[0].abs()
             verdict = torch.stack([self.combined(errors).to(torch.float64), stretch.to(torch.float64)])
             return (y1, K[s], verdict, torch.stack(K)) if slopes else (y1, K[s], verdict)
 
