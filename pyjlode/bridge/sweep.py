@@ -243,8 +243,8 @@ class Sweep:
         systems.lend(**lent, **weights(tab), naccept=naccept, nreject=nreject, codes=codes, ends=ends)
         held, outcome = calls.abreast(compiled.field, request, systems)
         self.compiled = compiled
-        names = ("pull", "bend") if isinstance(tab, RosenbrockTableau) else ("pull",)
-        self.pulling = {name: program.packed(calls, name) for name in names} if self.differentiated else {}
+        names = _of_gradients(p) if self.differentiated else ()
+        self.pulling = {name: program.packed(calls, name) for name in names}
         self.places = lent["places"]
         self.naccept, self.failed, self.ends = naccept, codes > 0, ends[:, 0]
         if not whole and outcome.code != b"Success" and int(codes[outcome.system - 1]) == _NAN_EVENT:
@@ -438,9 +438,7 @@ def _of_events(p: ODEProblem) -> Sweep:
 
 
 def _event_program(watching: Sweep) -> Any:
-    from .codegen.program import program_of
-
-    program, _ = program_of(watching.first.f, watching.first.y0)
+    program, _ = _program(watching.first)
     if program.mode != "scalar":
         raise NotCompiled("event_fn is more than a few operations")
     return program
@@ -471,19 +469,14 @@ def uncompiled(p: ODEProblem, gradient: str | None) -> str:
 
 
 def _refusal(p: ODEProblem, gradient: str | None) -> str:
-    from .codegen.program import program_of
-
     nfe = p.f.nfe
     try:
         first = Sweep(p, differentiated=gradient is not None).first
-        program, _ = program_of(first.f, first.y0)
+        program, _ = _program(first)
         if program.mode != "scalar":
             return "f is more than a few operations, which are compiled as loops over arrays"
-        implicit = isinstance(p.method.tableau, RosenbrockTableau)
-        for name in (*(("jac", "tgrad") if implicit else ()), *(("pull",) if gradient else ())):
+        for name in (*_of_steps(p), *(_of_gradients(p) if gradient else ())):
             program.text(name)
-        if implicit and gradient:
-            program.text("bend")
         if p.event_source is not None:
             _event_program(_of_events(p))
     except NotCompiled as error:
@@ -533,6 +526,16 @@ def abreast(p: ODEProblem) -> bool:
     return isinstance(tab, ExplicitTableau) and tab.E is not None and p.options.step_size is None
 
 
+def _of_steps(p: ODEProblem) -> tuple[str, ...]:
+    """The functions of a program that the steps of its method take."""
+    return ("f", "jac", "tgrad") if isinstance(p.method.tableau, RosenbrockTableau) else ("f",)
+
+
+def _of_gradients(p: ODEProblem) -> tuple[str, ...]:
+    """Those that the gradient of such steps takes."""
+    return ("pull", "bend") if isinstance(p.method.tableau, RosenbrockTableau) else ("pull",)
+
+
 def is_swept(p: ODEProblem, gradient: str | None) -> bool:
     """Whether it is solved as a sweep: a batch of systems, and one stiff system for the exact gradient of its steps."""
     return p.batch > 1 or (gradient == "discrete" and isinstance(p.method.tableau, RosenbrockTableau))
@@ -561,10 +564,10 @@ def alone(p: ODEProblem, *, at_once: bool = False) -> bool:
     if not may_be_alone(p) or surroundings():
         return False
     try:
-        program, _ = _program(p, at_once)
-        if program.mode != "scalar" or not program.refused.keys().isdisjoint(_OF_STIFF):
+        (program, _), names = _program(p, at_once), (*_of_steps(p), *_of_gradients(p))
+        if program.mode != "scalar" or not program.refused.keys().isdisjoint(names):
             return False
-        for name in _OF_STIFF:
+        for name in names:
             program.text(name)
     except NotCompiled:
         return False
@@ -577,9 +580,6 @@ def _program(p: ODEProblem, at_once: bool = False) -> Any:
 
     return program_of(p.f, p.y0, at_once=at_once or bool(p.compile))
 
-
-# Functions of a program that the steps of Rosenbrock methods and their gradient take.
-_OF_STIFF = ("f", "jac", "tgrad", "pull", "bend")
 
 # Numbers in a system whose matrices are factorised in the lanes of vectors.
 _STIFF = 20
