@@ -14,16 +14,12 @@ const Real = Union{Float32, Float64}
 inside(f, x::Real, ok) = ifelse(ok, f(ifelse(ok, x, one(x))), oftype(x, NaN))
 
 sqrt(x::Real) = Base.sqrt_llvm(x)
-log(x::Real) = inside(Base.log, x, x >= 0)
 log2(x::Real) = inside(Base.log2, x, x >= 0)
 log10(x::Real) = inside(Base.log10, x, x >= 0)
-log1p(x::Real) = inside(Base.log1p, x, x >= -1)
 asin(x::Real) = inside(Base.asin, x, abs(x) <= 1)
 acos(x::Real) = inside(Base.acos, x, abs(x) <= 1)
 acosh(x::Real) = inside(Base.acosh, x, x >= 1)
 atanh(x::Real) = inside(Base.atanh, x, abs(x) <= 1)
-sin(x::Real) = inside(Base.sin, x, isfinite(x))
-cos(x::Real) = inside(Base.cos, x, isfinite(x))
 tan(x::Real) = inside(Base.tan, x, isfinite(x))
 pow(x::Real, y::Real) = ifelse((x < 0) & (y != trunc(y)), oftype(x, NaN), abs(x)^y * odd_sign(x, y))
 odd_sign(x, y) = ifelse((x < 0) & (rem(y, 2) != 0), -one(x), one(x))
@@ -124,7 +120,80 @@ end
     shifted, _, q = split_exponent(T, within(-x, -(bias - 3) * unit, (bias + 2) * unit))
     return half / muladd(one(T) + q, power_of(shifted - one(T)), half)
 end
-for f in (:exp, :expm1, :tanh, :sigmoid)
+
+# sin, cos, log and log1p likewise, in double precision whatever the type is.
+@inline widened(x) = Float64(x)
+@inline narrowed(::Type{T}, x) where {T} = T(x)
+
+# pi / 2 in three parts: x - k pi / 2 is right to a unit in the last place, also where little of x is left (Cody & Waite's
+# reduction by fused products; Muller, Elementary Functions, 11.2). The third is positive, so that sin(-0.0) is -0.0.
+const HALF_PI = (0x1.921fb54442d18p0, 0x1.1a62633145c06p-54, 0x1.c1cd129024e09p-107)
+# sin(r) = r + r^3 g(r^2) and cos(r) = 1 - r^2 / 2 + r^4 h(r^2) for |r| <= pi / 4: g and h of FDLIBM 5.3 (k_sin.c, k_cos.c).
+const SINE = (
+    -1.66666666666666324348e-1, 8.33333333332248946124e-3, -1.98412698298579493134e-4, 2.75573137070700676789e-6,
+    -2.50507602534068634195e-8, 1.58969099521155010221e-10,
+)
+const COSINE = (
+    4.16666666666666019037e-2, -1.38888888888741095749e-3, 2.48015872894767294178e-5, -2.75573143513906633035e-7,
+    2.08757232129817482790e-9, -1.13596475577881948265e-11,
+)
+"sin(x + quarters pi / 2). From 2^50 on, where numbers are a quarter apart, it is NaN."
+@inline function sine(x, quarters)
+    k = muladd(x, 0x1.45f306dc9c883p-1, shifter(Float64)) - shifter(Float64)
+    a, b, c = HALF_PI
+    r = fma(-k, c, fma(-k, b, fma(-k, a, x)))
+    z = r * r
+    half = 0.5 * z
+    most = 1.0 - half
+    sine = muladd(z * r, chain(z, SINE), r)
+    cosine = most + muladd(z * z, chain(z, COSINE), (1.0 - most) - half)
+    quarter = k + quarters
+    quarter -= 4.0 * (muladd(0.25, quarter, shifter(Float64)) - shifter(Float64))  # -2, ..., 2
+    y = ifelse(abs(quarter) == 1.0, cosine, sine)
+    y = ifelse((abs(quarter) == 2.0) | (quarter == -1.0), -y, y)
+    return ifelse(abs(x) < 0x1p50, y, NaN)
+end
+@inline sin_of(::Type{T}, x) where {T} = narrowed(T, sine(widened(x), 0.0))
+@inline cos_of(::Type{T}, x) where {T} = narrowed(T, sine(widened(x), 1.0))
+
+# The bits of sqrt(1 / 2), and what is added to those of a number to have its exponent change at sqrt(2).
+const ROOT, ROOM = 0x3fe6a09e667f3bcd, 0x3ff0000000000000 - 0x3fe6a09e667f3bcd
+"k, as a number, and m of a positive, normal x = 2^k m with sqrt(1/2) <= m < sqrt(2)."
+@inline function split_power(x::Float64)
+    bits = reinterpret(UInt64, x) + ROOM
+    k = reinterpret(Float64, (bits >>> 52) | 0x4330000000000000) - (0x1p52 + 1023)
+    return k, reinterpret(Float64, (bits & 0x000fffffffffffff) + ROOT)
+end
+# log(1 + f) with s = f / (2 + f): FDLIBM 5.3 (e_log.c), even and odd powers of s^2.
+const LOGARITHM = (
+    (6.666666666666735130e-1, 2.857142874366239149e-1, 1.818357216161805012e-1, 1.479819860511658591e-1),
+    (3.999999999940941908e-1, 2.222219843214978396e-1, 1.531383769920937332e-1),
+)
+"log(2^k m) + rest, where that is small."
+@inline function log_sum(k, m, rest)
+    f = m - 1.0
+    s = f / (2.0 + f)
+    z, half = s * s, 0.5 * f * f
+    w, (even, odd) = z * z, LOGARITHM
+    tail = muladd(z, chain(w, even), w * chain(w, odd))
+    small = muladd(s, half + tail, muladd(k, 1.90821492927058770002e-10, rest))
+    return muladd(k, 6.93147180369123816490e-1, f - (half - small))
+end
+@inline at_ends(y, x, zero) = ifelse(zero < x, ifelse(x < Inf, y, x), ifelse(x == zero, -Inf, NaN))
+@inline function log_of(::Type{T}, x) where {T}
+    y = widened(x)
+    tiny = y < 0x1p-1022
+    k, m = split_power(ifelse(tiny, y * 0x1p54, y))
+    return narrowed(T, at_ends(log_sum(k - ifelse(tiny, 54.0, 0.0), m, 0.0), y, 0.0))
+end
+@inline function log1p_of(::Type{T}, x) where {T}
+    y = widened(x)
+    u = 1.0 + y
+    lost = ifelse(y < 1.0, y - (u - 1.0), 1.0 - (u - y)) / u
+    return narrowed(T, at_ends(log_sum(split_power(u)..., lost), y, -1.0))
+end
+
+for f in (:exp, :expm1, :tanh, :sigmoid, :sin, :cos, :log, :log1p)
     @eval @inline $f(x::T) where {T <: Real} = $(Symbol(f, :_of))(T, x)
 end
 
@@ -133,7 +202,8 @@ const NAMES = Tuple(
         isdefined(@__MODULE__, name) && getfield(@__MODULE__, name) isa Function && !startswith(String(name), '#') &&
             name ∉ (
                 :eval, :include, :inside, :odd_sign, :shifter, :log2_parts, :coefficients, :bits_and_bias, :two_to, :power_of,
-                :halves_of, :chain, :split_exponent, :within, :exp_of, :expm1_of, :tanh_of, :sigmoid_of,
+                :halves_of, :chain, :split_exponent, :within, :exp_of, :expm1_of, :tanh_of, :sigmoid_of, :widened,
+                :narrowed, :sine, :sin_of, :cos_of, :split_power, :log_sum, :at_ends, :log_of, :log1p_of,
             )
     end
 )

@@ -51,6 +51,11 @@ for (T, name, bits) in ((Float64, "double", "f64"), (Float32, "float", "f32"))
             ccall($("llvm.fmuladd.v$WIDTH$bits"), llvmcall, Plural{$T}, (Plural{$T}, Plural{$T}, Plural{$T}), x.v, y.v, z.v)
         )
     end
+    @eval @inline function Base.fma(x::Pack{$T}, y::Pack{$T}, z::Pack{$T})
+        return Pack{$T}(
+            ccall($("llvm.fma.v$WIDTH$bits"), llvmcall, Plural{$T}, (Plural{$T}, Plural{$T}, Plural{$T}), x.v, y.v, z.v)
+        )
+    end
     for (f, intrinsic) in (
             (:sqrt, "sqrt"), (:abs, "fabs"), (:floor, "floor"), (:ceil, "ceil"), (:trunc, "trunc"), (:roundeven, "rint"),
         )
@@ -94,6 +99,7 @@ const Single = Union{Number, Pack}
 @inline Base.muladd(x::Pack{T}, y::Single, z::Single) where {T} = muladd(x, Pack{T}(y), Pack{T}(z))
 @inline Base.muladd(x::Number, y::Pack{T}, z::Single) where {T} = muladd(Pack{T}(x), y, Pack{T}(z))
 @inline Base.muladd(x::Number, y::Number, z::Pack{T}) where {T} = muladd(Pack{T}(x), Pack{T}(y), z)
+@inline Base.fma(x::Pack{T}, y::Number, z::Pack{T}) where {T} = fma(x, Pack{T}(y), z)
 
 # What PyTorch's functions are, as in `Elementary`: first those without branches.
 @inline Elementary.max(x::Pack, y::Pack) = ifelse((y < x) | (x != x), x, y)
@@ -110,13 +116,12 @@ for f in (:fmod, :remainder, :xlogy, :atan2, :hypot, :pow)
     @eval @inline Elementary.$f(x::Pack, y::Pack) = each(Elementary.$f, x, y)
 end
 for f in (
-        :log, :log2, :log10, :log1p, :asin, :acos, :acosh, :atanh, :sin, :cos, :tan, :exp2, :atan, :sinh, :cosh, :asinh,
-        :erf, :erfc,
+        :log2, :log10, :asin, :acos, :acosh, :atanh, :tan, :exp2, :atan, :sinh, :cosh, :asinh, :erf, :erfc,
     )
     @eval @inline Elementary.$f(x::Pack) = each(Elementary.$f, x)
 end
 
-# exp, expm1, tanh and sigmoid by the formulas of `Elementary`.
+# Those that loops are vectorised over by the formulas of `Elementary`.
 for (T, name, I) in ((Float64, "double", "i64"), (Float32, "float", "i32"))
     V, N = "<$WIDTH x $name>", "<$WIDTH x $I>"
     bits, bias = Elementary.bits_and_bias(T)
@@ -137,7 +142,38 @@ for (T, name, I) in ((Float64, "double", "i64"), (Float32, "float", "i32"))
         @inline Elementary.halves_of(shifted::Pack{$T}) = $(call(first_half)), $(call(second_half))
     end
 end
-for f in (:exp, :expm1, :tanh, :sigmoid)
+let doubles = "<$WIDTH x double>", singles = "<$WIDTH x float>", integers = "<$WIDTH x i64>"
+    all(i) = "<" * join(fill("i64 $(reinterpret(Int64, i))", WIDTH), ", ") * ">"
+    wide, narrow = Plural{Float64}, Plural{Float32}
+    # What `Elementary.split_power` does.
+    bits = "%i = bitcast $doubles %0 to $integers\n%b = add $integers %i, $(all(Elementary.ROOM))\n"
+    exponent = """
+        %e = lshr $integers %b, $(all(52))
+        %k = or $integers %e, $(all(0x4330000000000000))
+        %x = bitcast $integers %k to $doubles
+        ret $doubles %x
+    """
+    significand = """
+        %s = and $integers %b, $(all(0x000fffffffffffff))
+        %m = add $integers %s, $(all(Elementary.ROOT))
+        %x = bitcast $integers %m to $doubles
+        ret $doubles %x
+    """
+    of_bits(code) = :(Pack{Float64}(Base.llvmcall($(bits * code), $wide, Tuple{$wide}, x.v)))
+    widen, cut = "%2 = fpext $singles %0 to $doubles\nret $doubles %2", "%2 = fptrunc $doubles %0 to $singles\nret $singles %2"
+    @eval begin
+        @inline function Elementary.split_power(x::Pack{Float64})
+            return $(of_bits(exponent)) - (0x1p52 + 1023), $(of_bits(significand))
+        end
+        @inline Elementary.widened(x::Pack{Float32}) = Pack{Float64}(Base.llvmcall($widen, $wide, Tuple{$narrow}, x.v))
+        @inline Elementary.widened(x::Pack{Float64}) = x
+        @inline function Elementary.narrowed(::Type{Float32}, x::Pack{Float64})
+            return Pack{Float32}(Base.llvmcall($cut, $narrow, Tuple{$wide}, x.v))
+        end
+        @inline Elementary.narrowed(::Type{Float64}, x::Pack{Float64}) = x
+    end
+end
+for f in (:exp, :expm1, :tanh, :sigmoid, :sin, :cos, :log, :log1p)
     @eval @inline Elementary.$f(x::Pack{T}) where {T} = Elementary.$(Symbol(f, :_of))(T, x)
 end
 

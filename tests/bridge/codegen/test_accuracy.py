@@ -20,6 +20,10 @@ FUNCTIONS = {
     "expm1": (torch.expm1, np.expm1, 3),
     "tanh": (torch.tanh, np.tanh, 4),
     "sigmoid": (torch.sigmoid, lambda x: 1 / (1 + np.exp(-x)), 4),
+    "sin": (torch.sin, np.sin, 2),
+    "cos": (torch.cos, np.cos, 2),
+    "log": (lambda x: torch.log(x.abs()), lambda x: np.log(np.abs(x)), 2),
+    "log1p": (lambda x: torch.log1p(x.clamp(min=-0.75)), lambda x: np.log1p(np.maximum(x, -0.75)), 2),
 }
 WIDER = {torch.float32: np.float64, torch.float64: np.longdouble}
 
@@ -69,7 +73,35 @@ def test_elementary_functions_at_the_ends(name, dtype, value):
     inf, big = float("inf"), 3e38 if dtype == torch.float32 else 1e308
     ends = [inf, -inf, float("nan"), 0.0, -0.0, big, -big, 90.0, -90.0, 105.0, -105.0, 720.0, -720.0, 746.0, -746.0]
     x = torch.tensor(ends, dtype=dtype)
+    want = f(x)
+    if name in ("sin", "cos"):  # numbers are a quarter and more apart there
+        want[x.abs() >= 2**50] = torch.nan
+    torch.testing.assert_close(value(f, x), want, rtol=1e-6, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("f", [torch.log, torch.log1p])
+def test_logarithms_where_there_is_none(f, dtype, value):
+    tiny = torch.finfo(dtype).smallest_normal
+    ends = [-2.0, -1.0, -0.5, -0.0, 0.0, tiny / 1024, tiny, -tiny, 1.0, float("inf"), -float("inf"), float("nan")]
+    x = torch.tensor(ends, dtype=dtype)
     torch.testing.assert_close(value(f, x), f(x), rtol=1e-6, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["sin", "cos"])
+def test_sines_of_large_numbers_and_beside_their_zeros(name, dtype, value):
+    if dtype == torch.float64 and np.finfo(np.longdouble).nmant <= 52:
+        pytest.skip("no wider type than float64 here")
+    f, wider, units = FUNCTIONS[name]
+    generator = torch.Generator().manual_seed(0)
+    zeros = torch.pi / 2 * torch.randint(1 << 30, (2000,), generator=generator, dtype=torch.float64)
+    large = 2 ** (40 * torch.rand(2000, generator=generator, dtype=torch.float64))
+    x = torch.cat([zeros, zeros * (1 + 2**-52), large, -large]).to(dtype)
+    want = wider(x.numpy().astype(WIDER[dtype]))
+    got = value(f, x).numpy()
+    error = np.abs(got.astype(WIDER[dtype]) - want) / np.spacing(np.abs(want.astype(got.dtype)))
+    assert error.max() <= units
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
