@@ -28,7 +28,6 @@ for f in (:exp2, :atan, :sinh, :cosh, :asinh, :abs, :floor, :ceil, :trunc, :copy
 end
 roundeven(x::Real) = Base.round(x)
 atan2(y::Real, x::Real) = Base.atan(y, x)
-erf(x::Real) = SpecialFunctions.erf(x)
 erfc(x::Real) = SpecialFunctions.erfc(x)
 sign(x::T) where {T <: Real} = T(x > 0) - T(x < 0)
 max(x::Real, y::Real) = ifelse((x > y) | (x != x), x, y)
@@ -121,7 +120,7 @@ end
     return half / muladd(one(T) + q, power_of(shifted - one(T)), half)
 end
 
-# sin, cos, log and log1p likewise, in double precision whatever the type is.
+# sin, cos, log, log1p and erf likewise, in double precision whatever the type is.
 @inline widened(x) = Float64(x)
 @inline narrowed(::Type{T}, x) where {T} = T(x)
 
@@ -193,7 +192,31 @@ end
     return narrowed(T, at_ends(log_sum(split_power(u)..., lost), y, -1.0))
 end
 
-for f in (:exp, :expm1, :tanh, :sigmoid, :sin, :cos, :log, :log1p)
+# erf(x) = x + x p(x^2) for |x| < 0.8, else 1 - exp(-x^2) q(t), where t goes from 1 to -1 for x from 0.8 to 6, and erf is 1
+# beyond: p and q are nearly the polynomials of least error, 3e-18 and 1.5e-17 (Chebyshev interpolation).
+const ERF_NEAR = (
+    0x1.06eba8214db68p-3, -0x1.812746b0379d0p-2, 0x1.ce2f21a0415d1p-4, -0x1.b82ce3120202ep-6, 0x1.565bccf408091p-8,
+    -0x1.c02dadf68874dp-11, 0x1.f9a24a046349fp-14, -0x1.f4be03698a515p-17, 0x1.b8b104d075689p-20, -0x1.53e4afad4edc8p-23,
+    0x1.7ca7b02008145p-27,
+)
+const ERF_FAR = (
+    0x1.b1cc64db8c568p-3, 0x1.5e2e1b84d4417p-3, 0x1.236efdb6e9e20p-4, 0x1.9cf96a1813fa0p-6, 0x1.f04cb011ba747p-8,
+    0x1.f3d4cda973395p-10, 0x1.9b8d903923d74p-12, 0x1.072815ec121c4p-14, 0x1.ca0992ce40546p-18, 0x1.086ded81a7b04p-22,
+    -0x1.22428c54582a8p-24, -0x1.a06c508b4c168p-27, -0x1.35c353a08befap-34, 0x1.d9ffd3a217b60p-33, 0x1.033bcb63c9aa9p-36,
+    -0x1.c434d322e7d7cp-39,
+)
+@inline function erf_of(::Type{T}, x) where {T}
+    y = widened(x)
+    size = abs(y)
+    size = ifelse(6.0 < size, 6.0, size)
+    z = size * size
+    near = muladd(size, chain(z, ERF_NEAR), size)
+    t = muladd(0x1.2762762762762p+4, 1.0 / (size + 4.0), -0x1.6c4ec4ec4ec4fp+1)
+    far = 1.0 - exp_of(Float64, -z) * chain(t, ERF_FAR)
+    return narrowed(T, copysign(ifelse(size < 0.8, near, far), y))
+end
+
+for f in (:exp, :expm1, :tanh, :sigmoid, :sin, :cos, :log, :log1p, :erf)
     @eval @inline $f(x::T) where {T <: Real} = $(Symbol(f, :_of))(T, x)
 end
 
@@ -203,7 +226,7 @@ const NAMES = Tuple(
             name ∉ (
                 :eval, :include, :inside, :odd_sign, :shifter, :log2_parts, :coefficients, :bits_and_bias, :two_to, :power_of,
                 :halves_of, :chain, :split_exponent, :within, :exp_of, :expm1_of, :tanh_of, :sigmoid_of, :widened,
-                :narrowed, :sine, :sin_of, :cos_of, :split_power, :log_sum, :at_ends, :log_of, :log1p_of,
+                :narrowed, :sine, :sin_of, :cos_of, :split_power, :log_sum, :at_ends, :log_of, :log1p_of, :erf_of,
             )
     end
 )

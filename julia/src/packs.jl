@@ -116,7 +116,7 @@ for f in (:fmod, :remainder, :xlogy, :atan2, :hypot, :pow)
     @eval @inline Elementary.$f(x::Pack, y::Pack) = each(Elementary.$f, x, y)
 end
 for f in (
-        :log2, :log10, :asin, :acos, :acosh, :atanh, :tan, :exp2, :atan, :sinh, :cosh, :asinh, :erf, :erfc,
+        :log2, :log10, :asin, :acos, :acosh, :atanh, :tan, :exp2, :atan, :sinh, :cosh, :asinh, :erfc,
     )
     @eval @inline Elementary.$f(x::Pack) = each(Elementary.$f, x)
 end
@@ -173,7 +173,7 @@ let doubles = "<$WIDTH x double>", singles = "<$WIDTH x float>", integers = "<$W
         @inline Elementary.narrowed(::Type{Float64}, x::Pack{Float64}) = x
     end
 end
-for f in (:exp, :expm1, :tanh, :sigmoid, :sin, :cos, :log, :log1p)
+for f in (:exp, :expm1, :tanh, :sigmoid, :sin, :cos, :log, :log1p, :erf)
     @eval @inline Elementary.$f(x::Pack{T}) where {T} = Elementary.$(Symbol(f, :_of))(T, x)
 end
 

@@ -2,6 +2,7 @@
 
 import ctypes
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,12 @@ from pyjlode.bridge.codegen import scalar
 pytestmark = pytest.mark.usefixtures("julia")
 _C = ctypes.PYFUNCTYPE(None, *[ctypes.c_void_p] * 6, ctypes.c_double)
 
+
+def _erf(x):
+    """In 25 digits, of the type that x has."""
+    return np.array([x.dtype.type(mpmath.nstr(mpmath.erf(mpmath.mpf(float(v))), 25)) for v in x])
+
+
 # Name -> f, the same in a wider type, and the largest error in units of the last place. float64 is compared in the
 # 80 bits of x87 where there are any.
 FUNCTIONS = {
@@ -22,6 +29,7 @@ FUNCTIONS = {
     "sigmoid": (torch.sigmoid, lambda x: 1 / (1 + np.exp(-x)), 4),
     "sin": (torch.sin, np.sin, 2),
     "cos": (torch.cos, np.cos, 2),
+    "erf": (torch.erf, _erf, 3),
     "log": (lambda x: torch.log(x.abs()), lambda x: np.log(np.abs(x)), 2),
     "log1p": (lambda x: torch.log1p(x.clamp(min=-0.75)), lambda x: np.log1p(np.maximum(x, -0.75)), 2),
 }
