@@ -144,11 +144,11 @@ const COSINE = (
     z = r * r
     half = 0.5 * z
     most = 1.0 - half
-    sine = muladd(z * r, chain(z, SINE), r)
-    cosine = most + muladd(z * z, chain(z, COSINE), (1.0 - most) - half)
+    sin_r = muladd(z * r, chain(z, SINE), r)
+    cos_r = most + muladd(z * z, chain(z, COSINE), (1.0 - most) - half)
     quarter = k + quarters
     quarter -= 4.0 * (muladd(0.25, quarter, shifter(Float64)) - shifter(Float64))  # -2, ..., 2
-    y = ifelse(abs(quarter) == 1.0, cosine, sine)
+    y = ifelse(abs(quarter) == 1.0, cos_r, sin_r)
     y = ifelse((abs(quarter) == 2.0) | (quarter == -1.0), -y, y)
     return ifelse(abs(x) < 0x1p50, y, NaN)
 end
