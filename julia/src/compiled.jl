@@ -14,12 +14,15 @@ const Real = Union{Float32, Float64}
 inside(f, x::Real, ok) = ifelse(ok, f(ifelse(ok, x, one(x))), oftype(x, NaN))
 
 sqrt(x::Real) = Base.sqrt_llvm(x)
+log(x::Real) = inside(Base.log, x, x >= 0)
 log2(x::Real) = inside(Base.log2, x, x >= 0)
 log10(x::Real) = inside(Base.log10, x, x >= 0)
 asin(x::Real) = inside(Base.asin, x, abs(x) <= 1)
 acos(x::Real) = inside(Base.acos, x, abs(x) <= 1)
 acosh(x::Real) = inside(Base.acosh, x, x >= 1)
 atanh(x::Real) = inside(Base.atanh, x, abs(x) <= 1)
+sin(x::Real) = inside(Base.sin, x, isfinite(x))
+cos(x::Real) = inside(Base.cos, x, isfinite(x))
 tan(x::Real) = inside(Base.tan, x, isfinite(x))
 pow(x::Real, y::Real) = ifelse((x < 0) & (y != trunc(y)), oftype(x, NaN), abs(x)^y * odd_sign(x, y))
 odd_sign(x, y) = ifelse((x < 0) & (rem(y, 2) != 0), -one(x), one(x))
@@ -125,8 +128,8 @@ end
 @inline narrowed(::Type{T}, x) where {T} = T(x)
 
 # pi / 2 in three parts: x - k pi / 2 is right to a unit in the last place, also where little of x is left (Cody & Waite's
-# reduction by fused products; Muller, Elementary Functions, 11.2). The third is positive, so that sin(-0.0) is -0.0.
-const HALF_PI = (0x1.921fb54442d18p0, 0x1.1a62633145c06p-54, 0x1.c1cd129024e09p-107)
+# reduction by fused products; Muller, Elementary Functions, 11.2).
+const HALF_PI = (0x1.921fb54442d18p0, 0x1.1a62633145c07p-54, -0x1.f1976b7ed8fbcp-110)
 # sin(r) = r + r^3 g(r^2) and cos(r) = 1 - r^2 / 2 + r^4 h(r^2) for |r| <= pi / 4: g and h of FDLIBM 5.3 (k_sin.c, k_cos.c).
 const SINE = (
     -1.66666666666666324348e-1, 8.33333333332248946124e-3, -1.98412698298579493134e-4, 2.75573137070700676789e-6,
@@ -216,8 +219,12 @@ const ERF_FAR = (
     return narrowed(T, copysign(ifelse(size < 0.8, near, far), y))
 end
 
-for f in (:exp, :expm1, :tanh, :sigmoid, :sin, :cos, :log, :log1p, :erf)
+for f in (:exp, :expm1, :tanh, :sigmoid, :log1p, :erf)
     @eval @inline $f(x::T) where {T <: Real} = $(Symbol(f, :_of))(T, x)
+end
+# One number is faster by Base's, which have tables and branches.
+for f in (:sin, :cos, :log)
+    @eval @inline $(Symbol(:loop_, f))(x::T) where {T <: Real} = $(Symbol(f, :_of))(T, x)
 end
 
 const NAMES = Tuple(

@@ -176,6 +176,9 @@ end
 for f in (:exp, :expm1, :tanh, :sigmoid, :sin, :cos, :log, :log1p, :erf)
     @eval @inline Elementary.$f(x::Pack{T}) where {T} = Elementary.$(Symbol(f, :_of))(T, x)
 end
+for f in (:sin, :cos, :log)
+    @eval @inline Elementary.$(Symbol(:loop_, f))(x::Pack) = Elementary.$f(x)
+end
 
 "Numbers of each system, one after the other, at an address: number i of system w is `(i - 1) WIDTH + w`."
 struct PackNumbers{T}

@@ -541,7 +541,7 @@ class _Emission:
         build: Build,
         form: str = "{to} = {value}",
     ) -> list[str]:
-        code = Code(self.dtype == torch.float64)
+        code = Code(self.dtype == torch.float64, loop=True)
         texts = [
             _index(leaf, view, [dim.strides[j] for dim in dims], names)
             for j, (leaf, view) in enumerate(zip(leaves, views))

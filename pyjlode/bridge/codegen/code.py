@@ -26,6 +26,8 @@ _TEXT = {
     "or": "({} | {})",
     "not": "(!{})",
 }
+# Functions that have another form for loops, which is faster in many lanes and slower in one.
+_IN_LOOPS = {"sin", "cos", "log"}
 # The value of an operation on constants, in the type T of NumPy.
 _FOLD = {
     "add": np.add,
@@ -74,9 +76,11 @@ class Code:
     Args:
         double: of Float64, else of Float32.
         limit: how many operations there may be.
+        loop: they are the body of a loop.
     """
 
-    def __init__(self, double: bool, limit: int = 1 << 30) -> None:
+    def __init__(self, double: bool, limit: int = 1 << 30, loop: bool = False) -> None:
+        self.loop = loop
         self.real = np.float64 if double else np.float32
         self.julia = "Float64" if double else "Float32"
         self.limit = limit
@@ -281,7 +285,8 @@ class Code:
             else:
                 parts = [self.text(a, name) for a in node.args]
                 form = _TEXT.get(node.op)
-                text = form.format(*parts) if form else f"{node.op}({', '.join(parts)})"
+                function = f"loop_{node.op}" if self.loop and node.op in _IN_LOOPS else node.op
+                text = form.format(*parts) if form else f"{function}({', '.join(parts)})"
                 inline = uses[place] == 1 and (len(text) < _LINE // 2 or (place in ends and len(text) < _LINE))
             if inline:
                 name[place] = text
