@@ -123,100 +123,124 @@ end
     return half / muladd(one(T) + q, power_of(shifted - one(T)), half)
 end
 
-# sin, cos, log, log1p and erf likewise, in double precision whatever the type is.
-@inline widened(x) = Float64(x)
-@inline narrowed(::Type{T}, x) where {T} = T(x)
+# sin, cos, log, log1p and erf likewise.
 
 # pi / 2 in three parts: x - k pi / 2 is right to a unit in the last place, also where little of x is left (Cody & Waite's
 # reduction by fused products; Muller, Elementary Functions, 11.2).
-const HALF_PI = (0x1.921fb54442d18p0, 0x1.1a62633145c07p-54, -0x1.f1976b7ed8fbcp-110)
-# sin(r) = r + r^3 g(r^2) and cos(r) = 1 - r^2 / 2 + r^4 h(r^2) for |r| <= pi / 4: g and h of FDLIBM 5.3 (k_sin.c, k_cos.c).
-const SINE = (
-    -1.66666666666666324348e-1, 8.33333333332248946124e-3, -1.98412698298579493134e-4, 2.75573137070700676789e-6,
-    -2.50507602534068634195e-8, 1.58969099521155010221e-10,
+half_pi(::Type{Float64}) = (0x1.921fb54442d18p0, 0x1.1a62633145c07p-54, -0x1.f1976b7ed8fbcp-110)
+half_pi(::Type{Float32}) = (1.5707964f0, -4.371139f-8, -1.7151245f-15)
+# sin(r) = r + r^3 g(r^2) and cos(r) = 1 - r^2 / 2 + r^4 h(r^2) for |r| <= pi / 4: g and h of FDLIBM 5.3 (k_sin.c, k_cos.c),
+# and of Cephes (sinf.c).
+sine_coefficients(::Type{Float64}) = (
+    (
+        -1.66666666666666324348e-1, 8.33333333332248946124e-3, -1.98412698298579493134e-4, 2.75573137070700676789e-6,
+        -2.50507602534068634195e-8, 1.58969099521155010221e-10,
+    ),
+    (
+        4.16666666666666019037e-2, -1.38888888888741095749e-3, 2.48015872894767294178e-5, -2.75573143513906633035e-7,
+        2.08757232129817482790e-9, -1.13596475577881948265e-11,
+    ),
 )
-const COSINE = (
-    4.16666666666666019037e-2, -1.38888888888741095749e-3, 2.48015872894767294178e-5, -2.75573143513906633035e-7,
-    2.08757232129817482790e-9, -1.13596475577881948265e-11,
+sine_coefficients(::Type{Float32}) = (
+    (-1.6666654611f-1, 8.3321608736f-3, -1.9515295891f-4), (4.166664568298827f-2, -1.388731625493765f-3, 2.443315711809948f-5)
 )
-"sin(x + quarters pi / 2). From 2^50 on, where numbers are a quarter apart, it is NaN."
-@inline function sine(x, quarters)
-    k = muladd(x, 0x1.45f306dc9c883p-1, shifter(Float64)) - shifter(Float64)
-    a, b, c = HALF_PI
+"sin(x + quarters pi / 2). Where numbers are a quarter apart it is NaN: from 2^50 on, in single precision from 2^21 on."
+@inline function sine(::Type{T}, x, quarters) where {T}
+    large, (a, b, c), (g, h) = shifter(T), half_pi(T), sine_coefficients(T)
+    k = muladd(x, T(0x1.45f306dc9c883p-1), large) - large
     r = fma(-k, c, fma(-k, b, fma(-k, a, x)))
     z = r * r
-    half = 0.5 * z
-    most = 1.0 - half
-    sin_r = muladd(z * r, chain(z, SINE), r)
-    cos_r = most + muladd(z * z, chain(z, COSINE), (1.0 - most) - half)
-    quarter = k + quarters
-    quarter -= 4.0 * (muladd(0.25, quarter, shifter(Float64)) - shifter(Float64))  # -2, ..., 2
-    y = ifelse(abs(quarter) == 1.0, cos_r, sin_r)
-    y = ifelse((abs(quarter) == 2.0) | (quarter == -1.0), -y, y)
-    return ifelse(abs(x) < 0x1p50, y, NaN)
+    half = T(0.5) * z
+    most = one(T) - half
+    sin_r = muladd(z * r, chain(z, g), r)
+    cos_r = most + muladd(z * z, chain(z, h), (one(T) - most) - half)
+    quarter = k + T(quarters)
+    quarter -= T(4) * (muladd(T(0.25), quarter, large) - large)  # -2, ..., 2
+    y = ifelse(abs(quarter) == one(T), cos_r, sin_r)
+    y = ifelse((abs(quarter) == T(2)) | (quarter == -one(T)), -y, y)
+    return ifelse(abs(x) < large / T(6), y, T(NaN))
 end
-@inline sin_of(::Type{T}, x) where {T} = narrowed(T, sine(widened(x), 0.0))
-@inline cos_of(::Type{T}, x) where {T} = narrowed(T, sine(widened(x), 1.0))
+@inline sin_of(::Type{T}, x) where {T} = sine(T, x, 0)
+@inline cos_of(::Type{T}, x) where {T} = sine(T, x, 1)
 
-# The bits of sqrt(1 / 2), and what is added to those of a number to have its exponent change at sqrt(2).
-const ROOT, ROOM = 0x3fe6a09e667f3bcd, 0x3ff0000000000000 - 0x3fe6a09e667f3bcd
+"""
+Of numbers as integers: the bits of sqrt(1 / 2), and what is added to those of a number to have its exponent change at
+sqrt(2); the bits of 2^52 (2^23), in which an integer can be put; and those behind the point.
+"""
+parts_of(::Type{Float64}) = 0x3fe6a09e667f3bcd, 0x00095f619980c433, 0x4330000000000000, 0x000fffffffffffff
+parts_of(::Type{Float32}) = 0x3f3504f3, 0x004afb0d, 0x4b000000, 0x007fffff
 "k, as a number, and m of a positive, normal x = 2^k m with sqrt(1/2) <= m < sqrt(2)."
-@inline function split_power(x::Float64)
-    bits = reinterpret(UInt64, x) + ROOM
-    k = reinterpret(Float64, (bits >>> 52) | 0x4330000000000000) - (0x1p52 + 1023)
-    return k, reinterpret(Float64, (bits & 0x000fffffffffffff) + ROOT)
+@inline function split_power(x::T) where {T}
+    (bits, bias), (root, room, integer, behind) = bits_and_bias(T), parts_of(T)
+    i = reinterpret(typeof(root), x) + room
+    k = reinterpret(T, (i >>> bits) | integer) - (reinterpret(T, integer) + T(bias))
+    return k, reinterpret(T, (i & behind) + root)
 end
-# log(1 + f) with s = f / (2 + f): FDLIBM 5.3 (e_log.c), even and odd powers of s^2.
-const LOGARITHM = (
+# log(1 + f) with s = f / (2 + f): FDLIBM 5.3 (e_log.c), FreeBSD (e_logf.c), even and odd powers of s^2.
+log_coefficients(::Type{Float64}) = (
     (6.666666666666735130e-1, 2.857142874366239149e-1, 1.818357216161805012e-1, 1.479819860511658591e-1),
     (3.999999999940941908e-1, 2.222219843214978396e-1, 1.531383769920937332e-1),
 )
+log_coefficients(::Type{Float32}) = ((0.66666662693f0, 0.28498786688f0), (0.40000972152f0, 0.24279078841f0))
 "log(2^k m) + rest, where that is small."
-@inline function log_sum(k, m, rest)
-    f = m - 1.0
-    s = f / (2.0 + f)
-    z, half = s * s, 0.5 * f * f
-    w, (even, odd) = z * z, LOGARITHM
+@inline function log_sum(::Type{T}, k, m, rest) where {T}
+    high, low = log2_parts(T)
+    f = m - one(T)
+    s = f / (T(2) + f)
+    z, half = s * s, T(0.5) * f * f
+    w, (even, odd) = z * z, log_coefficients(T)
     tail = muladd(z, chain(w, even), w * chain(w, odd))
-    small = muladd(s, half + tail, muladd(k, 1.90821492927058770002e-10, rest))
-    return muladd(k, 6.93147180369123816490e-1, f - (half - small))
+    small = muladd(s, half + tail, muladd(k, low, rest))
+    return muladd(k, high, f - (half - small))
 end
-@inline at_ends(y, x, zero) = ifelse(zero < x, ifelse(x < Inf, y, x), ifelse(x == zero, -Inf, NaN))
+@inline function at_ends(::Type{T}, y, x, least) where {T}
+    return ifelse(least < x, ifelse(x < T(Inf), y, x), ifelse(x == least, T(-Inf), T(NaN)))
+end
 @inline function log_of(::Type{T}, x) where {T}
-    y = widened(x)
-    tiny = y < 0x1p-1022
-    k, m = split_power(ifelse(tiny, y * 0x1p54, y))
-    return narrowed(T, at_ends(log_sum(k - ifelse(tiny, 54.0, 0.0), m, 0.0), y, 0.0))
+    room = first(bits_and_bias(T)) + 2
+    tiny = x < floatmin(T)
+    k, m = split_power(ifelse(tiny, x * T(2)^room, x))
+    return at_ends(T, log_sum(T, k - ifelse(tiny, T(room), zero(T)), m, zero(T)), x, zero(T))
 end
 @inline function log1p_of(::Type{T}, x) where {T}
-    y = widened(x)
-    u = 1.0 + y
-    lost = ifelse(y < 1.0, y - (u - 1.0), 1.0 - (u - y)) / u
-    return narrowed(T, at_ends(log_sum(split_power(u)..., lost), y, -1.0))
+    u = one(T) + x
+    lost = ifelse(x < one(T), x - (u - one(T)), one(T) - (u - x)) / u
+    return at_ends(T, log_sum(T, split_power(u)..., lost), x, -one(T))
 end
 
-# erf(x) = x + x p(x^2) for |x| < 0.8, else 1 - exp(-x^2) q(t), where t goes from 1 to -1 for x from 0.8 to 6, and erf is 1
-# beyond: p and q are nearly the polynomials of least error, 3e-18 and 1.5e-17 (Chebyshev interpolation).
-const ERF_NEAR = (
+# erf(x) = x + x p(x^2) for |x| < 0.8, else 1 - exp(-x^2) q(t), where t = a / (x + 4) + b goes from 1 to -1 for x from 0.8 to
+# where erf is 1. p and q are nearly the polynomials of least error (Chebyshev interpolation): 3e-18 and 1.5e-17, in single
+# precision 3e-9 and 7e-9.
+erf_near(::Type{Float64}) = (
     0x1.06eba8214db68p-3, -0x1.812746b0379d0p-2, 0x1.ce2f21a0415d1p-4, -0x1.b82ce3120202ep-6, 0x1.565bccf408091p-8,
     -0x1.c02dadf68874dp-11, 0x1.f9a24a046349fp-14, -0x1.f4be03698a515p-17, 0x1.b8b104d075689p-20, -0x1.53e4afad4edc8p-23,
     0x1.7ca7b02008145p-27,
 )
-const ERF_FAR = (
-    0x1.b1cc64db8c568p-3, 0x1.5e2e1b84d4417p-3, 0x1.236efdb6e9e20p-4, 0x1.9cf96a1813fa0p-6, 0x1.f04cb011ba747p-8,
-    0x1.f3d4cda973395p-10, 0x1.9b8d903923d74p-12, 0x1.072815ec121c4p-14, 0x1.ca0992ce40546p-18, 0x1.086ded81a7b04p-22,
-    -0x1.22428c54582a8p-24, -0x1.a06c508b4c168p-27, -0x1.35c353a08befap-34, 0x1.d9ffd3a217b60p-33, 0x1.033bcb63c9aa9p-36,
-    -0x1.c434d322e7d7cp-39,
+erf_near(::Type{Float32}) = (0.12837917f0, -0.37612602f0, 0.1128313f0, -0.02682157f0, 0.0050864755f0, -0.00065435475f0)
+"Where erf is 1, a, b, and the coefficients of q."
+erf_far(::Type{Float64}) = (
+    6.0, 0x1.2762762762762p+4, -0x1.6c4ec4ec4ec4fp+1,
+    (
+        0x1.b1cc64db8c568p-3, 0x1.5e2e1b84d4417p-3, 0x1.236efdb6e9e20p-4, 0x1.9cf96a1813fa0p-6, 0x1.f04cb011ba747p-8,
+        0x1.f3d4cda973395p-10, 0x1.9b8d903923d74p-12, 0x1.072815ec121c4p-14, 0x1.ca0992ce40546p-18,
+        0x1.086ded81a7b04p-22, -0x1.22428c54582a8p-24, -0x1.a06c508b4c168p-27, -0x1.35c353a08befap-34,
+        0x1.d9ffd3a217b60p-33, 0x1.033bcb63c9aa9p-36, -0x1.c434d322e7d7cp-39,
+    ),
+)
+erf_far(::Type{Float32}) = (
+    4.0f0, 24.0f0, -4.0f0,
+    (
+        0.25539568f0, 0.1601947f0, 0.054007735f0, 0.015163725f0, 0.003540414f0, 0.00068007474f0, 0.00010619747f0,
+        1.2073195f-5,
+    ),
 )
 @inline function erf_of(::Type{T}, x) where {T}
-    y = widened(x)
-    size = abs(y)
-    size = ifelse(6.0 < size, 6.0, size)
+    size, (most, a, b, q) = abs(x), erf_far(T)
+    size = ifelse(most < size, most, size)
     z = size * size
-    near = muladd(size, chain(z, ERF_NEAR), size)
-    t = muladd(0x1.2762762762762p+4, 1.0 / (size + 4.0), -0x1.6c4ec4ec4ec4fp+1)
-    far = 1.0 - exp_of(Float64, -z) * chain(t, ERF_FAR)
-    return narrowed(T, copysign(ifelse(size < 0.8, near, far), y))
+    near = muladd(size, chain(z, erf_near(T)), size)
+    far = one(T) - exp_of(T, -z) * chain(muladd(a, one(T) / (size + T(4)), b), q)
+    return copysign(ifelse(size < T(0.8), near, far), x)
 end
 
 for f in (:exp, :expm1, :tanh, :sigmoid, :log1p, :erf)
@@ -232,8 +256,9 @@ const NAMES = Tuple(
         isdefined(@__MODULE__, name) && getfield(@__MODULE__, name) isa Function && !startswith(String(name), '#') &&
             name ∉ (
                 :eval, :include, :inside, :odd_sign, :shifter, :log2_parts, :coefficients, :bits_and_bias, :two_to, :power_of,
-                :halves_of, :chain, :split_exponent, :within, :exp_of, :expm1_of, :tanh_of, :sigmoid_of, :widened,
-                :narrowed, :sine, :sin_of, :cos_of, :split_power, :log_sum, :at_ends, :log_of, :log1p_of, :erf_of,
+                :halves_of, :chain, :split_exponent, :within, :exp_of, :expm1_of, :tanh_of, :sigmoid_of, :half_pi,
+                :sine_coefficients, :sine, :sin_of, :cos_of, :parts_of, :split_power, :log_coefficients, :log_sum, :at_ends,
+                :log_of, :log1p_of, :erf_near, :erf_far, :erf_of,
             )
     end
 )

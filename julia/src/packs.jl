@@ -136,41 +136,17 @@ for (T, name, I) in ((Float64, "double", "i64"), (Float32, "float", "i32"))
         %other = sub $N %k, %half
     """
     first_half, second_half = halves * power("%half"), halves * power("%other")
-    call(code) = :(Pack{$T}(Base.llvmcall($code, Plural{$T}, Tuple{Plural{$T}}, shifted.v)))
-    @eval begin
-        @inline Elementary.power_of(shifted::Pack{$T}) = $(call(whole))
-        @inline Elementary.halves_of(shifted::Pack{$T}) = $(call(first_half)), $(call(second_half))
-    end
-end
-let doubles = "<$WIDTH x double>", singles = "<$WIDTH x float>", integers = "<$WIDTH x i64>"
-    all(i) = "<" * join(fill("i64 $(reinterpret(Int64, i))", WIDTH), ", ") * ">"
-    wide, narrow = Plural{Float64}, Plural{Float32}
     # What `Elementary.split_power` does.
-    bits = "%i = bitcast $doubles %0 to $integers\n%b = add $integers %i, $(all(Elementary.ROOM))\n"
-    exponent = """
-        %e = lshr $integers %b, $(all(52))
-        %k = or $integers %e, $(all(0x4330000000000000))
-        %x = bitcast $integers %k to $doubles
-        ret $doubles %x
-    """
-    significand = """
-        %s = and $integers %b, $(all(0x000fffffffffffff))
-        %m = add $integers %s, $(all(Elementary.ROOT))
-        %x = bitcast $integers %m to $doubles
-        ret $doubles %x
-    """
-    of_bits(code) = :(Pack{Float64}(Base.llvmcall($(bits * code), $wide, Tuple{$wide}, x.v)))
-    widen, cut = "%2 = fpext $singles %0 to $doubles\nret $doubles %2", "%2 = fptrunc $doubles %0 to $singles\nret $singles %2"
+    root, room, integer, behind = map(x -> all(signed(x)), Elementary.parts_of(T))
+    moved = "%i = bitcast $V %0 to $N\n%j = add $N %i, $room\n"
+    exponent = moved * "%e = lshr $N %j, $(all(bits))\n%k = or $N %e, $integer\n%x = bitcast $N %k to $V\nret $V %x"
+    significand = moved * "%s = and $N %j, $behind\n%m = add $N %s, $root\n%x = bitcast $N %m to $V\nret $V %x"
+    unit = reinterpret(T, Elementary.parts_of(T)[3]) + T(bias)
+    call(code) = :(Pack{$T}(Base.llvmcall($code, Plural{$T}, Tuple{Plural{$T}}, x.v)))
     @eval begin
-        @inline function Elementary.split_power(x::Pack{Float64})
-            return $(of_bits(exponent)) - (0x1p52 + 1023), $(of_bits(significand))
-        end
-        @inline Elementary.widened(x::Pack{Float32}) = Pack{Float64}(Base.llvmcall($widen, $wide, Tuple{$narrow}, x.v))
-        @inline Elementary.widened(x::Pack{Float64}) = x
-        @inline function Elementary.narrowed(::Type{Float32}, x::Pack{Float64})
-            return Pack{Float32}(Base.llvmcall($cut, $narrow, Tuple{$wide}, x.v))
-        end
-        @inline Elementary.narrowed(::Type{Float64}, x::Pack{Float64}) = x
+        @inline Elementary.power_of(x::Pack{$T}) = $(call(whole))
+        @inline Elementary.halves_of(x::Pack{$T}) = $(call(first_half)), $(call(second_half))
+        @inline Elementary.split_power(x::Pack{$T}) = $(call(exponent)) - $unit, $(call(significand))
     end
 end
 for f in (:exp, :expm1, :tanh, :sigmoid, :sin, :cos, :log, :log1p, :erf)
