@@ -25,7 +25,7 @@ sin(x::Real) = inside(Base.sin, x, isfinite(x))
 cos(x::Real) = inside(Base.cos, x, isfinite(x))
 tan(x::Real) = inside(Base.tan, x, isfinite(x))
 pow(x::Real, y::Real) = ifelse((x < 0) & (y != trunc(y)), oftype(x, NaN), abs(x)^y * odd_sign(x, y))
-odd_sign(x, y) = ifelse((x < 0) & (rem(y, 2) != 0), -one(x), one(x))
+odd_sign(x, y) = ifelse((x < 0) & (abs(rem(y, 2)) == 1), -one(x), one(x))
 for f in (:exp2, :atan, :sinh, :cosh, :asinh, :abs, :floor, :ceil, :trunc, :copysign, :hypot, :isnan)
     @eval $f(xs::Real...) = Base.$f(xs...)
 end
@@ -162,6 +162,7 @@ sine_coefficients(::Type{Float32}) = (
 end
 @inline sin_of(::Type{T}, x) where {T} = sine(T, x, 0)
 @inline cos_of(::Type{T}, x) where {T} = sine(T, x, 1)
+@inline tan_of(::Type{T}, x) where {T} = sine(T, x, 0) / sine(T, x, 1)
 
 """
 Of numbers as integers: the bits of sqrt(1 / 2), and what is added to those of a number to have its exponent change at
@@ -243,12 +244,87 @@ erf_far(::Type{Float32}) = (
     return copysign(ifelse(size < T(0.8), near, far), x)
 end
 
+# atan(x) = x + x^3 p(x^2) for 0 <= x <= 1: p is nearly the polynomial of least error, 3e-17 and 2e-8.
+atan_coefficients(::Type{Float64}) = (
+    -0x1.5555555555555p-2, 0x1.9999999999620p-3, -0x1.24924924753ecp-3, 0x1.c71c71bb00a6cp-4, -0x1.745d15ee35819p-4,
+    0x1.3b1399d1dcdc7p-4, -0x1.110fff599e4d2p-4, 0x1.e1d0239d392a6p-5, -0x1.aebbb1647a168p-5, 0x1.841dcf603a209p-5,
+    -0x1.5d02278205cc7p-5, 0x1.3328700bb8169p-5, -0x1.00390504e9f2fp-5, 0x1.843f4bca23369p-6, -0x1.fd0e4de8fed90p-7,
+    0x1.123baedb61abdp-7, -0x1.ca3677db66678p-9, 0x1.1325b2f8964bep-10, -0x1.a359b96a4eee4p-13,
+    0x1.2f07811f9f6e9p-16,
+)
+atan_coefficients(::Type{Float32}) = (
+    -0.3333333f0, 0.1999974f0, -0.14278568f0, 0.110337645f0, -0.0865688f0, 0.06250169f0, -0.03587154f0, 0.013507771f0,
+    -0.0023869972f0,
+)
+"Of the point (x, y), and of (1, y)."
+@inline function atan2_of(::Type{T}, y, x) where {T}
+    a, b = abs(y), abs(x)
+    high = b < a
+    least, most = ifelse(high, b, a), ifelse(high, a, b)
+    z = ifelse(least == most, ifelse(least == zero(T), least, one(T)), least / most)  # 0 / 0 and Inf / Inf
+    z = ifelse((y != y) | (x != x), T(NaN), z)
+    s = z * z
+    angle = muladd(z * s, chain(s, atan_coefficients(T)), z)
+    angle = ifelse(high, T(pi / 2) - angle, angle)
+    return copysign(ifelse(copysign(one(T), x) < zero(T), T(pi) - angle, angle), y)
+end
+@inline function atan_of(::Type{T}, x) where {T}
+    a = abs(x)
+    high = one(T) < a
+    z = ifelse(high, one(T) / a, a)
+    s = z * z
+    angle = muladd(z * s, chain(s, atan_coefficients(T)), z)
+    return copysign(ifelse(high, T(pi / 2) - angle, angle), x)
+end
+
+# |x|^y = exp(y log|x|), with the logarithm and its product as sums of two numbers: what is lost of a product of 700 would be
+# 700 units in the last place of its exponential.
+@inline function two_sum(a, b)
+    sum = a + b
+    part = sum - a
+    return sum, (a - (sum - part)) + (b - part)
+end
+"log(2^k m) as such a sum."
+@inline function log_parts(::Type{T}, k, m) where {T}
+    high, low = log2_parts(T)
+    f = m - one(T)
+    s = f / (T(2) + f)
+    z, half = s * s, T(0.5) * f * f
+    w, (even, odd) = z * z, log_coefficients(T)
+    tail = muladd(z, chain(w, even), w * chain(w, odd))
+    first, lost = two_sum(k * high, f)
+    last, more = two_sum(first, muladd(s, half + tail, muladd(k, low, fma(T(-0.5) * f, f, half))) - half)
+    return last, lost + more
+end
+@inline function pow_of(::Type{T}, x, y) where {T}
+    size, room = abs(x), first(bits_and_bias(T)) + 2
+    tiny = size < floatmin(T)
+    k, m = split_power(ifelse(tiny, size * T(2)^room, size))
+    high, low = log_parts(T, k - ifelse(tiny, T(room), zero(T)), m)
+    product = y * high
+    rest = muladd(y, low, fma(y, high, -product))
+    bits, bias = bits_and_bias(T)
+    shifted, _, q = split_exponent(T, within(product, -T(bias + bits), T(bias + 1)))
+    q = ifelse(abs(product) < T(bias), muladd(rest, one(T) + q, q), q)
+    a, b = halves_of(shifted)
+    power = (one(T) + q) * a * b
+    power = ifelse((size == zero(T)) | (size == T(Inf)), ifelse(zero(T) < y, size, one(T) / size), power)
+    power = ifelse((x != x) | (y != y), T(NaN), power)
+    power = ifelse((y == zero(T)) | (x == one(T)) | ((size == one(T)) & (y == y)), one(T), power)
+    odd = abs(y - T(2) * trunc(T(0.5) * y)) == one(T)
+    power = ifelse((x < zero(T)) & odd, -power, power)
+    return ifelse((x < zero(T)) & (y != trunc(y)), T(NaN), power)
+end
+
 for f in (:exp, :expm1, :tanh, :sigmoid, :log1p, :erf)
     @eval @inline $f(x::T) where {T <: Real} = $(Symbol(f, :_of))(T, x)
 end
 # One number is faster by Base's, which have tables and branches.
-for f in (:sin, :cos, :log)
+for f in (:sin, :cos, :tan, :log, :atan)
     @eval @inline $(Symbol(:loop_, f))(x::T) where {T <: Real} = $(Symbol(f, :_of))(T, x)
+end
+for f in (:atan2, :pow)
+    @eval @inline $(Symbol(:loop_, f))(x::T, y::T) where {T <: Real} = $(Symbol(f, :_of))(T, x, y)
 end
 
 const NAMES = Tuple(
@@ -257,8 +333,9 @@ const NAMES = Tuple(
             name ∉ (
                 :eval, :include, :inside, :odd_sign, :shifter, :log2_parts, :coefficients, :bits_and_bias, :two_to, :power_of,
                 :halves_of, :chain, :split_exponent, :within, :exp_of, :expm1_of, :tanh_of, :sigmoid_of, :half_pi,
-                :sine_coefficients, :sine, :sin_of, :cos_of, :parts_of, :split_power, :log_coefficients, :log_sum, :at_ends,
-                :log_of, :log1p_of, :erf_near, :erf_far, :erf_of,
+                :sine_coefficients, :sine, :sin_of, :cos_of, :tan_of, :parts_of, :split_power, :log_coefficients, :log_sum, :at_ends,
+                :log_of, :log1p_of, :erf_near, :erf_far, :erf_of, :atan_coefficients,
+                :atan2_of, :atan_of, :two_sum, :log_parts, :pow_of,
             )
     end
 )

@@ -112,12 +112,10 @@ for f in (:max, :min, :fmax, :fmin, :copysign, :fmod, :remainder, :xlogy, :atan2
     @eval @inline Elementary.$f(x::Pack{T}, y::Number) where {T} = Elementary.$f(x, Pack{T}(y))
     @eval @inline Elementary.$f(x::Number, y::Pack{T}) where {T} = Elementary.$f(Pack{T}(x), y)
 end
-for f in (:fmod, :remainder, :xlogy, :atan2, :hypot, :pow)
+for f in (:fmod, :remainder, :xlogy, :hypot)
     @eval @inline Elementary.$f(x::Pack, y::Pack) = each(Elementary.$f, x, y)
 end
-for f in (
-        :log2, :log10, :asin, :acos, :acosh, :atanh, :tan, :exp2, :atan, :sinh, :cosh, :asinh, :erfc,
-    )
+for f in (:log2, :log10, :asin, :acos, :acosh, :atanh, :exp2, :sinh, :cosh, :asinh, :erfc)
     @eval @inline Elementary.$f(x::Pack) = each(Elementary.$f, x)
 end
 
@@ -149,11 +147,14 @@ for (T, name, I) in ((Float64, "double", "i64"), (Float32, "float", "i32"))
         @inline Elementary.split_power(x::Pack{$T}) = $(call(exponent)) - $unit, $(call(significand))
     end
 end
-for f in (:exp, :expm1, :tanh, :sigmoid, :sin, :cos, :log, :log1p, :erf)
+for f in (:exp, :expm1, :tanh, :sigmoid, :sin, :cos, :tan, :log, :log1p, :erf, :atan)
     @eval @inline Elementary.$f(x::Pack{T}) where {T} = Elementary.$(Symbol(f, :_of))(T, x)
 end
-for f in (:sin, :cos, :log)
-    @eval @inline Elementary.$(Symbol(:loop_, f))(x::Pack) = Elementary.$f(x)
+for f in (:atan2, :pow)
+    @eval @inline Elementary.$f(x::Pack{T}, y::Pack{T}) where {T} = Elementary.$(Symbol(f, :_of))(T, x, y)
+end
+for f in (:sin, :cos, :tan, :log, :atan, :atan2, :pow)
+    @eval @inline Elementary.$(Symbol(:loop_, f))(x...) = Elementary.$f(x...)
 end
 
 "Numbers of each system, one after the other, at an address: number i of system w is `(i - 1) WIDTH + w`."

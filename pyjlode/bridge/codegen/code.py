@@ -27,7 +27,7 @@ _TEXT = {
     "not": "(!{})",
 }
 # Functions that have another form for loops, which is faster in many lanes and slower in one.
-_IN_LOOPS = {"sin", "cos", "log"}
+_IN_LOOPS = {"sin", "cos", "tan", "log", "atan", "atan2", "pow"}
 # The value of an operation on constants, in the type T of NumPy.
 _FOLD = {
     "add": np.add,
