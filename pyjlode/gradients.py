@@ -158,7 +158,7 @@ class _Solve(torch.autograd.Function):
             raise first_only(memory.gradient)
         _, t, ys, *_ = ctx.saved_tensors
         p = memory.problem
-        start, before = time.perf_counter(), p.f.nfe
+        start, before = time.perf_counter(), p.nfe
         memory.record.ys = ys
         try:
             # `loss.backward(retain_graph=True)` announces another backward pass.
@@ -169,7 +169,7 @@ class _Solve(torch.autograd.Function):
                 grads = numbers.for_each(lambda g, again: ctx.engine.vjp(memory, g, again=again), g, again)
         finally:
             memory.record.ys = None
-        ctx.stats.nfe_backward += p.f.nfe - before
+        ctx.stats.nfe_backward += p.nfe - before
         ctx.stats.wall_backward += time.perf_counter() - start
         grad_t = grads.t if grads.t is None else grads.t.to(t)
         return None, None, None, None, grads.y0, grad_t, *grads.params
@@ -205,13 +205,13 @@ class Sight(NamedTuple):
         else:
             end = p.times[-1] if record.event_t is None else record.event_t
             t, y = p.asked(end, p.times[0]), record.ys[-1].detach()
-        k, reached = _look(p, t, y)
+        k, reached = look(p, t, y)
         if p.makes_leaves:  # what recurs in a second call is none of these
-            _look(p, t, y)
+            look(p, t, y)
         if not p.reached <= reached:
             # Is what f used at the start out of use here, or was it lost in a result that f keeps?
             beyond = torch.nextafter(t, t + p.direction * (1 + t.abs()))
-            if not p.reached.isdisjoint(_look(p, beyond, y)[1] - reached):
+            if not p.reached.isdisjoint(look(p, beyond, y)[1] - reached):
                 raise GradientUnavailable(
                     "f keeps results for times at which it was called before (in a cache), made while nothing was "
                     "recorded: the gradient of what they were made of would be lost. Keep none, or solve with "
@@ -231,7 +231,7 @@ class Sight(NamedTuple):
             raise other_function()
 
 
-def _look(p: ODEProblem, t: Tensor, y: Tensor) -> tuple[Tensor, set[int]]:
+def look(p: ODEProblem, t: Tensor, y: Tensor) -> tuple[Tensor, set[int]]:
     """f(t, y) without graph, and the `id` of each of the problem's parameters that its graph reaches.
 
     Raises:

@@ -612,6 +612,11 @@ class ODEProblem:
     repeats: dict[str, Any] | None = None
 
     @property
+    def nfe(self) -> int:
+        """Calls of f so far; of a field that is split, with those of its stiff part."""
+        return self.f.nfe + (self.split[0].nfe if self.split else 0)
+
+    @property
     def own_times(self) -> np.ndarray | None:
         """(B, T) float64: of systems that are solved one by one, the times where each has its own."""
         return self.swept.times if self.swept is not None and self.swept.own else None

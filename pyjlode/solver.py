@@ -343,7 +343,7 @@ class Solver:
             rows=rows,
             mass=arguments.mass_matrix(e.mass_matrix, row, layout, batch),
             second_order=isinstance(e.f, SecondOrder),
-            split=_parts(e.f, row, layout, autocast),
+            split=_parts(e, row, layout, autocast),
             jac=arguments.jacobian(e.jac, row, layout, batch),
             callbacks=arguments.callbacks(e.f, row, layout, y0),
             compile=self.compile,
@@ -441,11 +441,16 @@ _BACKWARD = ("adjoint_rtol", "adjoint_atol", "adjoint_method", "adjoint_options"
 Solver.__init__ = mistakes.front(arguments.KEYWORDS)(Solver.__init__)  # type: ignore[method-assign]
 
 
-def _parts(f: Any, row: Method, layout: Layout, autocast: bool) -> tuple[Field, Field] | None:
+def _parts(e: Equation, row: Method, layout: Layout, autocast: bool) -> tuple[Field, Field] | None:
     """The parts of a field that is split, for a method that solves each in its own way."""
-    if not isinstance(f, Split) or not row.imex:
+    if not isinstance(e.f, Split) or not row.imex:
         return None
-    return flat_field(f.stiff, layout, autocast), flat_field(f.nonstiff, layout, autocast)
+    if e.jac is not None:
+        raise BadOption(
+            f"jac is df/dh of the whole field, and {row.name} solves the stiff part of a Split alone, whose Jacobian it "
+            "finds itself. Leave jac out."
+        )
+    return flat_field(e.f.stiff, layout, autocast), flat_field(e.f.nonstiff, layout, autocast)
 
 
 def _times(t: Any, reading: Reading) -> tuple[Tensor, list[float], Rows | None]:
@@ -610,7 +615,7 @@ def _solved(solver: Solver, e: Equation, dense: bool, start: float) -> Solution:
     if event_t is not None:
         starts = p.t[..., 0].expand(event_t.shape)
         ys, ts = torch.stack([ys[0], ran.event_y]), torch.stack([starts, event_t], -1)
-    stats.nfe = p.f.nfe + (p.split[0].nfe if p.split else 0)
+    stats.nfe = p.nfe
     stats.wall = time.perf_counter() - start
     if call and stats.compiled and not known and stats.engine == "julia":
         call.keep(ran.made)

@@ -8,11 +8,11 @@ module PyJLODE
 
 using CommonSolve: init, solve!
 using DiffEqBase: DEVerbosity
-using LinearAlgebra: BLAS, I, SymTridiagonal, UniformScaling, eigen, mul!, pinv, svd
+using LinearAlgebra: BLAS, I, SymTridiagonal, UniformScaling, eigen, ldiv!, lu!, mul!, pinv, svd
 using OrdinaryDiffEqCore: OrdinaryDiffEqCore, PIController, default_controller, isadaptive
 using PrecompileTools: @compile_workload, @setup_workload
 using SciMLBase: CallbackSet, ContinuousCallback, DAEFunction, DAEProblem, DiscreteCallback, FullSpecialize, NoInit,
-    ODEFunction, ODEProblem, ReturnCode, SciMLBase, reinit!, terminate!, u_modified!
+    ODEFunction, ODEProblem, ReturnCode, SciMLBase, SplitFunction, reinit!, terminate!, u_modified!
 using SciMLLogging: SciMLLogging
 using SparseArrays: SparseMatrixCSC, nnz, nonzeros
 
@@ -21,6 +21,8 @@ include("products.jl")
 include("rhs.jl")
 include("compiled.jl")
 include("algorithms.jl")
+include("checkpoints.jl")
+include("split.jl")
 include("replay.jl")
 include("packs.jl")
 include("explicit.jl")

@@ -5,6 +5,7 @@
 The accepted steps of a solve: the times that they end at, from its start on; the states there, as a solve has them,
 and their stages, of as many of the first steps as there is `room` for.
 
+  - `points`: where only some of the states are kept, these; and nothing else then but the times.
   - `values`: what the field's function `keep` wrote, of `kept` numbers for each of the stages of the first `valued`
     steps; the last stage of a step is the first of the next.
 """
@@ -12,6 +13,7 @@ mutable struct Trail{T}
     const method::Embedded{T}
     const times::Vector{Float64}
     const states::Vector{T}
+    const points::Union{Nothing, Checkpoints{Vector{T}}}
     const stages::Vector{T}
     const room::Int
     values::Vector{T}
@@ -26,12 +28,16 @@ const KEPT = 1 << 26
 "Bytes up to which room for these is used again, once nobody needs what is there: new memory takes long to be had."
 const SPARED = 1 << 24
 
-Trail(method::Embedded{T}, values) where {T} = Trail{T}(method, Float64[], T[], T[], KEPT ÷ sizeof(T), values, 0)
+function Trail(method::Embedded{T}, values, few) where {T}
+    points, room = few ? (Checkpoints{Vector{T}}(), 0) : (nothing, KEPT ÷ sizeof(T))
+    return Trail{T}(method, Float64[], T[], points, T[], room, values, 0)
+end
 
 "Room for the steps of a solve like another."
 function like(trail::Trail{T}, values) where {T}
     room(x) = sizehint!(empty(x), length(x))
-    return Trail{T}(trail.method, room(trail.times), room(trail.states), room(trail.stages), trail.room, values, 0)
+    (; method, times, states, points, stages) = trail
+    return Trail{T}(method, room(times), room(states), like(points), room(stages), trail.room, values, 0)
 end
 
 "The room that the last solve of a field left."
@@ -74,6 +80,7 @@ mutable struct Alone{T, F, A}
     const point::Vector{T}
     const parts::Vector{T}  # of the error, over the tolerances
     const keep::Bool
+    const few::Bool  # of the states of its steps are to be kept
     trail::Union{Nothing, Trail{T}}
     t::Float64
     dt::Float64
@@ -136,7 +143,7 @@ is_alone(field, r::Request) = false
 
 function Alone(field::Field{T, Vector{T}}, r::Request) where {T}
     source = r.full == 0 ? field : inlined(field)
-    f = r.keep != 0 && field.keep != C_NULL ? field.keep : field.f
+    f = r.keep == 1 && field.keep != C_NULL ? field.keep : field.f
     return Alone(field, source isa Source ? source.f : called(field, f), r)
 end
 
@@ -148,7 +155,7 @@ function Alone(field::Field{T, Vector{T}}, f::F, r::Request) where {T, F}
     return Alone{T, F, A}(
         field, f, method, Control(r, r.order), copy(Vector{Float64}(r.times)), offsets, tolerances(r.rtol),
         tolerances(r.atol), zeros(T, size), zeros(T, size), zeros(T, size * rows(method)), zeros(T, size),
-        zeros(T, size), r.keep != 0, nothing, 0.0, 0.0, T[], -1
+        zeros(T, size), r.keep != 0, r.keep == 2, nothing, 0.0, 0.0, T[], -1
     )
 end
 
@@ -230,9 +237,9 @@ function run!(x::Alone{T}, u0::Ptr{T}, out::Ptr{T}) where {T}
         unsafe_copyto!(pointer(x.u), u0, field.n)
         unsafe_copyto!(out, u0, field.n)
         if x.keep
-            values = take_values!(field)
-            x.trail = x.trail === nothing ? Trail(x.method, values) : like(x.trail, values)
-            x.values, x.at = values, field.keep == C_NULL ? -1 : 0
+            values = x.few ? T[] : take_values!(field)
+            x.trail = x.trail === nothing ? Trail(x.method, values, x.few) : like(x.trail, values)
+            x.values, x.at = values, x.few || field.keep == C_NULL ? -1 : 0
             x.at < 0 || make_room!(x)
         end
         outcome = march!(x, x.f, Numbers(out))
@@ -364,14 +371,17 @@ end
 
 note!(::Nothing, x::Alone, args...) = nothing
 function note!(trail::Trail, x::Alone, ::Int)
+    note_state!(trail, x.u)
     push!(trail.times, x.t)
-    append!(trail.states, x.u)
     return nothing
 end
+note_state!(trail::Trail, u) = note_state!(trail, trail.points, u)
+note_state!(trail, ::Nothing, u) = append!(trail.states, u)
+note_state!(trail, points::Checkpoints, u) = place!(points, length(trail.times), u, slots(length(trail.times)))
 "That step's end at t, and its s stages."
 function note!(trail::Trail, x::Alone, t, s::Int)
+    note_state!(trail, x.y)
     push!(trail.times, t)
-    append!(trail.states, x.y)
     if x.at >= 0
         x.at += s
         trail.valued += 1
@@ -411,11 +421,12 @@ function back!(x::Retaken{T}, trail::Trail{T}, times, g, theta) where {T}
     s, size = method.tab.s, length(u)
     nf, apart, i = 0, zero(T), length(times)  # outputs after i are done
     direction = times[end] < times[1] ? -1.0 : 1.0
+    kept = used(trail.points)
+    state_after!(x, trail, kept, length(trail.times) - 1)
     for j in (length(trail.times) - 1):-1:1
-        x.t, t1 = trail.times[j], trail.times[j + 1]
-        x.dt = t1 - x.t
-        unsafe_copyto!(pointer(u), pointer(trail.states, (j - 1) * size + 1), size)
-        unsafe_copyto!(pointer(y), pointer(trail.states, j * size + 1), size)
+        copyto!(y, u)
+        nf += state_after!(x, trail, kept, j - 1)
+        t1 = step_of!(x, trail, j)
         while i > 1 && times[i] == t1
             add_column!(a, g, i)
             i -= 1
@@ -446,6 +457,34 @@ function back!(x::Retaken{T}, trail::Trail{T}, times, g, theta) where {T}
         dense && fill!(inside, zero(T))
     end
     return Replayed(apart, nf)
+end
+
+"Have step j be the one at hand: where it ends."
+function step_of!(x::Retaken, trail, j)
+    x.t, t1 = trail.times[j], trail.times[j + 1]
+    x.dt = t1 - x.t
+    return t1
+end
+
+"Have the state after `i` steps in u, later ones having been asked for before: the calls of the field that it took."
+function state_after!(x::Retaken, trail::Trail, ::Nothing, i)
+    size = length(x.u)
+    unsafe_copyto!(pointer(x.u), pointer(trail.states, i * size + 1), size)
+    return 0
+end
+
+function state_after!(x::Retaken, trail::Trail, kept::Checkpoints, i)
+    (; u, point, method) = x
+    at = kept.points[end]
+    copyto!(u, at.y)
+    at.i == i && return (pop_last!(kept); 0)
+    for j in (at.i + 1):i
+        step_of!(x, trail, j)
+        retake!(x)
+        copyto!(u, point)
+        j < i && place!(kept, j, u, slots(length(trail.times) - 1))
+    end
+    return (i - at.i) * method.tab.s
 end
 
 function add_column!(a, g, i)
@@ -480,14 +519,20 @@ end
 
 "Take the step from u again: how far it ends from where it did, y."
 function take_again!(x::Retaken{T}) where {T}
-    (; k, u, y, point, method) = x
+    retake!(x)
+    return T(distance(x.point, x.y, x.u))
+end
+
+"Its stages, and its end in `point`."
+function retake!(x::Retaken)
+    (; k, u, point, method) = x
     (; s, c) = method.tab
     for l in 1:s
         field_at!(x, x.f, pointer(k, (l - 1) * length(u) + 1), pointer(point!(x, l)), c[l])
     end
     of(v) = numbers(x, v)
     combine!(of(point), of(u), of(k), method.a.from[s + 1], method.a.by[s + 1], places(x), steps_of(x))
-    return T(distance(point, y, u))
+    return nothing
 end
 
 "Add the cotangent of output l, at t + part dt."

@@ -90,6 +90,13 @@ function call_source(bits::Int64, n::Int64, f::Int64, p::Int64, m::Int64, event:
     end
 end
 
+"Of the numbers of its parts, and with an event function or none."
+function call_parts(stiff::Int64, other::Int64, event::Int64)
+    return answer() do
+        hold(Parts(HELD[stiff], HELD[other], pointer_to(event)))
+    end
+end
+
 function call_source_function(text::Cstring)
     return answer() do
         hold(source_function(unsafe_string(text)))
@@ -214,11 +221,11 @@ function call_replay(
     end
 end
 
-function filled(r::ReplayRequest, field::Field{T}, both, g) where {T}
+function filled(r::ReplayRequest, field::Union{Field{T}, Parts{T}}, both, g) where {T}
     n, address = field.n, pointer_to(both)
     of_start, of_parameters = Lent(address, n), Lent(address + n * sizeof(T), length(field.parameters))
     cotangents = Lent(pointer_to(g), n * r.times.length)
-    return ReplayRequest(of_start, of_parameters, cotangents, r.times, r.a, r.c, r.p, r.stages)
+    return ReplayRequest(of_start, of_parameters, cotangents, r.times, r.a, r.c, r.p, r.stages, r.atol)
 end
 
 function call_release(numbers::Ptr{Int64}, count::Int64)
@@ -245,6 +252,7 @@ function addresses()
         abreast = @cfunction(call_abreast, Int64, (Int64, Ptr{Request}, Ptr{Abreast}, Ptr{Outcome})),
         pull = @cfunction(call_pull, Int64, (Int64, Ptr{PullRequest})),
         source = @cfunction(call_source, Int64, (Int64, Int64, Int64, Int64, Int64, Int64)),
+        parts = @cfunction(call_parts, Int64, (Int64, Int64, Int64)),
         source_function = @cfunction(call_source_function, Int64, (Cstring,)),
         evaluate = @cfunction(call_evaluate, Int64, (Int64, Int64, Int64, Int64, Int64, Int64, Int64, Float64)),
         algorithm = @cfunction(call_algorithm, Int64, (Cstring,)),

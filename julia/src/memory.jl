@@ -68,8 +68,8 @@ What a solve is asked for. Layout as in C: the caller fills one in its own memor
   - `a`, `c`, `p`, `e`, `stages`, `fsal`, `order`: of an explicit method with error control, as [`Abreast`](@ref) has them:
     a compiled field of which nothing is asked but states is solved by our own loop; empty where it is not to be.
   - `fixed`: no control of the step size. `dense`: keep what dense output and adjoints need. `keep`: keep the ends of the
-    accepted steps. `full`: compile the solver for this very field, where that is a [`Source`](@ref) or
-    [`inlined`](@ref).
+    accepted steps if it is 1, and if it is 2 the states of [`Checkpoints`](@ref). `full`: compile the solver for this very
+    field, where that is a [`Source`](@ref) or [`inlined`](@ref).
 """
 struct Request
     u0::Lent
@@ -133,6 +133,10 @@ What a replay is asked for: as [`AdjointRequest`](@ref), and the method, a [`Tab
 
   - `a`: (rows, rows), column l the weights of the stages for stage l. `c`: (rows,). `p`: (degree, rows).
   - `stages`: those of the step; the end of it, and what dense output needs besides, are the other rows.
+
+Or an [`AdditiveReplay`](@ref)'s: of its `a` those of both parts, one after the other, and no `p`.
+
+  - `atol`: how far from where it was a step may end before that counts.
 """
 struct ReplayRequest
     du0::Lent
@@ -143,6 +147,7 @@ struct ReplayRequest
     c::Lent
     p::Lent
     stages::Int64
+    atol::Float64
 end
 
 """

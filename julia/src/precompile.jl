@@ -36,10 +36,11 @@ address(a::Array) = Int64(UInt(pointer(a)))
 
 """
 Solve u' = -u, u(0) = 1 over [0, 1] through the doors that Python comes by, and hand the number of the solve, the output
-times and the states there to `after`.
+times and the states there to `after`; or u' = -u - u, of which each term is a part.
 """
 function solve_linear(
-        after, ::Type{T}, text; dense = false, keep = false, event = false, first_step = 0.0, tolerances = 1, mass = T[]
+        after, ::Type{T}, text; dense = false, keep = false, event = false, first_step = 0.0, tolerances = 1, mass = T[],
+        split = false
     ) where {T}
     u0, times, out = ones(T, 1), event ? [0.0, 1.0] : [0.0, 0.5, 1.0], zeros(T, event ? 2 : 3)
     offsets, rtol, atol = [0, 1], fill(1.0e-4, tolerances), fill(1.0e-6, tolerances)
@@ -54,11 +55,16 @@ function solve_linear(
         GC.@preserve request begin
             alg = call_algorithm(Cstring(pointer(text)))
             f = call_field(8 * sizeof(T), pointer(field))
+            numbers = [alg, f]
+            if split
+                push!(numbers, call_field(8 * sizeof(T), pointer(field)))
+                f = push!(numbers, call_parts(numbers[2], numbers[3], 0))[end]
+            end
             s = call_solve(f, alg, pointer(request), pointer(outcome))
             s == 0 && error(FAILURE[])
             after(s, alg, times, out)
-            numbers = [alg, f, s]
-            call_release(pointer(numbers), 3)
+            push!(numbers, s)
+            call_release(pointer(numbers), length(numbers))
         end
     end
     return out
@@ -148,7 +154,7 @@ const HEUN = (;
 Numbers of which the first decays, by our own loop, at the times 0, 1/2 and 1; and the gradient of the sum of that number
 there by the first of the start.
 """
-function alone_linear(::Type{T}, n) where {T}
+function alone_linear(::Type{T}, n; keep = 1) where {T}
     u0, times, out, both, g = ones(T, n), [0.0, 0.5, 1.0], zeros(T, 3n), zeros(T, n), zeros(T, 3n)
     g[1:n:end] .= 1
     rtol, atol, control = [1.0e-4], [1.0e-6], (; beta1 = 0.4, beta2 = 0.1, gamma = 0.9, qmin = 0.2, qmax = 10.0)
@@ -156,7 +162,7 @@ function alone_linear(::Type{T}, n) where {T}
     GC.@preserve u0 times out both g rtol atol functions outcome replayed begin
         request = [
             structure(
-                Request; u0, times, out, rtol, atol, control..., max_step = Inf, max_steps = 1000, keep = 1, HEUN...,
+                Request; u0, times, out, rtol, atol, control..., max_step = Inf, max_steps = 1000, keep, HEUN...,
                 stages = 2, order = 2
             ),
         ]
@@ -266,13 +272,29 @@ function abreast_linear(::Type{T}; implicit = false, ends = false) where {T}
 end
 
 "The gradient of half the sum of squares at the outputs of a linear problem, by taking its steps again."
-function replay_linear(::Type{T}, text) where {T}
+function replay_linear(::Type{T}, text; keep = 1) where {T}
     both, c = zeros(T, 2), [0.0, 1.0]  # Euler's method is enough to compile for all
     a, p = [0.0, 0.0, 1.0, 0.0], [1.0, 0.0]
-    solve_linear(T, text; keep = true) do s, alg, times, out
+    solve_linear(T, text; keep) do s, alg, times, out
         replayed = Vector{Replayed}(undef, 1)
         GC.@preserve both c a p times out replayed begin
             request = [structure(ReplayRequest; times, a, c, p, stages = 1)]
+            GC.@preserve request begin
+                done = call_replay(s, pointer(request), address(both), address(out), 1, pointer(replayed))
+                done == 0 && error(FAILURE[])
+            end
+        end
+    end
+    return both
+end
+
+"The same of a field of two parts; the trapezoidal rule is enough to compile for all."
+function replay_split(::Type{T}, text) where {T}
+    both, c, a = zeros(T, 3), [0.0, 1.0], [0.0, 0.0, 0.5, 0.5, 0.0, 0.0, 1.0, 0.0]
+    solve_linear(T, text; keep = 1, split = true) do s, alg, times, out
+        replayed = Vector{Replayed}(undef, 1)
+        GC.@preserve both c a times out replayed begin
+            request = [structure(ReplayRequest; times, a, c, stages = 2)]
             GC.@preserve request begin
                 done = call_replay(s, pointer(request), address(both), address(out), 1, pointer(replayed))
                 done == 0 && error(FAILURE[])
@@ -311,14 +333,15 @@ const IMPLICIT = (
                 call_interpolate(s, address(times), address(out), length(times))
             end
             replay_linear(T, text)
+            T == Float64 && replay_linear(T, text; keep = 2)
             T == Float64 && solve_linear(T, text; first_step = 0.1)
             T == Float64 && solve_linear(T, text; event = true)
         end
         for text in ("DP5()", "Tsit5()")
             sweep_linear(text)
         end
-        for T in (Float32, Float64), n in (1, 9)
-            alone_linear(T, n)
+        for T in (Float32, Float64), n in (1, 9), keep in (1, 2)
+            alone_linear(T, n; keep)
         end
         for T in (Float32, Float64), A in (Numbers{T}, PackNumbers{T})
             precompile(run!, (Alone{T, Direct{T}, A}, Ptr{T}, Ptr{T}))
@@ -333,6 +356,10 @@ const IMPLICIT = (
         end
         for text in ("Rodas5P()", "RadauIIA5()")
             adjoint_linear(Float64, "gauss", text; mass = ones(1))
+        end
+        for text in ("KenCarp4()", "KenCarp5()")
+            solve_linear(Float64, text; dense = true, split = true)
+            replay_split(Float64, text)
         end
         solve_linear(Float64, "QNDF()"; dense = true, mass = ones(1))  # its dense output is too rough for an adjoint
     end

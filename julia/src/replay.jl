@@ -1,12 +1,16 @@
 # The discrete adjoint of explicit Runge-Kutta methods: each accepted step is taken again, the last one first, and the
 # cotangent pulled back through it. What comes out is the gradient of the numbers that the solve gave.
 
-"The ends of the accepted steps of a solve, from its start on: their times, and the states there, one after the other."
+"""
+The ends of the accepted steps of a solve, from its start on: their times, and the states there, one after the other; or
+some of these at `points`, and no others.
+"""
 struct Steps{S}
     times::Vector{Float64}
     states::S
+    points::Union{Nothing, Checkpoints}
 end
-Steps{S}() where {S} = Steps{S}(Float64[], S())
+Steps{S}(points = nothing) where {S} = Steps{S}(Float64[], S(), points)
 
 # The host's lie in one vector, one after the other.
 steps_type(::Type{Vector{T}}) where {T} = Steps{Vector{T}}
@@ -15,13 +19,14 @@ steps_type(::Type{V}) where {V <: AbstractVector} = Steps{Vector{V}}
 "Room for the steps of a solve like another."
 function like(steps::Steps{Vector{T}}) where {T <: Number}
     return Steps{Vector{T}}(
-        sizehint!(Float64[], length(steps.times)), sizehint!(T[], length(steps.states))
+        sizehint!(Float64[], length(steps.times)), sizehint!(T[], length(steps.states)), like(steps.points)
     )
 end
 
 function note!(steps::Steps, u, t)
+    i = length(steps.times)
     push!(steps.times, t)
-    put!(steps.states, u)
+    steps.points === nothing ? put!(steps.states, u) : place!(steps.points, i, u, slots(i))
     return nothing
 end
 note!(::Nothing, u, t) = nothing
@@ -88,8 +93,11 @@ end
 The gradient of a loss of the states at the output times with the cotangents `g`, with respect to the first state
 (without `g` there, if not the `whole` is asked for), and to the parameters; `request` is a [`ReplayRequest`](@ref).
 """
-function replay!(steps::Steps, field::Field{T, V}, r::ReplayRequest; whole = false) where {T, V}
-    ends(k) = state(steps.states, field.n, k)
+replay!(steps::Steps, field, r::ReplayRequest; whole = false) = replay!(steps, used(steps.points), field, r, whole)
+
+function replay!(
+        steps::Steps, kept, field::Union{Field{T, V}, Parts{T, V}}, r::ReplayRequest, whole
+    ) where {T, V}
     times = Vector{Float64}(r.times)
     g = reshape(borrow(V, r.g), field.n, length(times))
     a, theta = fill!(borrow(V, r.du0), zero(T)), fill!(borrow(V, r.dp), zero(T))
@@ -97,8 +105,11 @@ function replay!(steps::Steps, field::Field{T, V}, r::ReplayRequest; whole = fal
     nf, apart = 0, 0.0
     direction = times[end] < times[1] ? -1.0 : 1.0
     i = length(times)  # outputs after i are done
+    start = state_after!(work, field, steps, kept, length(steps.times) - 1)[1]
     for k in (length(steps.times) - 1):-1:1
         t0, t1 = steps.times[k], steps.times[k + 1]
+        finish = start
+        start, calls = state_after!(work, field, steps, kept, k - 1)
         while i > 1 && times[i] == t1
             a .+= view(g, :, i)
             i -= 1
@@ -108,13 +119,31 @@ function replay!(steps::Steps, field::Field{T, V}, r::ReplayRequest; whole = fal
             i -= 1
         end
         inside = (i + 1):last
-        nf += step!(work, field, t0, t1 - t0, ends(k), !isempty(inside))
-        apart = max(apart, distance(work.points[work.tab.s + 1], ends(k + 1), ends(k)))
+        nf += calls + step!(work, field, t0, t1 - t0, start, !isempty(inside))
+        apart = max(apart, distance(reached(work), finish, start, r.atol))
         pull!(work, field, a, theta, t0, t1 - t0, view(times, inside), view(g, :, inside))
     end
     whole && (a .+= view(g, :, 1))
     return Replayed(apart, nf)
 end
+
+"The state after `i` steps, later ones having been asked for before; and the calls of the field that it took."
+state_after!(work, field, steps, ::Nothing, i) = state(steps.states, field.n, i + 1), 0
+function state_after!(work, field, steps, kept::Checkpoints, i)
+    at = kept.points[end]
+    at.i == i && return pop_last!(kept), 0
+    y, calls = at.y, 0
+    for j in (at.i + 1):i
+        t0, t1 = steps.times[j], steps.times[j + 1]
+        calls += step!(work, field, t0, t1 - t0, y, false)
+        y = copy(reached(work))
+        j < i && place!(kept, j, y, slots(length(steps.times) - 1))
+    end
+    return y, calls
+end
+
+"The end of the step that was taken last."
+reached(work::Replay) = work.points[work.tab.s + 1]
 
 "Take a step from `y`: the points and slopes of its stages, and of those of dense output; returns the calls of `f`."
 function step!(work::Replay{T}, field, t0, dt, y, dense) where {T}
@@ -184,20 +213,23 @@ end
 nothing_in(bar::Array) = all(iszero, bar)
 nothing_in(bar) = false
 
-"Largest difference of the end of a step from where it is to be, in units of the largest number in the step."
-function distance(u, v, start)
+"""
+Largest difference of the end of a step from where it is to be, beyond `atol`, in units of the largest number in the step.
+"""
+function distance(u, v, start, atol = 0.0)
     largest(x) = mapreduce(abs, max, x; init = zero(eltype(x)))
-    far = largest(u .- v)
-    return iszero(far) ? 0.0 : Float64(far / max(largest(v), largest(start)))
+    return in_units(largest(u .- v), max(largest(v), largest(start)), atol)
 end
 
-function distance(u::Array, v, start)
+function distance(u::Array, v, start, atol = 0.0)
     far = size = zero(eltype(u))
     for (x, y, z) in zip(u, v, start)
         far, size = max(far, abs(x - y)), max(size, abs(y), abs(z))
     end
-    return iszero(far) ? 0.0 : Float64(far / size)
+    return in_units(far, size, atol)
 end
+
+in_units(far, size, atol) = far <= atol ? 0.0 : Float64((far - atol) / size)
 
 "Add x u to v."
 function add!(v::AbstractVector{T}, x::T, u) where {T}

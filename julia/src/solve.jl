@@ -34,7 +34,7 @@ end
 "Its steps from the first state on, if a request has them kept."
 function first_step(r::Request, u0::V) where {V}
     r.keep == 0 && return nothing
-    steps = steps_type(V)()
+    steps = steps_type(V)(r.keep == 2 ? Checkpoints{V}() : nothing)
     note!(steps, u0, Vector{Float64}(r.times)[1])
     return steps
 end
@@ -132,7 +132,7 @@ Solve from `u0` at `times[1]` and write the states at all of `times` into `out`.
     `times` the second then gives the direction only.
   - `request`: a [`Request`](@ref).
 """
-function solve(field::Union{Field{T}, Source{T}}, alg, r::Request) where {T}
+function solve(field::Union{Field{T}, Parts{T}, Source{T}}, alg, r::Request) where {T}
     if is_alone(field, r)
         alone = Alone(field, r)
         kept, outcome = again!(alone, r.u0.address, r.out.address)

@@ -256,6 +256,56 @@ end
         @test only(dp) ≈ (of_steps([1, 0.5], 0.1 + h) - of_steps([1, 0.5], 0.1 - h)) / 2h rtol = sqrt(eps(T)) / 10
     end
 
+    @testset "a replay from some of the states is that from all, of $steps steps" for steps in (1, 3, 40, 1000)
+        times, a, c, p = [0.0, 0.7, 2.0], [0.0 0.5 0; 0 0 1; 0 0 0], [0, 0.5, 1], [0.0 1 0]
+        runs = [
+            run(Float64, "Midpoint()", times; names = (:f, :vjp, :vjp_p), fixed = true, first_step = 2 / steps, keep) for
+                keep in (1, 2)
+        ]
+        function gradient(r)
+            g, du0, dp = [0 1 -1; 0 2 0.5], zeros(2), zeros(1)
+            GC.@preserve times g du0 dp a c p begin
+                r = replay!(r.s, structure(ReplayRequest; du0, dp, g, times, a = vec(a), c, p = vec(p), stages = 2))
+            end
+            return [du0; dp], r
+        end
+        (from_all, whole), (found, some) = gradient.(runs)
+        @test found ≈ from_all rtol = 1.0e-12
+        @test gradient(runs[2])[1] == found
+        (; points) = runs[2].s.steps
+        @test length(points.points) <= PyJLODE.slots(steps)
+        @test isempty(runs[2].s.steps.states)
+        @test whole.nf <= some.nf <= 3whole.nf
+    end
+
+    @testset "a field of two parts, $text, to $last" for text in ("KenCarp4()", "KenCarp5()"), last in (1.0, -1.0)
+        # Each is the oscillator, and both are that at twice the speed.
+        part() = Field{Float64}(2; pointers(Float64)..., event = 0, parameters = 1)
+        times = [0.0, 0.3 * last, last]
+        parts = PyJLODE.Parts(part(), part())
+        r = run(parts, text, times; rtol = 1.0e-8, keep = true, dense = true)
+        @test r.code == "Success"
+        @test r.out[:, 3] ≈ exact(2last) rtol = 1.0e-6
+        between = zeros(2)
+        at = [0.5 * last]
+        GC.@preserve between at interpolate!(r.s, address(at), address(between), 1)
+        @test between ≈ exact(last) rtol = 1.0e-3
+        (; OrdinaryDiffEqSDIRK) = PyJLODE.Names
+        make = getproperty(OrdinaryDiffEqSDIRK, Symbol(text[1:8], :ESDIRKIMEXTableau))
+        tab = make(Float64, Float64)
+        a, c = [vec(permutedims(tab.Ai)); vec(permutedims(tab.Ae))], tab.c
+        g, du0, dp = [0 1 -1; 0 2 0.5], zeros(2), zeros(2)
+        GC.@preserve times g du0 dp a c begin
+            replayed = replay!(r.s, structure(ReplayRequest; du0, dp, g, times, a, c, stages = tab.s))
+        end
+        @test replayed.apart < 1.0e-8
+        of_output(k, p) = sum(g[:, k] .* (exp([0 1; -1 -p] * 2times[k]) * [1, 0.5]))
+        of_solution(p) = of_output(2, p) + of_output(3, p)
+        @test du0 ≈ sum(exp(transpose(matrix()) * 2times[k]) * g[:, k] for k in 2:3) rtol = 1.0e-4
+        h = 1.0e-5
+        @test sum(dp) ≈ (of_solution(0.1 + h) - of_solution(0.1 - h)) / 2h rtol = 1.0e-4
+    end
+
     @testset "systems of a sweep end where each would" begin
         states, alone = PyJLODE.sweep_linear("Tsit5()")
         @test all(abs.(states .- [1, 1, exp(-1), exp(-1)]) .< 1.0e-4)

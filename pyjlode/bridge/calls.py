@@ -36,6 +36,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "abreast": (_I, _I, _P, _P, _P),
     "pull": (_I, _I, _P),
     "source": (_I, _I, _I, _I, _I, _I, _I),
+    "parts": (_I, _I, _I, _I),
     "source_function": (_I, ctypes.c_char_p),
     "evaluate": (_I, _I, _I, _I, _I, _I, _I, _I, ctypes.c_double),
     "algorithm": (_I, ctypes.c_char_p),
@@ -147,6 +148,10 @@ class Calls:
         return self._held(
             self._c["source"](_bits(dtype), n, function.number, theta.data_ptr(), theta.numel(), event), function
         )
+
+    def parts(self, stiff: Held, other: Held, event: int) -> Held:
+        """The field that is their sum, of which the first is solved implicitly."""
+        return self._held(self._c["parts"](stiff.number, other.number, event), (stiff, other))
 
     def source_function(self, text: str) -> Held:
         """The function that Julia source text defines."""

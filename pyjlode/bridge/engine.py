@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from ..errors import BadOption, JuliaError, NonFiniteState, NotCompiled, NotConv
 from ..gradients import Gradients, other_function, time_gradient
 from ..methods import Method
 from ..methods.explicit import ExplicitTableau
-from ..methods.stiff import RosenbrockTableau
+from ..methods.stiff import EsdirkTableau, RosenbrockTableau
 from ..parameters import by_tensor
 from ..problem import NO_OPTIONS, AdjointSettings, Field, ODEProblem, SolverOptions, SystemsLayout, like
 from ..solution import Stats
@@ -28,6 +29,7 @@ from .calls import Calls, Held
 from .function import JuliaFunction
 from .memory import AdjointRequest, Outcome, ReplayRequest, Request
 from .packages import SECOND_ORDER as _SECOND
+from .parts import Parts, cannot_split
 from .rhs import RHS, Callbacks, Source
 from .sweep import Sweep, abreast, alone, controlled, is_swept, may_be_alone, weights
 
@@ -35,7 +37,9 @@ log = logging.getLogger("pyjlode")
 
 NAME = "julia"
 
-GRADIENTS = ("discrete", "backsolve", "interpolating", "quadrature", "gauss", "forward")
+GRADIENTS = ("discrete", "checkpointed", "backsolve", "interpolating", "quadrature", "gauss", "forward")
+# Those that take the steps again.
+_REPLAYS = ("discrete", "checkpointed")
 
 # What is right for stiff problems there. With "gauss" SciMLSensitivity gives a stiff method the Jacobian of f; with
 # others it must difference the adjoint's right-hand side, which takes minutes for Robertson's reaction or goes wrong.
@@ -165,9 +169,13 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
         return f"the state lies on {p.y0.device}, and {obstacle}"
     if gradient is not None and gradient not in GRADIENTS:
         return f"adjoint={gradient!r} is one of the native engine's"
-    if gradient == "discrete" and (obstacle := _cannot_replay(p, at_once=True)):
-        return f"adjoint='discrete' takes the steps again there, and that cannot be done {obstacle}"
-    if gradient not in (None, "forward", "discrete") and (obstacle := _cannot_adjoin(p, gradient)):
+    if p.split is not None and gradient != "forward" and (obstacle := cannot_split(p)):
+        return obstacle
+    if gradient in _REPLAYS and (obstacle := _cannot_replay(p, at_once=True)):
+        return f"adjoint={gradient!r} takes the steps again there, and that cannot be done {obstacle}"
+    if gradient == "checkpointed" and not isinstance(p.method.tableau, ExplicitTableau):
+        return f"adjoint='checkpointed' is there for explicit methods, and not for {p.method.name!r}"
+    if gradient not in (None, "forward", *_REPLAYS) and (obstacle := _cannot_adjoin(p, gradient)):
         return obstacle
     rows = p.own_times is not None or (p.rows is not None and p.rows.own)
     if rows and (p.compile is False or p.batch == 1 or not abreast(p)):
@@ -201,10 +209,11 @@ def called_back(p: ODEProblem, gradient: str | None) -> str:
     """
     if gradient is None or p.compile is not None or isinstance(p.f.f, JuliaFunction):
         return ""
-    if p.method.kind in ("adaptive", "fixed"):
+    if p.method.kind in ("adaptive", "fixed") or (p.split is not None and gradient == "discrete"):
         from .codegen.field import called_back  # half the cost of importing this package
 
-        return called_back(p, gradient)
+        found = (called_back(like(p, f=f), gradient) for f in p.split or (p.f,))
+        return next(filter(None, found), "")
     if gradient != "gauss" or not may_be_alone(p):
         return ""
     from .codegen.program import FirstTime
@@ -272,6 +281,8 @@ def _cannot_replay(p: ODEProblem, *, at_once: bool = False) -> str | None:
     """Args:
     at_once: a field that is met for the first time is compiled for it.
     """
+    if p.split is not None:
+        return "through an event" if p.event_fn is not None else "through jump_t" if p.options.jump_t else None
     if isinstance(p.method.tableau, RosenbrockTableau) and (p.batch > 1 or alone(p, at_once=at_once)):
         return None  # of a sweep, whose other needs `_cannot_sweep` knows
     if may_be_alone(p):
@@ -345,7 +356,7 @@ def solve_for_vjp(p: ODEProblem, stats: Stats, gradient: str, *, dense: bool = F
             augmented.atol = forward.sensitivity_atol(ordered)
         record, rhs, solution = _solve(augmented, stats, None, dense, ordered)
         return Memory(ordered, record, gradient, rhs, solution, forward.split(ordered, record), p.params)
-    if gradient == "discrete" and not dense and (found := _again(p, stats, gradient)):
+    if gradient in _REPLAYS and not dense and (found := _again(p, stats, gradient)):
         assert p.repeats is not None
         repeated = p.repeats[gradient]
         if repeated.replay is None:
@@ -372,7 +383,7 @@ def vjp(memory: Memory, g: Tensor, *, again: bool) -> Gradients:
         return Gradients(g.sum(0), by_t, [None] * len(p.params))
     if memory.systems is not None:
         return _pull(memory, memory.systems, g)
-    if memory.gradient == "discrete":
+    if memory.gradient in _REPLAYS:
         return _replay(memory, g)
     assert p.adjoint is not None
     times = p.times if record.event_t is None else [p.times[0], record.event_t]
@@ -439,13 +450,12 @@ def _replay(memory: Memory, g: Tensor) -> Gradients:
     if request is None:
         request = replay_request(p)
     g = g.contiguous().resolve_neg()
-    both = p.y0.new_empty(p.y0.numel() + rhs.params.size)
+    both = p.y0.new_empty(p.y0.numel() + rhs.size)
     with unrecorded(), runtime.julia() as calls:
         rhs.refill()
         rhs.here(calls)
         replayed = _call(rhs, functools.partial(calls.replay, whole=False), memory.solve, request, both, g)
-    if not isinstance(rhs, RHS):
-        count(p.f, replayed.nf)
+    _count(p, rhs, replayed.nf)
     rtol = p.rtol if isinstance(p.rtol, float) else float(torch.as_tensor(p.rtol).max())
     if not replayed.apart <= rtol + apart_by_rounding(both.dtype):
         raise other_function()
@@ -471,11 +481,16 @@ def apart_by_rounding(dtype: torch.dtype) -> float:
 
 def replay_request(p: ODEProblem) -> ReplayRequest:
     """What is said of a replay before there are cotangents."""
-    request = ReplayRequest()
+    request, tab = ReplayRequest(), p.method.tableau
     request.lend_numbers(times=p.times)
-    assert isinstance(p.method.tableau, ExplicitTableau)
-    request.stages = p.method.tableau.stages
-    request.lend(**{name: x for name, x in weights(p.method.tableau).items() if name in "acp"})
+    assert isinstance(tab, (ExplicitTableau, EsdirkTableau))
+    request.stages = tab.stages
+    if isinstance(tab, ExplicitTableau):
+        request.lend(**{name: x for name, x in weights(tab).items() if name in "acp"})
+    else:  # the solve left its equations at its tolerances
+        assert tab.explicit is not None
+        request.lend(a=torch.tensor(np.stack([tab.A, tab.explicit])), c=torch.tensor(tab.C))
+        request.atol = float(torch.as_tensor(p.atol).max())
     return request
 
 
@@ -535,7 +550,10 @@ def _solve(
     points = len(p.times) if p.own_times is None else p.own_times.shape[1]
     if len(p.times) == 1 or p.y0.numel() == 0:
         return Record(p.y0.detach().expand(points, -1).clone()), None, None
+    asked, gradient = gradient, "discrete" if gradient in _REPLAYS else gradient
     o, as_sweep = p.options, is_swept(p, gradient)
+    # Dense output has all steps, and then these are enough for the gradient.
+    keep = 2 if asked == "checkpointed" and not dense else int(gradient == "discrete" or (dense and as_sweep))
     y0 = p.y0.detach().contiguous()
     out = y0.new_empty(points, y0.numel())
     # A method of the user's own keeps to a grid if it is given one.
@@ -545,7 +563,7 @@ def _solve(
         **_stepping(p.method, o),
         fixed=fixed,
         dense=dense or gradient not in (None, "discrete"),
-        keep=gradient == "discrete" or (dense and as_sweep),
+        keep=keep,
         full=o.specialize == "full",
     )
     # Beside the user's tensors there may be sensitivities; and a sweep's norm is of one system.
@@ -583,7 +601,7 @@ def _solve(
             if dense and solution is not None:
                 output = SweptOutput(systems, solution)
         else:
-            rhs = _field(calls, p, gradient, stats, of)
+            rhs = _field(calls, p, gradient, stats, of) if p.split is None else _parts(calls, p, gradient, stats)
             if isinstance(rhs, RHS):  # Julia asks for the first slope itself; of a large state each array counts
                 p.f0 = p.f.probed = None
             solution, outcome = _call(rhs, calls.solve, rhs.field, algorithm, request)
@@ -593,14 +611,14 @@ def _solve(
             except NotCompiled:
                 if p.compile:
                     raise
-                return _solve(p, stats, gradient, dense, of)
+                return _solve(p, stats, asked, dense, of)
             if p.repeats is not None and not (rhs.functions or dense) and gradient in (None, "discrete"):
                 rhs.repeat(calls, algorithm, request)
-    if isinstance(rhs, RHS):
-        rhs.check_kept()
-        _remember(of or p, p.times[:known], out.detach()[:known])
-    else:
-        count((of or p).f, outcome.nf)
+    for part in rhs.parts:
+        if isinstance(part, RHS):
+            part.check_kept()
+            _remember(of or part.p, p.times[:known], out.detach()[:known])
+    _count(of or p, rhs, outcome.nf)
     _look_at(outcome, p, stats)
     event_t = outcome.event_time
     if dense and solution and not as_sweep:
@@ -623,6 +641,13 @@ def _remember(p: ODEProblem, times: list[float], states: Tensor) -> None:
         from .codegen.program import look_again  # half the cost of importing this package
 
         look_again(p.f, times, states[:, : p.y0.numel()])
+
+
+def _count(p: ODEProblem, rhs: Callbacks, calls: int) -> None:
+    """Note calls of the field of `p`, or of its parts, that is not called back."""
+    for part in rhs.parts:
+        if not isinstance(part, RHS):
+            count(p.f if part is rhs else part.p.f, calls)
 
 
 def count(f: Field, calls: int) -> None:
@@ -660,7 +685,8 @@ def _again(p: ODEProblem, stats: Stats, name: str) -> tuple[Tensor, Held | None,
     that is.
 
     Args:
-        name: of the function that is the field's, "f" or "sensitivities", or "discrete" for "f" with the steps kept.
+        name: of the function that is the field's, "f" or "sensitivities", or of the gradient that steps of "f" are kept
+            for.
     """
     if p.repeats is None or name not in p.repeats:
         return None
@@ -711,6 +737,17 @@ def _field(calls: Calls, p: ODEProblem, gradient: str | None, stats: Stats, of: 
         return RHS(calls, p, gradient)
     stats.compiled = compiled.program.mode
     return compiled
+
+
+def _parts(calls: Calls, p: ODEProblem, gradient: str | None, stats: Stats) -> Parts:
+    """The field of a problem as its parts. Of "interpolating", too, both products are asked for, one by one."""
+    return Parts(
+        calls,
+        p,
+        gradient is not None,
+        lambda q: _field(calls, q, None if gradient is None else "interpolating", stats),
+        stats,
+    )
 
 
 def _call(rhs: Callbacks, function: Any, *args: Any) -> Any:

@@ -102,7 +102,11 @@ class ReplayRequest(Lender):
     """What a replay is asked for; `ReplayRequest` in julia/src/memory.jl."""
 
     # The first three are an argument of their own in each call.
-    _fields_ = (*((name, Lent) for name in ("du0", "dp", "g", "times", "a", "c", "p")), ("stages", ctypes.c_int64))
+    _fields_ = (
+        *((name, Lent) for name in ("du0", "dp", "g", "times", "a", "c", "p")),
+        ("stages", ctypes.c_int64),
+        ("atol", ctypes.c_double),
+    )
 
 
 class Replayed(Shown):

@@ -202,6 +202,8 @@ class Call:
     def keep(self, made: Prepared) -> None:
         """Have the next such call find what was made of this one."""
         p, before = made.problem, self.plans.pop(self.key, None)
+        if p.split is not None:  # a plan is of one field
+            return
         tensors = self.field.program[1].tensors
         places = {id(x): i for i, x in enumerate(tensors)}
         if len(places) < len(tensors):  # tied after f was captured: the next f like it may not be

@@ -70,6 +70,16 @@ class Callbacks:
         return Layout(list(self.p.params))
 
     @property
+    def parts(self) -> Sequence[Callbacks]:
+        """The fields that are asked for: this one, or its parts."""
+        return (self,)
+
+    @property
+    def size(self) -> int:
+        """Numbers in a gradient by the parameters."""
+        return self.params.size
+
+    @property
     def pointers(self) -> dict[str, int]:
         """Addresses of the functions."""
         return {name: ctypes.cast(f, ctypes.c_void_p).value or 0 for name, f in self.functions.items()}

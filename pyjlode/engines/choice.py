@@ -74,8 +74,6 @@ def choose(name: str, p: ODEProblem, adjoint: bool | str, *, recorded: bool = Fa
     obstacle = julia.cannot(p, gradient if torch.is_grad_enabled() else None)
     if recorded:
         obstacle = "adjoint=False differentiates through the solver's own operations, which are not PyTorch's there"
-    if obstacle is None and name == "auto" and p.split:
-        return native, "f is split, and Julia would solve the sum implicitly"
     if obstacle is None and name == "auto" and p.compile is None and _large(p):
         return native, "f is large, its own time is what counts, and the native engine asks it less often"
     if obstacle is None and name == "auto" and p.y0.device.type != "cpu":

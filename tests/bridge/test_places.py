@@ -90,10 +90,7 @@ def test_tuples_tolerances_of_each_element_and_dense_output():
         torch.testing.assert_close(there, here, rtol=1e-12, atol=1e-13)
 
 
-GRADIENTS = [name for name in GENERAL if name != "checkpointed"]  # which is the native engine's
-
-
-@pytest.mark.parametrize("adjoint", GRADIENTS)
+@pytest.mark.parametrize("adjoint", GENERAL)
 def test_gradients(adjoint):
     net, h0 = MLP(), torch.tensor([[1.0, 0.2], [0.3, -0.4]], dtype=F64, requires_grad=True)
 

@@ -135,3 +135,6 @@ def test_what_is_refused():
     norm = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)).double()
     with pytest.raises(errors.BadOption, match="changes its own buffers"):
         odeint(Split(lambda t, h: -h, lambda t, h: norm(h)), H0, T, method="kencarp4", adjoint=True)
+    # That of the sum would be taken for that of the stiff part, and the gradient by the steps be wrong.
+    with pytest.raises(errors.BadOption, match="Leave jac out"):
+        odeint(Split(lambda t, h: -h, lambda t, h: h), H0, T, method="kencarp4", jac=lambda t, h: torch.zeros(2, 2))

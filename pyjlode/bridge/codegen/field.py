@@ -160,7 +160,7 @@ class Compiled(Holding, Callbacks):
         if fresh and self.n <= _REPEATED and self.p.repeats is not None:
             held = calls.repeated(self.field, algorithm, request)
             start = self.p.y0.clone() if self.value == "sensitivities" else None
-            name = "discrete" if request.keep else self.value
+            name = (self.value, "discrete", "checkpointed")[request.keep]
             self.p.repeats[name] = Repeated(held, self.own, start, bool(request.keep))
             if self.shared is not None:  # the field stays that integrator's
                 self.shared.keep(self.own)
