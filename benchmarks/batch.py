@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from pyjlode import solve
 from pyjlode.bridge import runtime
@@ -63,12 +64,14 @@ Run = Callable[[], tuple[Any, ...]]
 def measured(runs: dict[str, Run], rounds: int) -> dict[str, tuple[float, tuple[Any, ...]]]:
     """The best processor's time of each, in milliseconds, and what it returned last."""
     best = dict.fromkeys(runs, (math.inf, ()))
-    for _ in range(rounds + 1):  # the first round warms up
-        for name, run in runs.items():
-            start = time.process_time()
-            result = run()
-            spent = 1e3 * (time.process_time() - start)
-            best[name] = (min(best[name][0], spent) if _ else math.inf, result)
+    turns = [(i, name) for i in range(rounds + 1) for name in runs]
+    bar = tqdm(turns, leave=False, mininterval=1)  # rows come when all is done, and the first round compiles
+    for i, name in bar:
+        bar.set_postfix_str(name)
+        start = time.process_time()
+        result = runs[name]()
+        spent = 1e3 * (time.process_time() - start)
+        best[name] = (min(best[name][0], spent) if i else math.inf, result)  # the first round warms up
     return best
 
 

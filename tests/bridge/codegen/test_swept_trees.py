@@ -117,8 +117,9 @@ def test_each_tensor_has_tolerances_of_its_own(monkeypatch):
     monkeypatch.setenv("PYJLODE_ENGINE", "auto")
     f = pendulums(draws(N) + 0.5, torch.tensor([0.2, 3.0], dtype=F64), tuple)
     how = {"atol": (1e-9, 1e-6), "options": BATCH, "dense": False}
-    native, swept = (solve(f, start(tuple), T, **how) for _ in range(2))
-    assert (native.stats.engine, swept.stats.engine) == ("torch", "julia")
+    _, swept = (solve(f, start(tuple), T, **how) for _ in range(2))
+    assert swept.stats.engine == "julia"
+    native = solve(f, start(tuple), T, **how, engine="torch")
     for got, want in zip(swept.h, native.h):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     loose = solve(f, start(tuple), T, **{**how, "atol": (1e-6, 1e-6)})
