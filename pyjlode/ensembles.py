@@ -91,8 +91,8 @@ def ensemble(
             They are the first of `args`: `event_fn` and `jac` are given them as well.
         executor: who works. None: this thread. A number: so many processes on this machine, which end with the call. An
             executor with the method `submit`: `concurrent.futures`, `dask.distributed.Client(...).get_executor()`,
-            `mpi4py.futures.MPIPoolExecutor`, loky. Or a function without arguments that makes one, so that it can be
-            made anew where it breaks.
+            `mpi4py.futures.MPIPoolExecutor`, loky; `docs/ensembles.md` has four lines for Ray. Or a function without
+            arguments that makes one, so that it can be made anew where it breaks.
         chunk: systems in a batch. By default 4,096, or fewer where each worker would get less than four batches.
         retries: how often a batch is tried again whose worker died; then it is halved, down to the system to blame.
         directory: where every batch is kept as it comes (`.npz`). The same call goes on from there, after an interrupt

@@ -149,7 +149,7 @@ class _Pool:
 
     def close(self) -> None:
         if self.make is not None:
-            self.executor.shutdown(wait=True, cancel_futures=True)
+            self.executor.shutdown(wait=True)  # what had not begun is cancelled by then
 
 
 class _Rounds:

@@ -3,11 +3,16 @@
 import math
 import multiprocessing
 import os
+import re
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 
 import dask
 import distributed
@@ -80,11 +85,16 @@ def test_systems_that_fail_are_named_and_disturb_no_other(method):
     assert "2 failed" in repr(made)
 
 
-def test_a_worker_that_dies_costs_only_the_system_that_kills_it():
+def on_loky():
+    return pytest.importorskip("joblib.externals.loky").get_reusable_executor(2)
+
+
+@pytest.mark.parametrize("executor", [2, pytest.param(on_loky, marks=pytest.mark.slow)])
+def test_a_worker_that_dies_costs_only_the_system_that_kills_it(executor):
     deadly = torch.zeros(6, dtype=torch.float64)
     deadly[4] = 1
     with pytest.warns(UserWarning, match="1 of 6 systems failed; the first is number 4: the worker died"):
-        made = ensemble(work.kills, ONES[:6], T, params=deadly, executor=2, chunk=3, retries=0, rtol=1e-6)
+        made = ensemble(work.kills, ONES[:6], T, params=deadly, executor=executor, chunk=3, retries=0, rtol=1e-6)
     assert list(made.why) == [4]
     right = (-T).exp()[:, None].expand(5, 5)
     torch.testing.assert_close(made.h[:, ~made.failed, 0], right, rtol=1e-5, atol=1e-6)
@@ -264,3 +274,74 @@ def test_on_dask_with_a_worker_killed():
             made = ensemble(work.kills, ONES[:4], T, params=deadly, executor=executor, chunk=2, retries=0)
     assert list(made.why) == [1]
     torch.testing.assert_close(made.h[-1, 2:, 0], (-T[-1]).exp().expand(2), rtol=1e-5, atol=1e-6)
+
+
+def test_on_loky():
+    """Of joblib, which scikit-learn brings along: as an executor of the user's, and as one that is made here."""
+    loky = pytest.importorskip("joblib.externals.loky")
+    h0, params = lorenz_problem(20)
+    alone = ensemble(work.lorenz, h0, T, params=params, chunk=4, rtol=1e-6)
+    for executor in (loky.get_reusable_executor(1), lambda: loky.get_reusable_executor(1)):
+        made = ensemble(work.lorenz, h0, T, params=params, executor=executor, chunk=4, rtol=1e-6)
+        assert torch.equal(made.h, alone.h)
+
+
+def of_the_page(word):
+    """The block of the page, of those that its tests do not run, that has this word."""
+    page = (Path(__file__).parents[1] / "docs" / "ensembles.md").read_text(encoding="utf-8")
+    (code,) = (x for x in re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL) if word in x)
+    return code
+
+
+PROGRAM = """
+import os
+import torch
+import pyjlode
+from ensemble_work import decay
+
+h0 = torch.ones(20, 1, dtype=torch.float64)
+rho = torch.linspace(0, 28, 20, dtype=torch.float64)
+
+
+def lorenz(t, h, p):  # that ends the first process to meet the last system
+    if p["rho"][-1] == 28 and not os.path.exists("died"):
+        open("died", "w").close()
+        os._exit(3)
+    return decay(t, h, p["rho"])
+
+
+"""
+
+
+@pytest.mark.slow
+def test_on_mpi_as_the_page_says(tmp_path):
+    """A rank that dies ends the job, and the same command goes on from the directory."""
+    pytest.importorskip("mpi4py")
+    if shutil.which("mpiexec") is None:
+        pytest.skip("no mpiexec")
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM + of_the_page("mpi4py") + "    torch.save(made.h, 'made.pt')\n")
+    command = ["mpiexec", "-n", "3", sys.executable, "-m", "mpi4py.futures", str(program)]
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    how = {"cwd": tmp_path, "env": {**os.environ, **root, "OMPI_MCA_rmaps_base_oversubscribe": "1"}, "timeout": 200}
+    assert subprocess.run(command, **how).returncode
+    kept = {x: x.stat().st_mtime_ns for x in (tmp_path / "runs" / "a").glob("*.npz")}
+    assert kept
+    assert subprocess.run(command, **how).returncode == 0
+    assert {x: x.stat().st_mtime_ns for x in kept} == kept
+    rates = torch.linspace(0, 28, 20, dtype=torch.float64)
+    torch.testing.assert_close(torch.load(tmp_path / "made.pt")[1, :, 0], (-rates).exp(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_on_ray_as_the_page_says(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.chdir(tmp_path)
+    ray.init(num_cpus=2, include_dashboard=False)
+    try:
+        said = {}
+        exec(PROGRAM + of_the_page("ray"), said)
+    finally:
+        ray.shutdown()
+    assert (tmp_path / "died").exists()
+    torch.testing.assert_close(said["made"].h[1, :, 0], (-said["rho"]).exp(), rtol=1e-5, atol=1e-6)

@@ -383,20 +383,21 @@ function solve_transposed!(x::PackNumbers{T}, A, swapped, n) where {T}
 end
 
 """
-The norms of an error over the tolerances, `rtol` and `atol`: root mean squares, over several tensors (at `offsets`) the
-largest of theirs. `room`: for WIDTH n numbers.
+The norms of an error over the tolerances: root mean squares, over several tensors (at `offsets`) the largest of theirs.
+`rtol`, `atol`: of the systems in the lanes, and `room`: WIDTH n numbers each.
 """
 struct Norms{T}
-    rtol::T
-    atol::T
+    rtol::Vector{T}
+    atol::Vector{T}
     offsets::Vector{Int}
     room::Vector{T}
 end
 
 function error_of(crew::Crew{T}, from, by, dt, norms::Norms{T}) where {T}
     (; n, u, y, k) = crew
-    (; rtol, atol, offsets, room) = norms
+    (; offsets, room) = norms
     un, yn, kn = numbers(u), numbers(y), numbers(k)
+    rtol, atol = numbers(norms.rtol), numbers(norms.atol)
     if length(offsets) == 2
         return Elementary.sqrt(squares_of_error(un, yn, kn, from, by, n, dt, rtol, atol, nothing) / T(n))
     end
@@ -591,26 +592,31 @@ struct March{T, M}
     points::Vector{T}
     failure::Vector{T}  # the state of the first that failed
     go_on::Bool
-    rtol::Float64
-    atol::Float64
+    rtol::Matrix{Float64}  # a column for each system, or one for all
+    atol::Matrix{Float64}
     norms::Norms{T}
     watch::Union{Nothing, Watch{T}}
 end
 
-times_of(swept::Swept, i) = view(swept.times, :, size(swept.times, 2) == 1 ? 1 : i)
+"Of a column for each system, or one for all, that of system i."
+column_of(x::Matrix, i) = view(x, :, size(x, 2) == 1 ? 1 : i)
+times_of(swept::Swept, i) = column_of(swept.times, i)
 
 function march(part, own::Field{T}, r::Request, s::Abreast, swept::Swept{T, M}, states, track) where {T, M}
     method = copy(swept.method)
-    only_one(lent) = only(Vector{Float64}(lent))
-    control, count, rtol, atol = Control(r, s.order), s.count, only_one(r.rtol), only_one(r.atol)
+    control, count = Control(r, s.order), s.count
+    tolerances(x::Number) = fill(x, own.n, 1)
+    tolerances(x::Vector) = reshape(x, own.n, count)
     offsets = r.offsets.length == 0 ? [0, own.n] : copy(Vector{Int64}(r.offsets))
     march = March{T, M}(
         part, own, Crew(own, rows(method)), [Runner() for _ in 1:WIDTH], control, method, swept, states,
         reshape(Vector{T}(s.slopes), own.n, count), Vector{Int64}(s.naccept), Vector{Int64}(s.nreject),
         Vector{Int64}(s.codes), reshape(Vector{Float64}(s.ends), 2, count), track, Progress(first(part), 0, 0, 0, 0, 0),
         zeros(T, WIDTH), zeros(WIDTH), zeros(WIDTH), zeros(WIDTH), zeros(T, own.n), zeros(T, own.n),
-        zeros(T, WIDTH * own.n), zeros(T, own.n), s.go_on != 0, rtol, atol,
-        Norms{T}(rtol, atol, offsets, zeros(T, WIDTH * own.n)), s.event == C_NULL ? nothing : Watch{T}(s, own.n)
+        zeros(T, WIDTH * own.n), zeros(T, own.n), s.go_on != 0,
+        tolerances(tolerance(r.rtol)), tolerances(tolerance(r.atol)),
+        Norms{T}(ones(T, WIDTH * own.n), ones(T, WIDTH * own.n), offsets, zeros(T, WIDTH * own.n)),
+        s.event == C_NULL ? nothing : Watch{T}(s, own.n)
     )
     GC.@preserve march own foreach(w -> begin_next!(march, w), 1:WIDTH)
     while march.progress.running > 0
@@ -642,7 +648,8 @@ function begin_next!(m::March{T}, w) where {T}
         end
         direction = t_end < t ? -1.0 : 1.0
         longest = min(control.longest, abs(t_end - t))
-        scale(i) = m.atol + abs(Float64(start[i])) * m.rtol
+        rtol, atol = column_of(m.rtol, i), column_of(m.atol, i)
+        scale(j) = atol[j] + abs(Float64(start[j])) * rtol[j]
         norm(f) = largest_norm(i -> Float64(f(i)) / scale(i), m.norms.offsets)
         field_at(t) = native(field, field.f, m.ahead, m.point, m.point, field.parameters, t)
         h = first_step(norm, field_at, start, slope, t, direction, longest, control, m.point, m.ahead)
@@ -650,6 +657,8 @@ function begin_next!(m::March{T}, w) where {T}
         hold!(crew, w, swept.places, view(swept.values, :, i))
         fill_lane!(crew.u, w, start)
         fill_lane!(crew.k, w, slope)
+        fill_lane!(m.norms.rtol, w, rtol)
+        fill_lane!(m.norms.atol, w, atol)
         crew.t[w] = t
         place.system, place.end_time, place.limit, place.direction, place.output = i, t_end, longest, direction, 2
         place.root = LEAST^control.beta2

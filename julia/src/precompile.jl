@@ -221,12 +221,12 @@ end
 Ten systems u' = -u, u(0) = 1, over [0, 1], abreast, and the gradient by their starts of the sum of what they come to at
 1/2 and 1: by Heun's method, or by a Rosenbrock method of one stage; or the times where they come to 0.7.
 """
-function abreast_linear(::Type{T}; implicit = false, ends = false) where {T}
+function abreast_linear(::Type{T}; implicit = false, ends = false, tolerances = 1) where {T}
     count, (; scalar, f, jac, zero, event) = 10, packed_functions(T)
     points = ends ? 2 : 3
     du0, dt, inside = zeros(T, count), zeros(points * count), zeros(T, count)
     u0, times, out, slopes = ones(T, count), ends ? [0.0, 1.0] : [0.0, 0.5, 1.0], zeros(T, points * count), zeros(T, count)
-    rtol, atol, g = [1.0e-4], [1.0e-6], ones(T, points * count)
+    rtol, atol, g = fill(1.0e-4, tolerances), fill(1.0e-6, tolerances), ones(T, points * count)
     counts, reached = [zeros(Int64, count) for _ in 1:3], zeros(2count)
     functions = [structure(CompiledFunctions; n = 1, f = scalar)]
     (; a, c, p, e) = HEUN

@@ -321,6 +321,7 @@ end
         # The steps are linear in the start, so the gradient by it is the sum of the states themselves.
         @test du0 ≈ out[11:20] .+ out[21:30] rtol = 1.0e3 * eps(T)
         @test inside ≈ fill(exp(-0.25), 10) rtol = near
+        @test out == PyJLODE.abreast_linear(T; implicit, tolerances = 10).out  # one for each number of each system
         (; out, du0, event_times) = PyJLODE.abreast_linear(T; implicit, ends = true)
         @test event_times ≈ fill(-log(0.7), 10) rtol = near
         @test out[11:20] ≈ fill(0.7, 10) rtol = 10 * eps(T)

@@ -31,7 +31,7 @@ from .memory import AdjointRequest, Outcome, ReplayRequest, Request
 from .packages import SECOND_ORDER as _SECOND
 from .parts import Parts, cannot_split
 from .rhs import RHS, Callbacks, Source
-from .sweep import Sweep, abreast, alone, controlled, is_swept, may_be_alone, weights
+from .sweep import Sweep, abreast, alone, controlled, is_swept, many_tolerances, may_be_alone, weights
 
 log = logging.getLogger("pyjlode")
 
@@ -312,8 +312,8 @@ def _cannot_sweep(p: ODEProblem, gradient: str | None) -> str | None:
         return f"takes no event_fn with {p.method.name!r}"
     if p.mass is not None or p.options.jump_t or p.options.step_t:
         return "takes no mass_matrix, step_t or jump_t"
-    if isinstance(p.rtol, Tensor) or isinstance(p.atol, Tensor):
-        return "takes one rtol and one atol for all"
+    if many_tolerances(p) and not abreast(p):
+        return f"takes one rtol and one atol for all with {p.method.name!r}"
     if p.layout is None or any(p.layout.complex):
         return "needs a real state"
     return None

@@ -185,11 +185,12 @@ class Sweep:
         if abreast(p) and compiled.program.mode == "scalar":
             held, outcome = self._abreast(calls, compiled, request, lent, stats)
         else:
-            if request.keep or p.options.on_failure != "raise" or p.own_times is not None or p.event_fn is not None:
+            more = p.options.on_failure != "raise" or p.own_times is not None or p.event_fn is not None
+            if request.keep or more or many_tolerances(p):
                 raise NotCompiled(
-                    "f is compiled as loops over arrays, and a sweep has gradients, events, dense output, on_failure "
-                    "and times of their own where f is compiled number by number: where it is few operations. Use "
-                    "engine='torch'"
+                    "f is compiled as loops over arrays, and a sweep has gradients, events, dense output, on_failure, "
+                    "times of their own and tolerances of each element where f is compiled number by number: where it "
+                    "is few operations. Use engine='torch'"
                 )
             systems = Systems(count=p.batch)
             systems.lend(**lent)
@@ -526,6 +527,11 @@ def abreast(p: ODEProblem) -> bool:
     return isinstance(tab, ExplicitTableau) and tab.E is not None and p.options.step_size is None
 
 
+def many_tolerances(p: ODEProblem) -> bool:
+    """Whether elements have tolerances of their own."""
+    return isinstance(p.rtol, Tensor) or isinstance(p.atol, Tensor)
+
+
 def _of_steps(p: ODEProblem) -> tuple[str, ...]:
     """The functions of a program that the steps of its method take."""
     return ("f", "jac", "tgrad") if isinstance(p.method.tableau, RosenbrockTableau) else ("f",)
@@ -550,9 +556,7 @@ def may_be_alone(p: ODEProblem) -> bool:
     if p.event_fn or o.batch_dims or o.step_t or o.jump_t or isinstance(p.f.f, JuliaFunction):
         return False
     real = p.layout is not None and not any(p.layout.complex)
-    return (
-        real and p.y0.device.type == "cpu" and p.y0.numel() > 0 and all(isinstance(x, float) for x in (p.rtol, p.atol))
-    )
+    return real and p.y0.device.type == "cpu" and p.y0.numel() > 0
 
 
 def alone(p: ODEProblem, *, at_once: bool = False) -> bool:

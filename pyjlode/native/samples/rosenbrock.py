@@ -16,12 +16,18 @@ from ...notices import warn_once
 from ...problem import ODEProblem
 from ...solution import Stats
 from ..linear import Linear
-from ..rosenbrock import coefficients
 from .steps import Errors, Spans, host
 
 
 class SystemsLinear(Linear):
     """Jacobians of systems at times of their own."""
+
+    units: Tensor | None = None
+
+    def tangents(self, y: Tensor) -> Tensor:
+        if self.units is None:
+            self.units = super().tangents(y)
+        return self.units
 
     def in_time(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Any]:
         eps, at = torch.finfo(y.dtype).eps, t.detach()
@@ -74,6 +80,27 @@ class SystemsLinear(Linear):
         return k, by_y.reshape(self.d, self.B, self.d).transpose(0, 1), slope
 
 
+class Weights:
+    """A tableau as the weights of sums over a state, dt² df/dt and the stages before.
+
+    Attributes:
+        stages: (2, 2 + i) of stage i: of the state that f is called with, and of what f is added to. ends: (2, s), of
+            the stages alone: of what the end is more than the start, and of the error.
+        P: (s, q) float64, dense output.
+    """
+
+    def __init__(self, tab: RosenbrockTableau, dtype: torch.dtype, device: torch.device) -> None:
+        def tensor(*rows: Any) -> Tensor:
+            return torch.tensor(np.array(rows), dtype=dtype, device=device)
+
+        self.stages = [tensor([1, 0, *tab.A[i, :i]], [0, tab.gammas[i], *tab.C[i, :i]]) for i in range(tab.stages)]
+        self.ends = tensor(tab.m, tab.E)
+        self.P = torch.tensor(tab.P, dtype=torch.float64, device=device)
+
+
+_weights = numbers.kept(maxsize=16)(Weights)
+
+
 class Rosenbrock:
     """Steps of a Rosenbrock method."""
 
@@ -82,8 +109,9 @@ class Rosenbrock:
         assert isinstance(tab, RosenbrockTableau)
         self.p, self.tab, self.B = p, tab, p.batch
         self.d = p.y0.numel() // p.batch
-        self.c = coefficients(tab, p.y0.dtype, p.y0.device)
-        self.P, self.order = self.c.P, tab.error_order + 1
+        self.weights = _weights(tab, p.y0.dtype, p.y0.device)
+        self.unit = torch.eye(self.d, dtype=p.y0.dtype, device=p.y0.device) / tab.gamma
+        self.P, self.order = self.weights.P, tab.error_order + 1
         self.alpha = np.asarray(tab.alpha)
         self.linear = SystemsLinear(p, stats)
         self.stats = stats
@@ -113,37 +141,32 @@ class Rosenbrock:
         if self.at is None:
             self.linear.reach = float(np.abs(moving.dt).min())
             self.at = self.linear.columns(t[0], y)
-        step, singular = self.step(moving, t, dt, y, self.at, spans.dt == 0)
-        error = torch.mv(step.U.T, self.c.E)
-        err = self.errors(error, self.errors.scale(y, step.y1))
+        step, error, singular = self.step(moving, t, dt, y, self.at, spans.dt == 0)
+        (err,) = self.errors.of_step([error], y, step.y1)
         return step, np.where(singular, math.inf, err)
 
     def step(
         self, spans: Spans, t: tuple[Tensor, ...], dt: Tensor, y: Tensor, at: Any, still: np.ndarray
-    ) -> tuple[RosenbrockStep, np.ndarray]:
-        tab, c, B, d = self.tab, self.c, self.B, self.d
+    ) -> tuple[RosenbrockStep, Tensor, np.ndarray]:
+        """A step, the estimate of its error, (n,), and where its matrix is singular."""
+        # A stage times dt is (I / gamma - dt J) u = dt f(Y) + C U + gamma_i dt² df/dt: so Y, and what dt f is added to,
+        # are two sums over y, dt² df/dt and the stages before.
+        B, d = self.B, self.d
         k, J, rate = at
         if still.any():
             rests = torch.from_numpy(still).to(y.device)
             J, rate = torch.where(rests[:, None, None], 0.0, J), torch.where(rests[:, None], 0.0, rate)
-        shift = 1 / (tab.gamma * dt)
-        W = torch.diag_embed(shift.expand(B, d)) - J
-        solve = Blocks(W, self.p.transformed)
+        solve = Blocks(torch.addcmul(self.unit, dt[:, :, None], J, value=-1), self.p.transformed)
         self.stats.nlu += 1
-        U: list[Tensor] = []
-        for i in range(tab.stages):
-            rhs = k.view(B, d)
+        known = [y, (rate * dt * dt).reshape(-1)]
+        for i, weights in enumerate(self.weights.stages):
+            Y, rest = torch.mm(weights, torch.stack(known)).unbind()
             if i:
-                before = torch.stack(U)
-                Y = torch.addmm(y[None], c.A[i][None], before).reshape(-1)
-                k = self.p.f(t[i], Y)
-                rhs = k.view(B, d) + torch.mv(before.T, c.C[i]).view(B, d) / dt
-            if tab.gammas[i]:
-                rhs = rhs + rate * (dt * tab.gammas[i])
-            U.append(solve(rhs).reshape(-1))
-        stacked = torch.stack(U)
-        y1 = torch.addmm(y[None], c.m[None], stacked).reshape(-1)
-        return RosenbrockStep(spans, y, y1, stacked, B), solve.singular()
+                k = self.p.f.shaped(t[i], Y)
+            known.append(solve(torch.addcmul(rest.view(B, d), k.reshape(B, d), dt)).reshape(-1))
+        U = torch.stack(known[2:])
+        increment, error = torch.mm(self.weights.ends, U).unbind()
+        return RosenbrockStep(spans, y, y + increment, U, B), error, solve.singular()
 
     def accept(self, step: Any, accepted: np.ndarray | None, mask: Tensor | None, t: Spans, y: Tensor) -> None:
         """Go on from a step: f and its derivatives are asked for anew."""

@@ -79,6 +79,56 @@ def test_float32_and_two_batch_dimensions():
     assert torch.allclose(h.double(), want, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("method", ["tsit5", "dopri8", "rodas5p"])
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 3)], ids=["of elements", "of systems", "of both"])
+def test_each_element_has_its_tolerance(method, shape):
+    make, parts, h0, t = lorenz, RHO[:3], START.expand(3, 3), T
+    if method == "rodas5p":
+        make, parts = robertson_batch, torch.tensor([0.01, 0.04, 0.2], dtype=F64)
+        h0, t = torch.tensor([1.0, 0.0, 0.0], dtype=F64).expand(3, 3), 10 * T
+    atol = torch.logspace(-10, -4, 9, dtype=F64)[: 9 if shape == (3, 3) else 3].view(shape)
+
+    def solved(parts, atol):
+        how = {"method": method, "rtol": 1e-5, "dense": False, **JULIA}
+        return solve(make(parts), h0[: len(parts)], t, atol=atol, **how)
+
+    together = solved(parts, atol)
+    steps = together.stats.systems.naccept.tolist()
+    assert len(set(steps)) > 1
+    for i, own in enumerate(atol.expand(3, 3)):
+        twice = solved(parts[i].expand(2), own)  # of systems alike
+        assert twice.stats.systems.naccept.tolist() == [steps[i]] * 2
+        assert torch.allclose(together.h[:, i], twice.h[:, 0], rtol=1e-12, atol=1e-12)
+
+
+def test_tolerances_of_states_of_several_tensors_and_gradients():
+    rho = RHO.clone().requires_grad_()
+
+    def f(t, h):
+        slopes = lorenz(rho)(t, torch.cat([h["xy"], h["z"]], -1))
+        return {"xy": slopes[:, :2], "z": slopes[:, 2:]}
+
+    h0 = {"xy": START[:2].repeat(7, 1), "z": START[2:].repeat(7, 1)}
+    atol = {"xy": torch.tensor([1e-9, 1e-5], dtype=F64), "z": 1e-7}
+    grads, steps = [], []
+    for how in (JULIA, {"engine": "torch", "options": {"batch_dims": 1}}):
+        solution = solve(f, h0, T, method="tsit5", rtol=1e-6, atol=atol, adjoint=True, dense=False, **how)
+        grads += torch.autograd.grad(solution.h["z"][-1].sum(), rho)
+        steps.append(solution.stats.systems.naccept)
+    assert (steps[0] - steps[1]).abs().max() <= 2
+    assert torch.allclose(*grads, rtol=1e-4)
+
+
+def test_one_stiff_system_with_tolerances_of_its_elements_has_the_exact_gradient():
+    k, h0 = torch.tensor([0.04], dtype=F64, requires_grad=True), torch.tensor([[1.0, 0.0, 0.0]], dtype=F64)
+    how = {"method": "rodas5p", "rtol": 1e-8, "atol": torch.tensor([1e-8, 1e-12, 1e-8], dtype=F64), "adjoint": True}
+    got, want = (
+        torch.autograd.grad(odeint(robertson_batch(k), h0, 10 * T, **how, **engine)[-1, 0, 0], k)[0]
+        for engine in ({"engine": "julia", "compile": True}, {"engine": "torch"})
+    )
+    assert torch.allclose(got, want, rtol=1e-5)
+
+
 def test_a_network_is_shared_and_its_input_is_not():
     net, drive = nn.Linear(3, 3).double(), torch.randn(5, 3, dtype=F64)
     h0 = torch.randn(5, 3, dtype=F64)

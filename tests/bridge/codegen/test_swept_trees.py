@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pyjlode import odeint, odeint_event, solve
+from pyjlode.errors import BadOption
 
 pytestmark = pytest.mark.usefixtures("julia")
 
@@ -112,10 +113,16 @@ def test_a_state_of_several_tensors_is_solved_again_as_a_sweep(monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_tolerances_of_each_tensor_are_the_native_engines(monkeypatch):
+def test_each_tensor_has_tolerances_of_its_own(monkeypatch):
     monkeypatch.setenv("PYJLODE_ENGINE", "auto")
     f = pendulums(draws(N) + 0.5, torch.tensor([0.2, 3.0], dtype=F64), tuple)
-    for _ in range(2):
-        solution = solve(f, start(tuple), T, atol=(1e-9, 1e-6), options=BATCH, dense=False)
-    assert solution.stats.engine == "torch"
-    assert "one rtol and one atol" in solution.stats.reason
+    how = {"atol": (1e-9, 1e-6), "options": BATCH, "dense": False}
+    _, swept = (solve(f, start(tuple), T, **how) for _ in range(2))
+    assert swept.stats.engine == "julia"
+    native = solve(f, start(tuple), T, **how, engine="torch")
+    for got, want in zip(swept.h, native.h):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    loose = solve(f, start(tuple), T, **{**how, "atol": (1e-6, 1e-6)})
+    assert bool((loose.stats.systems.naccept < swept.stats.systems.naccept).any())
+    with pytest.raises(BadOption, match="takes one rtol and one atol for all with 'bdf'"):
+        solve(f, start(tuple), T, **how, method="bdf", engine="julia", compile=True)
