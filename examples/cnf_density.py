@@ -258,26 +258,26 @@ def mean_log_prob(flow: CNF, x: Tensor) -> float:
 
 
 def draw(flows: dict[str, CNF], args: argparse.Namespace) -> None:
-    """Data, density and samples, one row for each density; and the flow in time."""
-    canvas = plot.figure(9.2, 3 * len(flows) + 0.4)
-    axes = canvas.subplots(len(flows), 3, squeeze=False)
+    """Data, density and samples, one column for each density."""
+    several = len(flows) > 1
+    canvas = plot.figure(*((3 * len(flows) + 0.3, 9.6) if several else (9.2, 3.6)))
+    axes = canvas.subplots(3, len(flows), squeeze=False) if several else canvas.subplots(1, 3)[:, None]
     dots = {"s": 2, "lw": 0, "color": INK, "alpha": 0.5}
     torch.manual_seed(args.seed)
-    for (name, flow), (left, middle, right) in zip(flows.items(), axes):
+    for (name, flow), (left, middle, right) in zip(flows.items(), axes.T):
         left.scatter(*DENSITIES[name](3000).T, **dots)
         right.scatter(*flow.sample(3000).T, **dots)
         plot.density_flow(middle, flow, xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), points=160)
-        left.set_ylabel(name, fontsize=13)
+        if several:
+            left.set_title(name)
         for ax in (left, middle, right):
             ax.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal", xticks=[], yticks=[])
-    for ax, title in zip(axes[0], ("data", "density of the flow", "samples of the flow")):
-        ax.set_title(title)
-    words = (
-        "One flow each: the density of the data, and samples"
-        if len(flows) == 1
-        else "Flows learn four densities from samples"
-    )
-    headline(canvas, words)
+    for ax, what in zip(axes[:, 0], ("data", "density of the flow", "samples of the flow")):
+        if several:
+            ax.set_ylabel(what, fontsize=13)
+        else:
+            ax.set_title(what)
+    headline(canvas, "Flows learn four densities from samples" if several else "A flow learns a density")
     canvas.savefig(args.out, dpi=110)
     print(f"picture     {args.out}")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import matplotlib
 import torch
-from shared import COLORS, FAINT, INK, STYLE, arguments
+from shared import COLORS, FAINT, INK, STYLE, arguments, headline
 from torch import Tensor, nn
 
 import pyjlode
@@ -116,12 +116,13 @@ def main(warm_up: int = 30, iterations: int = 150, out: str = "double_pendulum.p
         left.plot(t, data[:, 0, :2], "o", color=FAINT, markersize=4)
         for i, name in enumerate(("upper rod", "lower rod")):
             left.plot(t, h[:, 0, i], color=COLORS[i], lw=2, label=name)
-        left.set(title="From how it swings ...", xlabel="time (s)", ylabel="angle")
+        left.set(title="One of three swings, measured and fitted", xlabel="time, s", ylabel="angle, rad")
         left.legend()
-        right.plot(x, true_friction(x), "--", color=INK, label="true")
-        right.plot(x, learned, color=COLORS[0], lw=2.6, label="learned")
-        right.set(title=f"... its friction, to {error:.0%}", xlabel="speed of a joint", ylabel="torque of friction")
+        right.plot(x, learned, color=COLORS[0], lw=3.4, label="learned")
+        right.plot(x, true_friction(x), "--", color=INK, lw=1.2, label="true")
+        right.set(title="Friction of a joint", xlabel="speed of the joint, rad/s", ylabel="torque, N m")
         right.legend(loc="upper right")
+        headline(fig, f"The friction of a double pendulum, learned from three swings to within {error:.1%}")
         fig.savefig(out, dpi=120)
     return error
 

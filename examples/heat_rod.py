@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import matplotlib
 import torch
-from shared import COLORS, FAINT, INK, STYLE, arguments
+from shared import COLORS, FAINT, INK, STYLE, arguments, headline
 from torch import Tensor
 
 import pyjlode
@@ -65,14 +65,16 @@ def main(n: int = 40, steps: int = 60, out: str = "heat_rod.png", seed: int = 0)
         fig = figure(10, 4)
         left, right = fig.subplots(1, 2)
         left.plot(x, data[::2].T, "o", color=FAINT, markersize=4)
-        for u, color in zip(solve(log_D).detach()[::2], COLORS):
-            left.plot(x, u, color=color, lw=2)
-        left.set(title="From temperatures at a few moments ...", xlabel="x", ylabel="temperature")
-        right.plot(between, true_profile(between), "--", color=INK, label="true")
-        right.plot(between, D, color=COLORS[0], lw=2.6, label="learned")
-        right.set(title=f"... how the rod conducts, to {error:.0%}", xlabel="x", ylabel="diffusivity")
+        for time, u, color in zip(t[::2].tolist(), solve(log_D).detach()[::2], COLORS):
+            left.plot(x, u, color=color, lw=2, label=f"t = {time:g}")
+        left.set(title="Temperatures, measured and fitted", xlabel="place", ylabel="temperature")
+        left.legend(loc="upper center", bbox_to_anchor=(0.555, 1.03), handlelength=1.2, fontsize=11)
+        right.plot(between, D, color=COLORS[0], lw=3.4, label="learned")
+        right.plot(between, true_profile(between), "--", color=INK, lw=1.2, label="true")
+        right.set(title="How well each part conducts", xlabel="place", ylabel="diffusivity")
         right.set_ylim(0, None)
         right.legend(loc="upper left")
+        headline(fig, f"How a rod conducts, learned from its temperatures to within {error:.1%}")
         fig.savefig(out, dpi=120)
     return error
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from shared import COLORS, STYLE, parsed, parser
+from shared import COLORS, STYLE, headline, parsed, parser
 from torch import Tensor
 
 import pyjlode
@@ -74,8 +74,8 @@ def main(n: int = 200, executor: Any = 2, keep: str | Path | None = None, out: s
         axes = fig.subplots()
         axes.imshow(image.reshape(n, n, 3).numpy(), origin="lower", extent=(-2, 2, -2, 2), interpolation="nearest")
         axes.plot(*MAGNETS.T.numpy(), "o", color="white", markersize=6, markeredgecolor="0.2")
-        axes.set_title(f"Which of three magnets holds a pendulum\nin the end: {n * n:,} starts, one call")
         axes.set(xlabel="start, x", ylabel="start, y")
+        headline(fig, f"Three magnets, {n * n:,} pendulums, one call:\nthe magnet that holds each in the end")
         fig.savefig(out, dpi=130)
     return nearest.reshape(n, n)
 

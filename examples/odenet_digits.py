@@ -109,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         right.set(title="Evaluations in training", xlabel="step", ylabel="evaluations forward", ylim=(0, None))
         ode, stack = results["ODE-Net"], results["ResNet"]
         part = ode["parameters"] / stack["parameters"]
-        wrong = f"{ode['error']:.2f} % of the digits, a ResNet in {stack['error']:.2f} %"
-        headline(canvas, f"With {part:.0%} of the parameters, an ODE-Net errs in {wrong}")
+        wrong = f"{ode['error']:.2f} % of digits, a ResNet {stack['error']:.2f} %"
+        headline(canvas, f"With {part:.0%} of the parameters an ODE-Net misreads {wrong}")
         canvas.savefig(args.out, dpi=110)
     print(f"picture     {args.out}")
     return {"networks": results, "depths": depths, "memory": used}

@@ -32,9 +32,9 @@ def steady_state(
     """The state at which `f(t, h) = 0`, to which the solution of `h' = f(t, h)` from `h0` goes.
 
     The solution is followed over longer and longer times, roughly, until Newton's iteration has little left to do: then
-    that ends it. Differentiable with respect to every tensor that f depends
-    on, by the implicit function theorem: `dh = -(df/dh)^-1 df`. `h0` does not matter to the state found, and has no
-    gradient. Deep equilibrium models (Bai, Kolter & Koltun 2019) are `f(t, h) = g(h, x) - h`.
+    that ends it. Differentiable with respect to every tensor that f depends on, by the implicit function theorem:
+    `dh = -(df/dh)^-1 df`. `h0` says which state is found, if there are several, and has no gradient. Deep equilibrium
+    models (Bai, Kolter & Koltun 2019) are `f(t, h) = g(h, x) - h`.
 
     Args:
         f: as in `odeint`, for one tensor.
@@ -45,7 +45,8 @@ def steady_state(
         batch_dims: so many first dimensions count independent systems: their Jacobian is one block for each.
         method: follows the solution; one for stiff systems.
 
-    The Jacobian is dense, by autograd: a product for each number of a system.
+    All of it runs on PyTorch, whatever engine `odeint` would choose. The Jacobian is dense, by autograd: a product for
+    each number of a system.
 
     Returns:
         The state, of the shape of `h0`, with first and second derivatives; those of higher order are not right.
