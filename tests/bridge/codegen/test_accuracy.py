@@ -32,7 +32,7 @@ FUNCTIONS = {
     "tan": (torch.tan, np.tan, 3),
     "atan": (torch.atan, np.arctan, 2),
     "atan2": (lambda x: torch.atan2(x, x - 1), lambda x: np.arctan2(x, x - 1), 2),
-    "pow": (lambda x: x.abs() ** 2.3, lambda x: np.abs(x) ** x.dtype.type(x.dtype.type(2.3)), 3),
+    "pow": (lambda x: x.abs() ** 2.25, lambda x: np.abs(x) ** x.dtype.type(2.25), 3),
     "erf": (torch.erf, _erf, 3),
     "log": (lambda x: torch.log(x.abs()), lambda x: np.log(np.abs(x)), 2),
     "log1p": (lambda x: torch.log1p(x.clamp(min=-0.75)), lambda x: np.log1p(np.maximum(x, -0.75)), 2),
