@@ -117,8 +117,8 @@ def cannot_split(p: ODEProblem) -> str | None:
 
 
 def for_parts(method: Method) -> Method:
-    """The method as it solves parts: its estimates are not damped (see `methods/table.py`), and the factors are those of
-    a step of this length. OrdinaryDiffEqNonlinearSolve 2.0 takes the first iterate for the solution where an iteration
+    """The method as it solves parts: estimates are not damped (see `methods/table.py`), and the factors are those of
+    the step's length. OrdinaryDiffEqNonlinearSolve 2.0 takes the first iterate for the solution where an iteration
     before converged at once, as it does where f is linear; with the factors of another length it is far from that.
     """
     name, _, _ = (method.julia or "").partition("(")
