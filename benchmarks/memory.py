@@ -1,6 +1,7 @@
 """Peak memory of a gradient against the number of steps, for every gradient method of the native engine.
 
     python benchmarks/memory.py [--quick] [--out docs/memory.png]
+    python benchmarks/memory.py --julia      what the Julia engine keeps of a solve for its gradient
 
 A network 2-128-2 on a batch of 64 is solved by `rk4` in N equal steps over the same span, and the sum of squares of the
 last state is differentiated with respect to h0 and all parameters. For `reversible` the steps are `reversible_rk4`,
@@ -23,6 +24,7 @@ import argparse
 import gc
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from torch._C._profiler import ProfilerActivity, ProfilerConfig, ProfilerState, 
 
 import pyjlode
 from pyjlode import plot
+from pyjlode.bridge import runtime
 from pyjlode.tools.demo import FAINT, INK, STYLE
 
 torch.set_num_threads(1)
@@ -113,6 +116,34 @@ def measure(net: nn.Module, h0: torch.Tensor, adjoint: bool | str, steps: int) -
         torch.autograd.grad(h.square().sum(), [h0, *net.parameters()])
 
     return peak(run)
+
+
+def julia(counts: Sequence[int]) -> None:
+    """What Julia keeps of a compiled solve by tsit5 for its backward pass, and the time of both."""
+    net, h0 = problem()
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    print(f"kept by Julia in MB: {SIZE}-{HIDDEN}-{SIZE}, batch {BATCH}, tsit5; one state is {h0.nbytes} bytes")
+    head = f"{'adjoint':14s}" + "".join(f"{f'{n} steps':>12s}" for n in counts)
+    head += f"{'states/step':>14s}{'seconds':>10s}"
+    print(head + "\n" + "-" * len(head))
+    sizes = "sum(x -> x isa PyJLODE.Solve ? Base.summarysize(x.steps) : 0, values(PyJLODE.HELD); init = 0)"
+    for adjoint in ("discrete", "checkpointed"):
+        kept: list[int] = []
+        for n in counts:
+            options = {"first_step": 1 / n, "max_step": 1 / n}
+            how: Any = {"method": "tsit5", "rtol": 1e-3, "atol": 1e-3, "engine": "julia", "compile": True}
+            for _ in range(3):  # the first compiles
+                start = time.perf_counter()
+                h = pyjlode.odeint(lambda t, h: net(h), h0, t, options=options, adjoint=adjoint, **how)[-1]
+                solved = time.perf_counter() - start
+                held = int(runtime.evaluate(sizes))
+                start = time.perf_counter()
+                torch.autograd.grad(h.square().sum(), [h0, *net.parameters()])
+                seconds = solved + time.perf_counter() - start
+                del h
+            kept.append(held)
+        cells = "".join(f"{p / 1e6:12.3f}" for p in kept)
+        print(f"{adjoint:14s}{cells}{slope(counts, kept, h0.nbytes):14.1f}{seconds:10.3f}", flush=True)
 
 
 def name_of(adjoint: bool | str) -> str:
@@ -198,10 +229,14 @@ def draw(out: Path, counts: Sequence[int], peaks: dict[bool | str, Sequence[int]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help=f"up to {QUICK[-1]} steps, and no picture")
+    parser.add_argument("--julia", action="store_true", help="what the Julia engine keeps of a solve for its gradient")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "memory.png")
     args = parser.parse_args()
-    check()
     counts = QUICK if args.quick else STEPS
+    if args.julia:
+        julia(counts)
+        return
+    check()
     net, h0 = problem()
     state = h0.nbytes
     print(f"peak memory of a gradient in MB: {SIZE}-{HIDDEN}-{SIZE}, batch {BATCH}, rk4; one state is {state} bytes")

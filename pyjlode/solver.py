@@ -447,8 +447,8 @@ def _parts(e: Equation, row: Method, layout: Layout, autocast: bool) -> tuple[Fi
         return None
     if e.jac is not None:
         raise BadOption(
-            f"jac is df/dh of the whole field, and {row.name} solves the stiff part of a Split alone, whose Jacobian "
-            "it finds itself. Leave jac out."
+            f"jac is df/dh of the whole field, and {row.name} solves the stiff part of a Split alone. It finds the "
+            "Jacobian of that itself. Leave jac out."
         )
     return flat_field(e.f.stiff, layout, autocast), flat_field(e.f.nonstiff, layout, autocast)
 

@@ -29,7 +29,7 @@ from .calls import Calls, Held
 from .function import JuliaFunction
 from .memory import AdjointRequest, Outcome, ReplayRequest, Request
 from .packages import SECOND_ORDER as _SECOND
-from .parts import Parts, cannot_split
+from .parts import Parts, cannot_split, for_parts
 from .rhs import RHS, Callbacks, Source
 from .sweep import Sweep, abreast, alone, controlled, is_swept, many_tolerances, may_be_alone, weights
 
@@ -171,10 +171,10 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
         return f"adjoint={gradient!r} is one of the native engine's"
     if p.split is not None and gradient != "forward" and (obstacle := cannot_split(p)):
         return obstacle
-    if gradient in _REPLAYS and (obstacle := _cannot_replay(p, at_once=True)):
-        return f"adjoint={gradient!r} takes the steps again there, and that cannot be done {obstacle}"
     if gradient == "checkpointed" and not isinstance(p.method.tableau, ExplicitTableau):
         return f"adjoint='checkpointed' is there for explicit methods, and not for {p.method.name!r}"
+    if gradient in _REPLAYS and (obstacle := _cannot_replay(p, at_once=True)):
+        return f"adjoint={gradient!r} takes the steps again there, and that cannot be done {obstacle}"
     if gradient not in (None, "forward", *_REPLAYS) and (obstacle := _cannot_adjoin(p, gradient)):
         return obstacle
     rows = p.own_times is not None or (p.rows is not None and p.rows.own)
@@ -589,7 +589,7 @@ def _solve(
         )
     # An f that is watched is called with gradients on, to see whether something in it needs one.
     with torch.set_grad_enabled(p.f.watched), runtime.julia() as calls:
-        algorithm = _algorithm(calls, p.method, gradient)
+        algorithm = _algorithm(calls, p.method if p.split is None else for_parts(p.method), gradient)
         solution, known = None, 1
         output: DenseOutput | SweptOutput | None = None
         if as_sweep:

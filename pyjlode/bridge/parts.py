@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from ..errors import NotCompiled
 from ..gradients import look
-from ..methods import METHODS
+from ..methods import METHODS, Method
 from ..parameters import by_tensor
 from ..problem import ODEProblem, like
 from ..solution import Stats
@@ -108,6 +109,18 @@ def cannot_split(p: ODEProblem) -> str | None:
         return "a part of the Split is a julia_function, which is not solved apart there"
     if p.batch > 1 or p.options.batch_dims:
         return "the parts of a Split are not solved apart for a batch of systems there"
+    if p.y0.dtype != torch.float64:
+        return f"the parts of a Split are solved apart in float64 there, and the state is of {p.y0.dtype}"
     if p.y0.device.type != "cpu":
         return f"the parts of a Split are not solved apart on {p.y0.device} there"
     return None
+
+
+def for_parts(method: Method) -> Method:
+    """The method as it solves parts: estimates are not damped (see `methods/table.py`), and the factors are those of
+    the step's length. OrdinaryDiffEqNonlinearSolve 2.0 takes the first iterate for the solution where an iteration
+    before converged at once, as it does where f is linear; with the factors of another length it is far from that.
+    """
+    name, _, _ = (method.julia or "").partition("(")
+    newton = "OrdinaryDiffEqSDIRK.NLNewton(new_W_dt_cutoff=0//1)"
+    return replace(method, julia=f"{name}(smooth_est=false, nlsolve={newton})")

@@ -106,7 +106,7 @@ def test_a_buffer_that_changed_in_between_is_noticed(compile):
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        ({"method": "rodas5p", "compile": True}, "explicit"),
+        ({"method": "rodas5p"}, "explicit"),
         ({"method": "dopri5", "options": {"jump_t": [0.5]}}, "jump_t"),
         ({"method": "dopri5", "options": {"batch_dims": 1}}, "batch_dims"),
     ],
