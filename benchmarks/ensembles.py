@@ -47,10 +47,9 @@ def main(number: int, processes: int) -> None:
         for i in range(20):
             pyjlode.odeint(lambda t, h, i=i: lorenz(t, h, rho[i]), h0[i], T, engine="torch", **HOW)
 
-    def batch(engine: str) -> Callable[[], Any]:
-        return lambda: pyjlode.odeint(
-            lambda t, h: lorenz(t, h, rho), h0, T, engine=engine, options={"batch_dims": 1}, **HOW
-        )
+    def batch(engine: str, options: Any = None) -> Callable[[], Any]:
+        options = {"batch_dims": 1} if options is None else options
+        return lambda: pyjlode.odeint(lambda t, h: lorenz(t, h, rho), h0, T, engine=engine, options=options, **HOW)
 
     def shared(executor: Any, engine: str) -> Callable[[], Any]:
         return lambda: pyjlode.ensemble(lorenz, h0, T, params=rho, executor=executor, engine=engine, **HOW)
@@ -61,7 +60,10 @@ def main(number: int, processes: int) -> None:
         engines.append("julia")
     except pyjlode.errors.EngineUnavailable as error:
         print(f"without Julia: {error}")
-    rows = [("one after the other, native", 20 / best(one_by_one))]
+    rows = [
+        ("one after the other, native", 20 / best(one_by_one)),
+        ("a batch with common steps, native", number / best(batch("torch", {}))),
+    ]
     for engine in engines:
         name = "a batch with steps of their own, native" if engine == "torch" else "a sweep, Julia"
         rows.append((name, number / best(batch(engine))))

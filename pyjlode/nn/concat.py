@@ -23,10 +23,12 @@ class ConcatLinear(nn.Module):
         self.linear = nn.Linear(1 + in_features, out_features)
 
     def forward(self, t: Tensor, h: Tensor) -> Tensor:
-        """`t` 0-d, `h` of shape (..., in_features) -> (..., out_features)."""
+        """`t` 0-d or of shape (..., 1), `h` of shape (..., in_features) -> (..., out_features)."""
+        weight, bias = self.linear.weight, self.linear.bias
+        if t.dim():
+            return F.linear(h, weight[:, 1:], bias) + t * weight[:, 0]
         # The time is the same for the whole batch: it moves the bias, and nothing is copied to stand beside it.
-        weight = self.linear.weight
-        return F.linear(h, weight[:, 1:], self.linear.bias + t * weight[:, 0])
+        return F.linear(h, weight[:, 1:], bias + t * weight[:, 0])
 
 
 class ConcatSquash(nn.Module):
@@ -45,8 +47,8 @@ class ConcatSquash(nn.Module):
         self.shift = nn.Linear(1, out_features, bias=False)
 
     def forward(self, t: Tensor, h: Tensor) -> Tensor:
-        """`t` 0-d, `h` of shape (..., in_features) -> (..., out_features)."""
-        t = t.reshape(1)
+        """`t` 0-d or of shape (..., 1), `h` of shape (..., in_features) -> (..., out_features)."""
+        t = t if t.dim() else t.reshape(1)
         return self.linear(h) * torch.sigmoid(self.gate(t)) + self.shift(t)
 
 
@@ -71,7 +73,7 @@ class TimeMLP(nn.Module):
         self.activation = activation()
 
     def forward(self, t: Tensor, h: Tensor) -> Tensor:
-        """`t` 0-d, `h` of shape (..., sizes[0]) -> (..., sizes[-1])."""
+        """`t` 0-d or, a time for each row, of shape (..., 1); `h` of shape (..., sizes[0]) -> (..., sizes[-1])."""
         for i, layer in enumerate(self.layers):
             h = layer(t, self.activation(h) if i else h)
         return h

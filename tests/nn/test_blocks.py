@@ -29,6 +29,13 @@ def test_rows_do_not_see_each_other(layer):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
+def test_rows_may_have_times_of_their_own(layer):
+    f, t, h = TimeMLP([3, 8, 3], layer=layer), torch.randn(2, 5, 1), torch.randn(2, 5, 3)
+    each = [f(time[0], row) for time, row in zip(t.flatten(0, 1), h.flatten(0, 1))]
+    torch.testing.assert_close(f(t, h), torch.stack(each).view(2, 5, 3))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
 def test_field_depends_on_time(layer):
     f, h = TimeMLP([3, 8, 3], layer=layer), torch.randn(6, 3)
     assert not torch.allclose(f(torch.tensor(0.0), h), f(torch.tensor(1.0), h))

@@ -87,6 +87,18 @@ def test_density_on_the_way():
     torch.testing.assert_close(cnf.log_prob(x, t=0.5), CNF(cnf.f, 2, t=(0.0, 0.5), **TIGHT).double().log_prob(x))
 
 
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_points_with_steps_of_their_own_have_the_same_density(trace):
+    f, x = TimeMLP([2, 16, 2]).double(), points()
+    found = []
+    for how in ({}, {"options": {"batch_dims": 1}}):
+        torch.manual_seed(1)
+        cnf = flow(f, trace=trace, **how)
+        found.append((cnf.log_prob(x), *torch.autograd.grad(cnf.log_prob(x).sum(), tuple(f.parameters()))))
+        assert (cnf.stats.systems is not None) == bool(how)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Noise and regularisers
 # ----------------------------------------------------------------------------------------------------------------------
