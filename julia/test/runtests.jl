@@ -279,11 +279,11 @@ end
     end
 
     @testset "a field of two parts, $name, to $last" for name in ("KenCarp4", "KenCarp5"), last in (1.0, -1.0)
+        text = "$name(smooth_est = false, nlsolve = OrdinaryDiffEqSDIRK.NLNewton(new_W_dt_cutoff = 0 // 1))"
         # Each is the oscillator, and both are that at twice the speed.
         part() = Field{Float64}(2; pointers(Float64)..., event = 0, parameters = 1)
         times = [0.0, 0.3 * last, last]
         parts = PyJLODE.Parts(part(), part())
-        text = "$name(smooth_est=false, nlsolve=OrdinaryDiffEqSDIRK.NLNewton(new_W_dt_cutoff=0//1))"
         r = run(parts, text, times; rtol = 1.0e-8, keep = true, dense = true)
         @test r.code == "Success"
         @test r.out[:, 3] ≈ exact(2last) rtol = 1.0e-6
