@@ -172,24 +172,28 @@ def test_a_digit_is_moved_whole():
 RESULTS = ROOT / "benchmarks" / "tables" / "results"
 
 
-@pytest.mark.parametrize("name", sorted(x.stem for x in RESULTS.glob("*.json")))
-def test_the_page_has_what_the_programs_print(name, tmp_path, capsys):
+SPARSE = ["--seen", "10,30", "--models", "RNN with time deltas", "latent ODE, ODE-RNN"]
+OPTIONS = {"cde_basic_motions": [["--data", "basic_motions"]], "hopper": [[], SPARSE]}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(x.stem, options) for x in sorted(RESULTS.glob("*.json")) for options in OPTIONS.get(x.stem, [[]])],
+)
+def test_the_page_has_what_the_programs_print(name, options, tmp_path, capsys):
     """From the runs that are kept, the program prints the numbers of docs/tables.md, and trains nothing."""
     told = json.loads((RESULTS / f"{name}.json").read_text())
     assert not told["quick"]
-    assert told["table"] == name
     out = tmp_path / "results.json"
     out.write_text(json.dumps(told))
     seeds = {key.rpartition("/")[2] for key in told["runs"]}
-    program(name).main(["--resume", "--out", str(out), "--seeds", str(len(seeds))])
+    program(told["table"]).main(["--resume", "--out", str(out), "--seeds", str(len(seeds)), *options])
     assert json.loads(out.read_text()) == told
     printed = capsys.readouterr().out
     page = (ROOT / "docs" / "tables.md").read_text(encoding="utf-8")
     rows = {line.split("  ")[0].strip(): line for line in printed.splitlines() if "±" in line}
     assert len(rows) > 1
     for first, line in rows.items():
-        row = next(x for x in page.splitlines() if x.startswith(f"| {first} |") and "±" in x)
-        cells = [x.strip() for x in row.strip("|").split("|")][1:]
-        measured = [x for x in cells if "±" in x]
-        assert measured
-        assert all(cell in line for cell in measured)
+        # Two tables of one program have rows of the same name.
+        same = [x.strip("|").split("|")[1:] for x in page.splitlines() if x.startswith(f"| {first} |") and "±" in x]
+        assert any(all(cell.strip() in line for cell in cells if "±" in cell) for cells in same), first
