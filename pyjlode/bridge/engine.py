@@ -190,6 +190,15 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
         return f"with a mass_matrix {obstacle}"
     if (name := packages.fully_implicit(p.method.julia)) and (obstacle := _cannot_pose_implicitly(p, gradient)):
         return f"{name}, which solves systems F(t, y, y') = 0, {obstacle}"
+    if (
+        "RadauIIA" in p.method.julia
+        and p.method.kind in ("stiff", "julia")
+        and (many_tolerances(p) or gradient == "forward")
+    ):
+        sensitivities = (
+            "" if many_tolerances(p) else ", and adjoint='forward' solves for sensitivities, whose units differ"
+        )
+        return f"{p.method.name} takes one rtol and one atol for all{sensitivities}"
     for solve in _solves(p):
         changed = {name for name, value in vars(solve.options).items() if value != getattr(NO_OPTIONS, name)}
         changed -= {"on_failure"} if p.batch > 1 else set()
@@ -199,6 +208,11 @@ def cannot(p: ODEProblem, gradient: str | None) -> str | None:
         if any(vars(solve.callbacks).values()):
             return "f has callbacks (callback_step and the like), which the native engine calls"
     return None
+
+
+def inaccurate(p: ODEProblem) -> bool:
+    """Whether the error of Julia's method may be thousands of tolerances: see `methods/table.py`."""
+    return p.split is None and p.method.name in ("kencarp5", "kvaerno5")
 
 
 def called_back(p: ODEProblem, gradient: str | None) -> str:

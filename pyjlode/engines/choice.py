@@ -76,6 +76,8 @@ def choose(name: str, p: ODEProblem, adjoint: bool | str, *, recorded: bool = Fa
         obstacle = "adjoint=False differentiates through the solver's own operations, which are not PyTorch's there"
     if obstacle is None and name == "auto" and p.compile is None and _large(p):
         return native, "f is large, its own time is what counts, and the native engine asks it less often"
+    if obstacle is None and name == "auto" and julia.inaccurate(p):
+        return native, f"the error of Julia's method for {p.method.name!r} may be thousands of tolerances"
     if obstacle is None and name == "auto" and p.y0.device.type != "cpu":
         return native, f"the state lies on {p.y0.device}, where Julia's solver would call f back"
     if obstacle is None and name == "auto" and p.batch > 1 and p.compile is None:

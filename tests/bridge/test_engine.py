@@ -248,6 +248,8 @@ def test_what_julia_cannot_do_is_said_and_auto_leaves_it_to_torch(monkeypatch):
     for kwargs in (
         {"adjoint": False},
         {"adjoint": "discrete", "method": "radau5"},
+        {"adjoint": "forward", "method": "radau5"},
+        {"adjoint": True, "method": "radau5", "atol": torch.full((2,), 1e-6, dtype=F64)},
         {"options": {"norm": torch.linalg.norm}, "adjoint": True},
     ):
         with pytest.raises(errors.BadOption, match=r"the Julia engine cannot do this: .*torch"):
@@ -257,6 +259,15 @@ def test_what_julia_cannot_do_is_said_and_auto_leaves_it_to_torch(monkeypatch):
         assert "cannot" in stats.reason
     assert solve(linear, H0, T, engine="auto").stats.engine == "julia"
     assert solve(linear, h0, T, engine="auto", adjoint=True).stats.engine == "julia"
+
+
+@pytest.mark.parametrize("method", ["kencarp5", "kvaerno5"])
+def test_auto_leaves_inaccurate_methods_to_the_native_engine(method, monkeypatch):
+    monkeypatch.setenv("PYJLODE_ENGINE", "auto")
+    stats = solve(linear, H0, T, method=method).stats
+    assert stats.engine == "torch"
+    assert "thousands of tolerances" in stats.reason
+    assert solve(linear, H0, T, method=method, engine="julia").stats.engine == "julia"
 
 
 @pytest.mark.parametrize("adjoint", ["gauss", "backsolve"])
