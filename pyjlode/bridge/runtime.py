@@ -202,7 +202,11 @@ def load(package: str, into: str = "") -> None:
         try:
             evaluate(f"import {package}")
             if into:
-                evaluate(f"Core.eval({into}, :(using {package}))")
+                # `using` there takes a package that is among the dependencies of the module's own.
+                evaluate(
+                    f"foreach(name -> isdefined({into}, name) || "
+                    f"Core.eval({into}, :(const $name = $(getfield({package}, name)))), names({package}))"
+                )
         except Exception as error:
             raise EngineUnavailable(f"engine='julia': {package}.jl does not load: {error}") from error
         _runtime.seconds[package] = time.perf_counter() - start
