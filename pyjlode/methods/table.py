@@ -302,7 +302,7 @@ def find(name: str | None) -> Method:
 
 def elsewhere(name: str) -> str | None:
     """The row for what other libraries call `name`."""
-    julia = {row.julia: row.name for row in reversed(METHODS.values()) if row.julia}
+    julia = {f"{row.julia.partition('(')[0]}()": row.name for row in reversed(METHODS.values()) if row.julia}
     key = name.strip().removesuffix("()").lower()
     others = {expression.removesuffix("()").lower(): row for expression, row in julia.items()}
     return julia.get(name) or (key if key in METHODS else ELSEWHERE.get(key) or others.get(key))
