@@ -793,7 +793,7 @@ def _algorithm(calls: Calls, method: Method, gradient: str | None) -> Held:
         runtime.load(package, into="PyJLODE.Names")
     try:
         return runtime.algorithm(calls, expression)
-    except Exception as error:
+    except JuliaError as error:
         raise BadOption(f"method={method.name!r}: Julia does not make a solver of that: {error}") from error
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ..errors import EngineUnavailable
-from ..signals import undisturbed
+from ..signals import of_a_signal, undisturbed
 from .calls import Calls, Held
 
 log = logging.getLogger("pyjlode")
@@ -208,6 +208,8 @@ def load(package: str, into: str = "") -> None:
                     f"Core.eval({into}, :(const $name = $(getfield({package}, name)))), names({package}))"
                 )
         except Exception as error:
+            if of_a_signal(error):
+                raise
             raise EngineUnavailable(f"engine='julia': {package}.jl does not load: {error}") from error
         _runtime.seconds[package] = time.perf_counter() - start
 
