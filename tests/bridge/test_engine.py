@@ -664,3 +664,21 @@ def test_auto_goes_native_where_an_adjoint_would_call_f_back(monkeypatch):
     assert all(x.engine == "julia" and x.compiled for x in others)
     with torch.no_grad():  # without a gradient a solve that calls back is faster there
         assert solve(reads, H0, T, dense=False).stats.engine == "julia"
+
+
+@pytest.mark.parametrize("method", ["kencarp4", "trbdf2_adaptive"])
+def test_estimates_of_singly_implicit_methods_have_the_unit_of_the_state(method):
+    """Damped as SciML damps them they are too small: errors of 2,400 and 4,500 tolerances here."""
+
+    def van_der_pol(t, h):
+        return torch.stack([h[1], 1e3 * (1 - h[0] ** 2) * h[1] - h[0]])
+
+    def end(method, tol):
+        start, t = torch.tensor([2.0, 0.0], dtype=F64), torch.tensor([0.0, 1500.0], dtype=F64)
+        how = {"rtol": tol, "atol": tol, "max_num_steps": 10**6}
+        return odeint(van_der_pol, start, t, method=method, engine="julia", compile=True, **how)[-1]
+
+    tol = 1e-7
+    want = end("rodas5p", 1e-11)
+    far = (end(method, tol) - want).abs() / (tol * (1 + want.abs()))
+    assert float(far.max()) < 500
